@@ -1,0 +1,142 @@
+"""The files that travel with an adapter beside its weights: model card, base config, image processor."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+
+BASE_CONFIG = "base_config.json"
+PROCESSOR = "preprocessor_config.json"
+GENERATED = "<!-- written by e3va_peft at each save; delete this line to keep your own edits -->"
+
+_PIPELINES = {
+    "ForImageClassification": "image-classification",
+    "ForSemanticSegmentation": "image-segmentation",
+    "ForUniversalSegmentation": "image-segmentation",
+    "ForObjectDetection": "object-detection",
+}
+
+
+@dataclass
+class BaseModel:
+    """What has to be known of a base model to build it again.
+
+    Attributes:
+        config: The live transformers config, so that label names set after injection are saved too. None for a plain
+            `nn.Module`.
+        class_name: Class of the base model.
+        backbones: Name in the model -> Hub id or folder, of backbones with weights of their own in a model that was
+            put together from parts and has no id itself.
+        metrics: Results to show in the model card.
+    """
+
+    config: Any = None
+    class_name: str = ""
+    backbones: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, where the base has a config that knows it."""
+        return getattr(self.config, "num_labels", None)
+
+    @property
+    def labels(self) -> list[str]:
+        """Class names in the order of their ids."""
+        names: Mapping[int, str] = getattr(self.config, "id2label", None) or {}
+        return [str(names[key]) for key in sorted(names)]
+
+
+def write_companions(folder: Path, adapter: Mapping[str, Any], base: BaseModel) -> None:
+    """Write model card, base config and image processor beside an adapter.
+
+    Args:
+        folder: The adapter's folder.
+        adapter: The adapter's config as a dict.
+        base: The base model.
+    """
+    if base.config is not None:
+        (folder / BASE_CONFIG).write_text(json.dumps(base.config.to_dict(), indent=2, sort_keys=True, default=str))
+    _copy_processor(folder, [adapter.get("base_model_name_or_path"), *base.backbones.values()])
+    _write_card(folder / "README.md", adapter, base)
+
+
+def _copy_processor(folder: Path, sources: list[str | None]) -> None:
+    """Copy the base model's image processor from its folder or the Hub cache, where the adapter has none yet."""
+    if (folder / PROCESSOR).exists():
+        return
+    for source in filter(None, sources):
+        local = Path(source) / PROCESSOR
+        cached = None if Path(source).exists() else try_to_load_from_cache(source, PROCESSOR)
+        found = local if local.is_file() else cached
+        if isinstance(found, str | Path):
+            shutil.copyfile(found, folder / PROCESSOR)
+            return
+
+
+def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None:
+    if path.exists():
+        text = ModelCard.load(path, ignore_metadata_errors=True).text
+        untouched = ModelCard.from_template(ModelCardData()).text.strip()
+        if GENERATED not in text and untouched not in text:
+            return  # somebody's own words
+    name = adapter.get("base_model_name_or_path") or ", ".join(base.backbones.values()) or base.class_name
+    task = next((task for ending, task in _PIPELINES.items() if base.class_name.endswith(ending)), None)
+    on_hub = [source for source in (adapter.get("base_model_name_or_path"), *base.backbones.values()) if source]
+    on_hub = [source for source in on_hub if not Path(source).exists()]
+    data = ModelCardData(
+        library_name="peft",
+        tags=["e3va", "e3va_peft", "parameter-efficient-fine-tuning"],
+        pipeline_tag=task,
+        base_model=on_hub or None,
+    )
+    labels = base.labels
+    lines = [
+        "```python",
+        "import e3va_peft  # registers E3VA with PEFT: import it before loading",
+        "",
+        'model, processor = e3va_peft.load_adapter("this repository\'s id, or its folder")',
+        "```",
+        "",
+        f"# E3VA adapter for {Path(name).name if Path(name).exists() else name}",
+        "",
+        f"- Base model: `{name}` ({base.class_name})",
+        f"- Task: {task or 'see the base model'}",
+        f"- Highway: r={adapter['r']}, bottleneck_ratio={adapter['bottleneck_ratio']}, "
+        f"taps={', '.join(adapter['taps'])}",
+        f"- Trained and saved whole: {', '.join(adapter['modules_to_save'] or []) or 'nothing'}",
+    ]
+    if labels:
+        shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
+        lines += [f"- Labels ({len(labels)}): {shown}"]
+    lines += ["", "## Metrics", ""]
+    if base.metrics:
+        lines += ["| metric | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.4g} |" for key, value in base.metrics.items()]
+    else:
+        lines += ["None recorded. `e3va_peft.record_metrics(model, {...})` before saving writes them here."]
+    lines += [
+        "",
+        "## How to load",
+        "",
+        "The call above rebuilds base model, head and image processor. Onto a base model of your own:",
+        "",
+        "```python",
+        "import e3va_peft",
+        "from peft import PeftModel",
+        "",
+        'model = PeftModel.from_pretrained(base, "this repository\'s id, or its folder")',
+        "```",
+        "",
+        "Method: [E3VA](https://arxiv.org/abs/2306.09729). The backbone runs frozen, as inference; a highway of low-rank "
+        "adapters beside it is what was trained. It cannot be merged into the backbone.",
+        "",
+        GENERATED,
+    ]
+    ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n").save(path)

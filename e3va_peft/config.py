@@ -1,0 +1,159 @@
+"""What a user may choose: `E3VAConfig`, and the `PeftType.E3VA` that PEFT knows it by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from e3va_peft.card import BaseModel, write_companions
+
+TAPS = ("attention", "mlp")
+
+
+def peft_type() -> PeftType:
+    """Return `PeftType.E3VA`, adding it to PEFT's enum where PEFT does not ship it.
+
+    PEFT has no plug-in mechanism and its loaders look the type up by name, so this is a real member of the enum: it
+    passes isinstance, iteration, lookup by name and value, json, pickle and copy.
+    """
+    if "E3VA" not in PeftType.__members__:
+        member = str.__new__(PeftType, "E3VA")
+        member._name_ = member._value_ = "E3VA"
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
+        PeftType._member_names_.append("E3VA")
+        PeftType._member_map_["E3VA"] = member
+        PeftType._value2member_map_["E3VA"] = member
+        type.__setattr__(PeftType, "E3VA", member)
+    return PeftType["E3VA"]
+
+
+peft_type()  # here and not only in the package, because unpickling a config imports this module first
+
+
+@dataclass
+class E3VAConfig(PeftConfig):
+    """Configuration of an E3VA highway (arXiv 2306.09729).
+
+    Every field has a default that works: `get_peft_model(model, E3VAConfig())`. The fields inherited from `PeftConfig`
+    are filled in by PEFT; `task_type` stays `None`, because PEFT's task types are about text.
+
+    Raises:
+        ValueError: A field has a value that cannot work. The message names field, value and remedy.
+    """
+
+    r: int = field(
+        default=16,
+        metadata={"help": "Rank of both factored projections of an adapter. The paper's highway has r=16."},
+    )
+    bottleneck_ratio: float = field(
+        default=0.5,
+        metadata={
+            "help": "Width of the bottleneck between the two projections, as a share of the stage's width C: "
+            "k = bottleneck_ratio * C. 0.5 is inferred from the paper's parameter counts."
+        },
+    )
+    taps: Sequence[str] = field(
+        default=TAPS,
+        metadata={
+            "help": "Which branches of a block are read: 'attention' (its output before the residual add), 'mlp', or "
+            "both. One adapter per tap and block."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or one regular expression) of the backbone exits to adapt. None finds every supported "
+            "backbone in the model; only needed for a model with several."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names (or one regular expression) of backbone exits to leave alone."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to train and save whole beside the highway. None means everything outside the backbone "
+            "(head, neck, decoder) plus the backbone's output norms; [] means none."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True starts at the base model exactly (the last factor is zero). False draws it at random, "
+            "for tests."
+        },
+    )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> E3VAConfig:
+        """Refuse `bias`, which most PEFT methods have, with a reason in place of a bare TypeError."""
+        if "bias" in kwargs:
+            raise ValueError(
+                f"bias={kwargs['bias']!r}: E3VA never trains biases of the backbone, because no gradient enters it. "
+                "Leave the argument out; the biases of heads named in modules_to_save are trained with them."
+            )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = peft_type()
+        self.base = BaseModel()  # no field: it is known once the adapter is in a model, and never passed by a user
+        self._check()
+        self.taps = tuple(tap for tap in TAPS if tap in self.taps)
+
+    def _check(self) -> None:
+        if self.task_type is not None:
+            raise ValueError(
+                f"task_type={str(self.task_type)!r}: PEFT's task types wrap text models and break vision models. Leave "
+                "it None; the head of the model that you pass decides the task."
+            )
+        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
+            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, e.g. r=16.")
+        ratio = self.bottleneck_ratio
+        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
+            raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
+        if isinstance(self.taps, str) or not isinstance(self.taps, Sequence | set):
+            raise ValueError(f"taps={self.taps!r}: must be a sequence of names, e.g. taps={TAPS}.")
+        unknown = [tap for tap in self.taps if tap not in TAPS]
+        if unknown or not self.taps or len(set(self.taps)) != len(self.taps):
+            raise ValueError(f"taps={tuple(self.taps)!r}: must be one or both of {TAPS}, each once.")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            self._check_names(name)
+
+    def _check_names(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, str):
+            if name == "modules_to_save":
+                raise ValueError(f"modules_to_save={value!r}: must be a list of names; write [{value!r}].")
+            if value == "all-linear":
+                raise ValueError(
+                    f"{name}='all-linear': E3VA does not adapt linear layers, it wraps the exit of the backbone. "
+                    f"Leave {name} out: the exit is found by itself."
+                )
+            return
+        if not isinstance(value, Sequence | set) or not all(isinstance(item, str) and item for item in value):
+            raise ValueError(f"{name}={value!r}: must be a list of module names, or None.")
+        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save `adapter_config.json`, and beside it the model card, the base model's config and its image processor.
+
+        Args:
+            save_directory: The adapter's folder.
+            kwargs: What PEFT passes on; `auto_mapping_dict` is completed with what rebuilding the base model needs.
+        """
+        if kwargs.get("auto_mapping_dict") is not None:
+            kwargs["auto_mapping_dict"] |= {"num_labels": self.base.num_labels, "backbones": self.base.backbones}
+        super().save_pretrained(save_directory, **kwargs)
+        if self.base.class_name:
+            write_companions(Path(save_directory), self.to_dict(), self.base)

@@ -1,0 +1,299 @@
+"""The method: adapter -> stage -> highway, and the lane that runs on it. Pure torch: tensors in, tensors out.
+
+Notation of the paper (arXiv 2306.09729): `C` width of a stage, `r` rank, `k` bottleneck, `N` tokens, `x` the frozen
+residual stream, `z` the lane:
+
+    adapter   A(t) = GELU(t U1 V1 + b1) U2 V2 + b2          dual low-rank
+    lane      z_l  = z_{l-1} + A(attention_l) + A'(mlp_l)
+    merging   z    = PM(x + z) - PM(x)                      PM: the backbone's own frozen patch merging
+
+*Inferred*, because the paper gives neither code nor these details: k = C/2, the place of GELU, no LayerNorm inside the
+adapter, the lane starting at zero, the initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+
+def _compute_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype a matmul with `parameter` runs in: autocast's where it is on, else the parameter's own."""
+    device = parameter.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return parameter.dtype
+
+
+def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _bottleneck(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, C) -> (M, r), (M, k): the first projection `p = t U1` and the pre-activation `h = p V1 + b1`."""
+    p = tap @ u1
+    return p, torch.addmm(b1, p, v1)
+
+
+class _SumOfAdapters(torch.autograd.Function):
+    """Sum of the adapters of consecutive taps, n x (M, C) -> (M, C), that keeps nothing but the taps.
+
+    All adapters of a stage receive the same gradient, because the lane only adds them up. So the last factors of all
+    of them are one matmul, forward and backward, and everything between tap and sum is computed again in backward.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dtype: torch.dtype,
+        u1: Tensor,
+        v1: Tensor,
+        b1: Tensor,
+        u2: Tensor,
+        v2: Tensor,
+        b2: Tensor,
+        *taps: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(u1, v1, b1, u2, v2, b2, *taps)
+        ctx.dtype = dtype
+        with _no_autocast(u1):
+            reduced = [_reduce(tap, dtype, u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
+            return _expand(reduced, dtype, v2, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parameters, taps = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        dtype = ctx.dtype
+        with _no_autocast(grad):
+            u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
+            n, r, width = v2.shape
+            grad = grad.to(dtype).reshape(-1, width)  # (M, C)
+            grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
+            reduced, grad_u1, grad_v1, grad_b1, grad_u2 = [], [], [], [], []
+            for i, tap in enumerate(taps):
+                t = tap.to(dtype).reshape(-1, width)
+                grad_q = grad_reduced[:, i * r : (i + 1) * r]
+                p, h = _bottleneck(t, u1[i], v1[i], b1[i])
+                activated = F.gelu(h)
+                reduced.append(activated @ u2[i])
+                grad_u2.append(activated.T @ grad_q)
+                grad_h = torch.ops.aten.gelu_backward(grad_q @ u2[i].T, h)
+                grad_b1.append(grad_h.sum(0))
+                grad_v1.append(p.T @ grad_h)
+                grad_u1.append(t.T @ (grad_h @ v1[i].T))
+            grad_v2 = (torch.cat(reduced, dim=1).T @ grad).reshape(n, r, width)
+            grad_b2 = grad.sum(0).expand(n, width)
+            grads = [torch.stack(g) for g in (grad_u1, grad_v1, grad_b1, grad_u2)] + [grad_v2, grad_b2]
+        kept = [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+        return (None, *kept, *(None for _ in taps))
+
+
+def _reduce(tap: Tensor, dtype: torch.dtype, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
+    """(..., C) -> (..., r): an adapter up to its last factor, `GELU(t U1 V1 + b1) U2`."""
+    flat = tap.to(dtype).reshape(-1, tap.shape[-1])
+    _, h = _bottleneck(flat, u1.to(dtype), v1.to(dtype), b1.to(dtype))
+    return (F.gelu(h) @ u2.to(dtype)).view(*tap.shape[:-1], -1)
+
+
+def _expand(reduced: Sequence[Tensor], dtype: torch.dtype, v2: Tensor, b2: Tensor) -> Tensor:
+    """N x (..., r) -> (..., C): the last factors of n adapters and their sum, as one matmul."""
+    joined = torch.cat(list(reduced), dim=-1)
+    flat = torch.addmm(b2.to(dtype).sum(0), joined.flatten(0, -2), v2.to(dtype).flatten(0, 1))
+    return flat.view(*joined.shape[:-1], -1)
+
+
+class Stage(nn.Module):
+    """The adapters of one stage: one per tap, their factors stacked along the first dimension.
+
+    Args:
+        width: Channels C of the stage.
+        num_adapters: Adapters n = blocks * taps per block, in the order in which the lane meets them.
+        r: Rank of both projections.
+        bottleneck: Width k between the projections.
+        init_weights: Zero the last factor, so that the lane starts at exactly zero.
+    """
+
+    def __init__(self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True) -> None:
+        super().__init__()
+        self.u1 = nn.Parameter(torch.empty(num_adapters, width, r))
+        self.v1 = nn.Parameter(torch.empty(num_adapters, r, bottleneck))
+        self.bias1 = nn.Parameter(torch.empty(num_adapters, bottleneck))
+        self.u2 = nn.Parameter(torch.empty(num_adapters, bottleneck, r))
+        self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
+        self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
+        self.reset_parameters(init_weights)
+
+    def reset_parameters(self, init_weights: bool = True) -> None:
+        """Draw U1, V1, U2 Kaiming-uniform over their inputs and zero the rest (*inferred*)."""
+        for factor in (self.u1, self.v1, self.u2):
+            bound = (6 / factor.shape[1]) ** 0.5
+            nn.init.uniform_(factor, -bound, bound)
+        nn.init.zeros_(self.bias1)
+        if init_weights:
+            nn.init.zeros_(self.v2)
+            nn.init.zeros_(self.bias2)
+        else:
+            nn.init.normal_(self.v2, std=0.1)
+            nn.init.normal_(self.bias2, std=0.1)
+
+    def reduce(self, index: int, tap: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, r): adapter `index` up to its last factor, for when no gradient is wanted."""
+        with _no_autocast(tap):
+            return _reduce(
+                tap, _compute_dtype(self.u1), self.u1[index], self.v1[index], self.bias1[index], self.u2[index]
+            )
+
+    def forward(self, start: int, reads: Sequence[Tensor], reduced: bool = False) -> Tensor:
+        """N x (B, N, C) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... of these taps.
+
+        Args:
+            start: Index of the first adapter.
+            reads: The taps, or with `reduced` what `reduce` made of them.
+            reduced: See `reads`.
+        """
+        dtype = _compute_dtype(self.u1)
+        stop = start + len(reads)
+        parameters = (self.u1, self.v1, self.bias1, self.u2, self.v2, self.bias2)
+        if stop - start < len(self.u1):
+            parameters = tuple(p[start:stop] for p in parameters)
+        if reduced:
+            with _no_autocast(self.v2):
+                return _expand(reads, dtype, *parameters[4:])
+        return _SumOfAdapters.apply(dtype, *parameters, *reads)
+
+
+class Highway(nn.Module):
+    """All adapters of all stages of one backbone.
+
+    Args:
+        widths: Channels C of each stage.
+        num_adapters: Adapters of each stage.
+        r: Rank of both projections.
+        bottleneck_ratio: k / C.
+        init_weights: See `Stage`.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        num_adapters: Sequence[int],
+        r: int = 16,
+        bottleneck_ratio: float = 0.5,
+        init_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            Stage(width, n, r, max(1, int(width * bottleneck_ratio)), init_weights)
+            for width, n in zip(widths, num_adapters, strict=True)
+        )
+
+    @property
+    def trainable(self) -> bool:
+        """Whether its factors want a gradient (read off one of them, which also holds in a replica)."""
+        return bool(self.stages[0].u1.requires_grad)
+
+
+class Taps:
+    """What one forward of the frozen backbone leaves for the highway.
+
+    With `keep` it holds each tap until the lane has used it. Without, when no gradient is wanted, it reduces each tap
+    to (B, N, r) at once, so that inference never holds more than one.
+    """
+
+    def __init__(self, highways: Sequence[Highway], taps_per_block: int, keep: bool) -> None:
+        self.highways = highways
+        self.taps_per_block = taps_per_block
+        self.keep = keep
+        self.reads: dict[tuple[int, int], list[Tensor]] = {}
+        self.streams: dict[int | str, tuple[Any, ...]] = {}
+
+    def read(self, stage: int, index: int, tap: Tensor) -> None:
+        """Take the tap (B, N, C) that adapter `index` of `stage` reads."""
+        if self.keep:
+            self.reads[stage, index] = [tap]
+        else:
+            self.reads[stage, index] = [highway.stages[stage].reduce(index, tap) for highway in self.highways]
+
+    def increment(self, stage: int, first_block: int, last_block: int) -> Tensor:
+        """(B, N, C): what the blocks from `first_block` up to `last_block` (exclusive) add to the lane."""
+        indices = range(first_block * self.taps_per_block, last_block * self.taps_per_block)
+        missing = [index for index in indices if (stage, index) not in self.reads]
+        if missing:
+            raise RuntimeError(
+                f"stage {stage}: the taps {missing} were not read, so the backbone ran without some of its blocks. "
+                "E3VA needs every block's forward to run: remove what skips or replaces blocks (layer pruning, graph "
+                "capture, a patched forward)."
+            )
+        reads = [self.reads.pop((stage, index)) for index in indices]
+        parts = [
+            highway.stages[stage](indices.start, [read[0 if self.keep else which] for read in reads], not self.keep)
+            for which, highway in enumerate(self.highways)
+        ]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+class Lane:
+    """The running tensor `z`, as a cursor over stages and blocks that only moves forward.
+
+    It is kept in at least fp32, whatever the backbone's dtype is.
+
+    Args:
+        taps: What the frozen forward left.
+        mergings: The frozen patch merging behind each stage, None where there is none.
+    """
+
+    def __init__(self, taps: Taps, mergings: Sequence[nn.Module | None]) -> None:
+        self.taps = taps
+        self.mergings = mergings
+        self.stage = 0
+        self.block = 0
+        self.z: Tensor | None = None
+
+    def advance(self, block: int) -> Tensor:
+        """Return the lane (B, N, C) behind the first `block` blocks of the current stage."""
+        if block > self.block:
+            step = self.taps.increment(self.stage, self.block, block)
+            step = step.to(torch.promote_types(step.dtype, torch.float32))
+            self.z = step if self.z is None else self.z + step
+            self.block = block
+        if self.z is None:
+            raise RuntimeError("the lane was asked for before its first block")
+        return self.z
+
+    def merge(self) -> Tensor:
+        """(B, N, C) -> (B, N', C'): carry the lane through frozen patch merging into the next stage.
+
+        `PM(x + z) - PM(x)`, both terms by the same function, in fp32 and without autocast: a zero lane stays exactly
+        zero, and over a bf16 base the difference is not drowned by rounding.
+        """
+        merging = self.mergings[self.stage]
+        if self.z is None or merging is None:
+            raise RuntimeError(f"the lane cannot leave stage {self.stage}: it has no patch merging, or no block was run")
+        x, *rest = self.taps.streams.pop(self.stage)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        call = _in_dtype(merging, dtype)
+        with _no_autocast(x):
+            x = x.to(dtype)
+            with torch.no_grad():
+                frozen = call(x, *rest)
+            self.z = call(x + self.z, *rest) - frozen
+        self.stage += 1
+        self.block = 0
+        return self.z
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
+    """The forward of `module` with its parameters in `dtype`; the module itself where they are already."""
+    parameters: Mapping[str, Tensor] = dict(module.named_parameters())
+    if all(p.dtype == dtype for p in parameters.values()):
+        return module
+    cast = {name: p.to(dtype) for name, p in parameters.items()}
+    return lambda *args: torch.func.functional_call(module, cast, args)
+
