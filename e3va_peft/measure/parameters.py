@@ -1,0 +1,55 @@
+"""How much of a backbone is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from e3va_peft.layer import E3VALayer
+from e3va_peft.model import base_modules, find_exits
+
+
+@dataclass(frozen=True)
+class BackboneShare:
+    """Trained parameters beside and in the backbones of a model.
+
+    Attributes:
+        trainable: Parameters of the active highways and of the trained copies of output norms. Heads do not count.
+        total: Parameters of the frozen backbones: embeddings, blocks, patch merging and their output norms.
+    """
+
+    trainable: int
+    total: int
+
+    @property
+    def percent(self) -> float:
+        """100 * trainable / total."""
+        return 100 * self.trainable / self.total
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,d} trained parameters for a backbone of {self.total:,d}: {self.percent:.2f} %"
+
+
+def backbone_share(model: PeftModel) -> BackboneShare:
+    """Report the share of a model's backbones that E3VA trains, the number to hold against the paper's 1.5 %.
+
+    Args:
+        model: What `get_peft_model(model, E3VAConfig())` returned.
+
+    Raises:
+        ValueError: The model holds no E3VA adapter.
+    """
+    root = model.get_base_model()
+    modules = dict(base_modules(root))
+    exits = [found for found in find_exits(root) if isinstance(root.get_submodule(found.name), E3VALayer)]
+    if not exits:
+        raise ValueError(f"model={type(model).__name__}: holds no E3VA adapter. Pass what get_peft_model returned.")
+    total, trainable = {}, {}
+    for found in exits:
+        parts = [found.name, *found.site.frozen, *found.site.norms, *found.site.unused]
+        total |= {id(p): p.numel() for part in parts for p in modules[part].parameters()}
+        outside = [root.get_submodule(name) for name in found.site.norms if name not in found.tail]
+        holders = [root.get_submodule(found.name), *outside]
+        trainable |= {id(p): p.numel() for holder in holders for p in holder.parameters() if p.requires_grad}
+    return BackboneShare(sum(trainable.values()), sum(total.values()))

@@ -1,0 +1,206 @@
+"""The method itself, against references written independently of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+
+from e3va_peft import E3VAConfig, E3VALayer
+from e3va_peft.highway import Highway, Lane, Stage, Taps
+from tests.models import BY_NAME
+
+
+def adapter(t: Tensor, stage: Stage, i: int) -> Tensor:
+    """The paper's formula, written out."""
+    hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
+    return hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i]
+
+
+def branches(base: nn.Module, batch: dict, points: list[tuple[nn.Module, bool]]) -> list[Tensor]:
+    """What the branches of a frozen model yield: the input of a module, or its output."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for i, (module, read_input) in enumerate(points):
+        if read_input:
+            handles.append(module.register_forward_pre_hook(lambda m, args, i=i: seen.__setitem__(i, args[0])))
+        else:
+            handles.append(
+                module.register_forward_hook(
+                    lambda m, args, out, i=i: seen.__setitem__(i, out[0] if isinstance(out, tuple) else out)
+                )
+            )
+    with torch.no_grad():
+        base(**batch)
+    for handle in handles:
+        handle.remove()
+    return [seen[i] for i in range(len(points))]
+
+
+def highway_of(model: nn.Module) -> Highway:
+    return next(m for m in model.modules() if isinstance(m, E3VALayer)).e3va_highway["default"]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in highway_of(model).named_parameters()}
+
+
+def test_highway_on_swin_matches_a_ten_line_reference_in_value_and_gradient():
+    case = BY_NAME["swin-maps-in-own-head"]
+    base = case.base().double()
+    batch = {"pixel_values": case.batch(size=(33, 41))["pixel_values"].double()}
+    model = get_peft_model(case.base().double(), E3VAConfig(r=4, init_weights=False)).eval()
+    maps = []
+    for norm in model.base_model.model.backbone.hidden_states_norms.values():
+        norm.register_forward_hook(lambda m, args, out: maps.append(out))
+    model(**batch)["logits"].square().sum().backward()
+    got, got_gradients = maps, gradients(model)
+    model.zero_grad()
+
+    layers = base.backbone.swin.encoder.layers
+    points = [(p, i) for s in layers for b in s.blocks for p, i in ((b.drop_path, True), (b.mlp, False))]
+    reads = iter(branches(base, batch, points))
+    merging_inputs = {}
+    for i, stage in enumerate(layers[:-1]):
+        stage.downsample.register_forward_pre_hook(lambda m, args, i=i: merging_inputs.__setitem__(i, args))
+    with torch.no_grad():
+        frozen = base.backbone(**batch, output_hidden_states=True)
+    z, expected = 0, []
+    for i, (stage, factors) in enumerate(zip(layers, highway_of(model).stages, strict=True)):
+        for j in range(2 * len(stage.blocks)):
+            z = z + adapter(next(reads), factors, j)
+        x = frozen.hidden_states[i + 1].flatten(2).transpose(1, 2)
+        expected.append(base.backbone.hidden_states_norms[f"stage{i + 1}"](x + z))
+        if i in merging_inputs:
+            x, size = merging_inputs[i]
+            z = stage.downsample(x + z, size) - stage.downsample(x, size)
+    for left, right in zip(got, expected, strict=True):
+        torch.testing.assert_close(left.detach(), right.detach(), rtol=1e-9, atol=1e-9)
+
+    reshaped = [e.transpose(1, 2).reshape(m.shape) for e, m in zip(expected, frozen.feature_maps, strict=True)]
+    logits = sum(F.interpolate(conv(x), size=(33, 41)) for conv, x in zip(base.lateral, reshaped, strict=True))
+    logits.square().sum().backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(got_gradients[name], gradient, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_highway_on_vit_matches_a_ten_line_reference_at_every_hidden_state():
+    case = BY_NAME["vit-classifier"]
+    base = case.base().double()
+    batch = {"pixel_values": case.batch()["pixel_values"].double()}
+    model = get_peft_model(case.base().double(), E3VAConfig(r=4, init_weights=False)).eval()
+    outputs = model(**batch, output_hidden_states=True)
+    sum((i + 1) * h.square().sum() for i, h in enumerate((*outputs.hidden_states, outputs.logits))).backward()
+    got = gradients(model)
+    model.zero_grad()
+
+    points = [(part, False) for block in base.vit.layers for part in (block.attention, block.mlp)]
+    reads = branches(base, batch, points)
+    with torch.no_grad():
+        frozen = base(**batch, output_hidden_states=True).hidden_states
+    stage, z, states = highway_of(model).stages[0], 0, [frozen[0]]
+    for j in range(len(base.vit.layers)):
+        z = z + adapter(reads[2 * j], stage, 2 * j) + adapter(reads[2 * j + 1], stage, 2 * j + 1)
+        states.append(frozen[j + 1] + z)
+    logits = base.classifier(base.vit.layernorm(states[-1])[:, 0])
+    for left, right in zip((*outputs.hidden_states, outputs.logits), (*states, logits), strict=True):
+        torch.testing.assert_close(left.detach(), right.detach(), rtol=1e-9, atol=1e-9)
+    sum((i + 1) * h.square().sum() for i, h in enumerate((*states, logits))).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-9, msg=name)
+
+
+def test_sum_of_adapters_passes_gradcheck():
+    stage = Stage(width=6, num_adapters=3, r=2, bottleneck=3, init_weights=False).double()
+    taps = [torch.randn(2, 5, 6, dtype=torch.double) for _ in range(3)]
+    names, values = zip(*stage.named_parameters(), strict=True)
+    inputs = tuple(value.detach().requires_grad_() for value in values)
+    assert torch.autograd.gradcheck(
+        lambda *v: torch.func.functional_call(stage, dict(zip(names, v, strict=True)), (0, taps)), inputs
+    )
+
+
+def test_a_stage_keeps_nothing_but_its_taps_for_backward():
+    stage = Stage(width=8, num_adapters=4, r=2, bottleneck=4)
+    taps = [torch.randn(2, 9, 8) for _ in range(4)]
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        stage(0, taps).sum().backward()
+    own = {p.data_ptr() for p in stage.parameters()}
+    kept = [t for t in saved if t.data_ptr() not in own]
+    assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
+
+
+def test_a_stage_is_one_autograd_node_however_deep():
+    def nodes(depth: int) -> int:
+        stage = Stage(width=8, num_adapters=depth, r=2, bottleneck=4)
+        seen, stack = set(), [stage(0, [torch.randn(1, 4, 8) for _ in range(depth)]).grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack += [following for following, _ in node.next_functions]
+        return len(seen)
+
+    assert nodes(2) == nodes(36)
+
+
+def test_inference_reduces_each_tap_at_once():
+    highway = Highway(widths=[8], num_adapters=[2], r=2, init_weights=False)
+    tap = torch.randn(2, 9, 8)
+    with torch.no_grad():
+        taps = Taps([highway], taps_per_block=1, keep=False)
+        taps.read(0, 0, tap)
+        taps.read(0, 1, tap)
+        assert [read.shape for reads in taps.reads.values() for read in reads] == [(2, 9, 2), (2, 9, 2)]
+        lane = Lane(taps, [None]).advance(2)
+    expected = sum(adapter(tap, highway.stages[0], i) for i in range(2))
+    torch.testing.assert_close(lane, expected.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype):
+    case = BY_NAME["swin-maps-in-own-head"]
+    merging = case.base().backbone.swin.encoder.layers[0].downsample.to(dtype)
+    taps = Taps([], taps_per_block=1, keep=True)
+    taps.streams[0] = (torch.randn(2, 15, 8).to(dtype), (3, 5))
+    lane = Lane(taps, [merging])
+    lane.z = torch.zeros(2, 15, 8, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        merged = lane.merge()
+    assert merged.dtype == torch.float32 and merged.shape == (2, 6, 16)
+    assert not merged.any()
+
+
+def test_gradients_under_bf16_autocast_are_close_to_fp32():
+    stage = Stage(width=16, num_adapters=4, r=4, bottleneck=8, init_weights=False)
+    taps = [torch.randn(2, 30, 16) for _ in range(4)]
+    stage(0, taps).square().sum().backward()
+    exact = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    stage.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = stage(0, taps)
+        assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    for name, parameter in stage.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        error = (parameter.grad - exact[name]).norm() / exact[name].norm()
+        assert error < 0.05, name
+
+
+def test_highway_starts_at_zero_and_its_first_factors_do_not():
+    highway = Highway(widths=[8, 16], num_adapters=[2, 4], r=2)
+    for stage in highway.stages:
+        assert not stage.v2.any() and not stage.bias2.any() and not stage.bias1.any()
+        for factor in (stage.u1, stage.v1, stage.u2):
+            assert factor.std().item() == pytest.approx((2 / factor.shape[1]) ** 0.5, rel=0.3)
+
+
+def test_a_missing_tap_is_an_error_that_says_so():
+    taps = Taps([Highway(widths=[8], num_adapters=[2], r=2)], taps_per_block=2, keep=True)
+    taps.read(0, 0, torch.randn(1, 4, 8))
+    with pytest.raises(RuntimeError, match=r"stage 0: the taps \[1\] were not read"):
+        Lane(taps, [None]).advance(1)

@@ -1,0 +1,358 @@
+"""The laws of the method, each held for every supported model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from e3va_peft import E3VAConfig, E3VALayer
+from e3va_peft.layer import is_e3va_hook
+from tests.models import BY_NAME, Case, every_model, every_model_but, loss_of, tensors, train_steps
+
+
+def adapted(case: Case, **config) -> nn.Module:
+    return get_peft_model(case.base(), E3VAConfig(r=4, **config)).eval()
+
+
+def outputs(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return dict(tensors(model(**batch, output_hidden_states=True)))
+
+
+def assert_same(left: dict, right: dict, **tolerance) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+def layers(model: nn.Module) -> list[E3VALayer]:
+    return [module for module in model.modules() if isinstance(module, E3VALayer)]
+
+
+def blocks(model: nn.Module, case: Case) -> list[nn.Module]:
+    found = [module for module in model.modules() if type(module).__name__ in case.blocks]
+    assert found
+    return found
+
+
+@every_model
+def test_adapted_model_equals_base_at_init_in_every_output(case):
+    base, model = case.base(), adapted(case)
+    for batch in (case.batch(), case.batch(1, seed=5)):
+        assert_same(outputs(model, batch), outputs(base, batch), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_adapted_model_equals_base_at_init_with_gradients_on(case):
+    base, model = case.base(), adapted(case)
+    left = dict(tensors(model(**case.batch(), output_hidden_states=True)))
+    right = dict(tensors(base(**case.batch(), output_hidden_states=True)))
+    assert_same(left, right, rtol=1e-4, atol=1e-5)  # SDPA picks another kernel once gradients are off
+
+
+# transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention)
+@every_model_but("swin-mask2former")
+def test_adapted_bf16_model_equals_base_at_init_within_rounding(case):
+    base = case.base().to(torch.bfloat16)
+    model = get_peft_model(case.base().to(torch.bfloat16), E3VAConfig(r=4)).eval()
+    assert all(p.dtype == torch.float32 for p in layers(model)[0].e3va_highway.parameters())
+    batch = {key: value.to(torch.bfloat16) for key, value in case.batch().items()}
+    assert_same(outputs(model, batch), outputs(base, batch), rtol=2e-2, atol=2e-2)
+
+
+@every_model
+def test_every_output_but_the_stem_moves_once_trained(case):
+    model = adapted(case)
+    before = outputs(model, case.batch())
+    train_steps(model, case.training_batch())
+    after = outputs(model, case.batch())
+    unmoved = {key for key in before if torch.equal(before[key], after[key])}
+    beyond = {"swin-early-maps": {"hidden_states[3]"}, "dinov2-early-maps": {"hidden_states[3]"}}
+    stem = {"hidden_states[0]", "reshaped_hidden_states[0]"} & before.keys()
+    assert unmoved == stem | beyond.get(case.name, set())
+
+
+@every_model
+def test_the_highway_alone_moves_every_output_but_the_stem(case):
+    model = adapted(case, modules_to_save=[])
+    before = outputs(model, case.batch())
+    torch.manual_seed(3)
+    for parameter in layers(model)[0].e3va_highway.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    after = outputs(model, case.batch())
+    moved = {key for key in before if not torch.equal(before[key], after[key])}
+    frozen = {"swin-early-maps": "hidden_states[3]", "dinov2-early-maps": "hidden_states[3]"}.get(case.name)
+    learned_queries = {"transformer_decoder_hidden_states[0]"}  # Mask2Former's, which have not seen the image yet
+    assert moved == before.keys() - {"hidden_states[0]", "reshaped_hidden_states[0]", frozen} - learned_queries
+
+
+@every_model
+def test_disabled_adapter_is_the_base(case):
+    model = adapted(case)
+    train_steps(model, case.training_batch())
+    with model.disable_adapter():
+        assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_only_the_highway_norms_and_saved_modules_receive_gradients(case):
+    model = adapted(case).train()
+    loss_of(model(**case.training_batch())).backward()
+    with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert with_gradient == wanted
+    assert all("e3va_" in name or ".modules_to_save.default." in name for name in wanted)
+    saved = model.peft_config["default"].modules_to_save
+    outside = {name for name in wanted if "e3va_" not in name}
+    assert all(any(f".{module}.modules_to_save.default." in name for module in saved) for name in outside)
+
+
+@every_model
+def test_no_output_of_a_block_has_a_graph_and_nothing_inside_is_saved(case):
+    model = adapted(case).train()
+    seen, saved_inside, inside = [], [], [0]
+
+    def enter(module, args):
+        inside[0] += 1
+
+    def leave(module, args, output):
+        inside[0] -= 1
+        seen.extend(tensor.requires_grad for _, tensor in tensors(output))
+
+    for block in blocks(model, case):
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+
+    def pack(tensor):
+        if inside[0]:
+            saved_inside.append(tensor.shape)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss_of(model(**case.training_batch())).backward()
+    assert seen and not any(seen)
+    assert not saved_inside
+
+
+@every_model
+def test_saved_bytes_are_below_those_of_lora(case):
+    def saved_bytes(model: nn.Module) -> int:
+        model.train()
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                storages[storage.data_ptr()] = storage
+            return tensor
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(model(**case.training_batch()))
+        total = sum(storage.nbytes() for storage in storages.values())
+        loss.backward()
+        return total
+
+    model = adapted(case)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=model.peft_config["default"].modules_to_save)
+    if case.name == "swin-mask2former":
+        lora.target_modules = r".*encoder\.layers.*(q_proj|v_proj)"
+    assert saved_bytes(model) < saved_bytes(get_peft_model(case.base(), lora))
+
+
+@every_model
+def test_frozen_stream_stays_in_eval_mode(case):
+    model = adapted(case).train()
+    for layer in layers(model):
+        assert layer.training and layer.e3va_highway.training
+        assert not any(module.training for module in layer.base_layer.modules())
+
+
+@every_model
+def test_frozen_stream_is_deterministic_in_training_mode(case):
+    model = adapted(case, modules_to_save=[]).train()
+    head_free = {}
+    for attempt in range(2):
+        torch.manual_seed(attempt)
+        with torch.no_grad():
+            states = dict(tensors(model(**case.batch(), output_hidden_states=True)))
+        head_free[attempt] = {key: value for key, value in states.items() if "hidden_states" in key and "[" in key}
+    assert_same(head_free[0], head_free[1], rtol=0, atol=0)
+
+
+@every_model
+def test_unload_restores_keys_and_leaves_no_hook(case):
+    base, model = case.base(), adapted(case)
+    hooks = {name: (len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in base.named_modules()}
+    outputs(base, case.batch()), outputs(model, case.batch())
+    unloaded = model.unload()
+    assert unloaded.state_dict().keys() == base.state_dict().keys()
+    assert not any(is_e3va_hook(h) for m in unloaded.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    assert not any(isinstance(module, E3VALayer) for module in unloaded.modules())
+    assert {name for name, _ in unloaded.named_modules()} == hooks.keys()
+    assert not hasattr(unloaded, "peft_config")
+    assert_same(outputs(unloaded, case.batch()), outputs(base, case.batch()), rtol=1e-5, atol=1e-6)
+    get_peft_model(unloaded, E3VAConfig(r=4))  # and it can be adapted again
+
+
+@every_model
+def test_a_forward_that_raises_leaves_nothing_behind(case):
+    model = adapted(case).train()
+    batch = case.training_batch()
+    reference = outputs(copy.deepcopy(model).eval(), case.batch())
+
+    def fail(module, args, output):
+        raise RuntimeError("out of memory")
+
+    handle = blocks(model, case)[-1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**batch)
+    handle.remove()
+    from e3va_peft.layer import _CURRENT
+
+    assert _CURRENT.get() is None
+    for layer in layers(model):
+        held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
+        assert not held
+    assert_same(outputs(model.eval(), case.batch()), reference, rtol=0, atol=0)
+
+
+@every_model
+def test_no_tensor_stays_on_a_module_after_a_forward(case):
+    model = adapted(case).train()
+
+    def held(model: nn.Module) -> set[str]:
+        found = set()
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if not key.startswith("_"):
+                    found |= {f"{name}.{key}{path}" for path, _ in tensors(value)}
+        return found
+
+    before = held(model)
+    model(**case.training_batch())
+    assert held(model) == before
+
+
+@every_model
+def test_deepcopy_at_any_time(case):
+    model = adapted(case)
+    for moment in ("before", "after a forward", "after training"):
+        if moment == "after a forward":
+            outputs(model, case.batch())
+        if moment == "after training":
+            train_steps(model, case.training_batch())
+        twin = copy.deepcopy(model)
+        expected = outputs(model, case.batch())
+        assert_same(outputs(twin, case.batch()), expected, rtol=0, atol=0)
+        train_steps(twin, case.training_batch(), steps=1)
+        assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
+
+
+# transformers hooks its backbones with closures as it builds them, which no pickle takes, adapted or not
+@every_model_but(
+    "swin-maps-in-own-head",
+    "swin-early-maps",
+    "swin-upernet",
+    "swin-mask2former",
+    "dinov2-early-maps",
+    "dinov2-maps-without-norm",
+    "dinov2-upernet",
+)
+def test_pickle_before_outputs_were_recorded(case):
+    model = adapted(case, init_weights=False)
+    twin = pickle.loads(pickle.dumps(model))
+    assert_same(outputs(twin, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+
+
+# ViT and DeiT have one image size unless they are told to interpolate: the test below
+@every_model_but("vit-classifier", "vit-in-own-head", "deit-classifier")
+def test_image_sizes_change_from_step_to_step_and_are_odd(case):
+    base, model = case.base(), adapted(case)
+    swin = case.family == "swin"
+    sizes = [(32, 32), (33, 47), (61, 40)] if swin else [(35, 42), (28, 28), (49, 35)]
+    for size in sizes:
+        assert_same(outputs(model, case.batch(size=size)), outputs(base, case.batch(size=size)), rtol=1e-5, atol=1e-6)
+    model.train()
+    for size in sizes:
+        loss = sum(tensor.float().square().sum() for _, tensor in tensors(model(**case.batch(size=size))))
+        loss.backward()
+    assert all(p.grad.isfinite().all() for p in layers(model)[0].e3va_highway.parameters())
+
+
+def test_vit_takes_other_sizes_when_it_interpolates():
+    case = BY_NAME["vit-classifier"]
+    base, model = case.base(), adapted(case)
+    batch = case.batch(size=(35, 42)) | {"interpolate_pos_encoding": True}
+    assert_same(outputs(model, batch), outputs(base, batch), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_no_grad_and_grad_forwards_agree_once_trained(case):
+    """Inference reduces each tap at once and training keeps it: two paths, one function."""
+    model = adapted(case, init_weights=False)
+    with_grad = dict(tensors(model(**case.batch(), output_hidden_states=True)))
+    assert_same(with_grad, outputs(model, case.batch()), rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_taps_can_be_chosen(case):
+    counts = {}
+    for taps in (("attention",), ("mlp",), ("attention", "mlp")):
+        model = adapted(case, taps=taps, modules_to_save=[])
+        counts[taps] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        loss_of(model.train()(**case.training_batch())).backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert counts["attention",] == counts["mlp",] == counts["attention", "mlp"] / 2
+
+
+# a user's own head reads its backbone's output by name; Mask2Former's tuple leaves out outputs by rules of its own
+@every_model_but(
+    "swin-in-own-head",
+    "swin-maps-in-own-head",
+    "swin-early-maps",
+    "vit-in-own-head",
+    "dinov2-early-maps",
+    "dinov2-maps-without-norm",
+    "swin-mask2former",
+)
+def test_return_dict_false_gives_the_same_tuple(case):
+    base, model = case.base(), adapted(case)
+    with torch.no_grad():
+        left, right = (m(**case.batch(), return_dict=False) for m in (model, base))
+    assert isinstance(left, tuple)
+    assert_same(dict(tensors(left)), dict(tensors(right)), rtol=1e-5, atol=1e-6)
+
+
+@every_model
+def test_low_cpu_mem_usage_gives_an_adapter_on_meta(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4), low_cpu_mem_usage=True)
+    assert all(p.is_meta for p in layers(model)[0].e3va_highway.parameters())
+    assert not any(p.is_meta for p in layers(model)[0].base_layer.parameters())
+
+
+# transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention)
+@every_model_but("swin-mask2former")
+def test_bf16_autocast_trains_on_the_cpu(case):
+    model = adapted(case)
+    before = outputs(model, case.batch())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    model.train()
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(model(**case.training_batch()))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.requires_grad)
+    assert losses[-1] < losses[0]
+    after = outputs(model.eval(), case.batch())
+    assert any(not torch.equal(before[key], after[key]) for key in before)

@@ -1,0 +1,255 @@
+"""Bad input gets an error that names the argument, the value and the remedy, before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftType, TaskType, get_peft_model
+from torch import nn
+from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
+
+from e3va_peft import Backbone, E3VAConfig, register_backbone
+from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "remedy"),
+    [
+        ("r", 0, "at least 1"),
+        ("r", 2.5, "whole number"),
+        ("r", True, "whole number"),
+        ("bottleneck_ratio", 0, "positive"),
+        ("bottleneck_ratio", float("nan"), "positive"),
+        ("bottleneck_ratio", "half", "positive"),
+        ("taps", (), "one or both of"),
+        ("taps", ("attention", "attention"), "each once"),
+        ("taps", ("attn",), "one or both of"),
+        ("taps", "attention", "sequence of names"),
+        ("target_modules", "all-linear", "the exit is found by itself"),
+        ("target_modules", 3, "list of module names"),
+        ("exclude_modules", [""], "list of module names"),
+        ("modules_to_save", "classifier", r"\['classifier'\]"),
+        ("modules_to_save", [3], "list of module names"),
+        ("init_weights", "zeros", "True or False"),
+        ("bias", "all", "no gradient enters"),
+        *(("task_type", task, "Leave it None") for task in TaskType),
+    ],
+)
+def test_config_refuses(argument, value, remedy):
+    with pytest.raises(ValueError, match=remedy) as error:
+        E3VAConfig(**{argument: value})
+    assert str(error.value).startswith(f"{argument}=")
+
+
+def test_config_keeps_what_it_was_given_in_a_normal_form():
+    config = E3VAConfig(taps=["mlp", "attention"], target_modules={"b", "a"}, bottleneck_ratio=1)
+    assert config.taps == ("attention", "mlp")
+    assert config.target_modules == ["a", "b"]
+    assert config.peft_type == PeftType.E3VA
+
+
+def test_every_field_of_the_config_has_help():
+    own = set(E3VAConfig.__dataclass_fields__) - set(E3VAConfig.__mro__[1].__dataclass_fields__)
+    assert own == {
+        "r", "bottleneck_ratio", "taps", "target_modules", "exclude_modules", "modules_to_save", "init_weights"
+    }  # fmt: skip
+    assert all(len(E3VAConfig.__dataclass_fields__[name].metadata["help"]) > 30 for name in own)
+
+
+def test_one_config_serves_many_models():
+    config = E3VAConfig(r=4)
+    before = copy.deepcopy(config)
+    first = get_peft_model(BY_NAME["swin-classifier"].base(), config)
+    second = get_peft_model(BY_NAME["vit-classifier"].base(), config)
+    assert first.peft_config["default"].target_modules == ["swin.encoder"]
+    assert second.peft_config["default"].target_modules == ["vit"]
+    assert config.target_modules == before.target_modules is None
+    assert config.modules_to_save is None
+
+
+def refused(model: nn.Module, match: str, **config) -> None:
+    """The model is refused, and left as it was."""
+    modules = {name: type(module) for name, module in model.named_modules()}
+    hooks = {name: (*m._forward_hooks, *m._forward_pre_hooks) for name, m in model.named_modules()}
+    wants = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=match):
+        get_peft_model(model, E3VAConfig(r=4, **config))
+    assert {name: type(module) for name, module in model.named_modules()} == modules
+    assert {name: (*m._forward_hooks, *m._forward_pre_hooks) for name, m in model.named_modules()} == hooks
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == wants
+
+
+def test_a_bare_root_is_refused_with_what_to_do_instead():
+    refused(ViTModel(ViTConfig(**PLAIN)), "model=ViTModel: the model itself is the backbone's exit.*ViTForImageClassification")
+
+
+def test_an_unknown_architecture_is_refused_with_what_is_supported():
+    model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
+    refused(model, r"model=ResNetForImageClassification.*swin \(SwinEncoder\).*vit .*dinov2 .*register_backbone")
+
+
+def test_target_modules_that_are_no_exit_are_refused():
+    case = BY_NAME["swin-classifier"]
+    refused(case.base(), r"target_modules=\['q_proj'\].*\['swin.encoder'\]", target_modules=["q_proj"])
+    refused(case.base(), r"target_modules='.*layers.*'", target_modules=r".*layers.*")
+    refused(case.base(), r"target_modules=\['swin.encoder', 'nope'\]", target_modules=["swin.encoder", "nope"])
+    refused(case.base(), r"exclude_modules=\['encoder'\]: leaves no backbone", exclude_modules=["encoder"])
+
+
+def test_exit_names_may_be_given():
+    for target in (["swin.encoder"], ["encoder"], r".*encoder"):
+        model = get_peft_model(BY_NAME["swin-classifier"].base(), E3VAConfig(r=4, target_modules=target))
+        assert model.peft_config["default"].target_modules == ["swin.encoder"]
+
+
+def test_one_of_two_backbones_can_be_excluded():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = BY_NAME["swin-classifier"].base()
+            self.right = BY_NAME["dinov2-classifier"].base()
+
+    model = get_peft_model(Two(), E3VAConfig(r=4))
+    assert model.peft_config["default"].target_modules == ["left.swin.encoder", "right.dinov2.encoder"]
+    model = get_peft_model(Two(), E3VAConfig(r=4, exclude_modules=["right.dinov2.encoder"]))
+    assert model.peft_config["default"].target_modules == ["left.swin.encoder"]
+    assert not [name for name, _ in model.named_parameters() if "right" in name and "e3va" in name]
+
+
+@every_model
+def test_modules_to_save_inside_the_frozen_backbone_are_refused(case):
+    model = case.base()
+    inside = next(name for name, m in model.named_modules() if type(m).__name__ in case.blocks)
+    refused(model, f"modules_to_save='{inside}'.*never train", modules_to_save=[inside])
+    embeddings = next(name for name, _ in model.named_modules() if name.endswith("patch_embeddings"))
+    refused(model, f"modules_to_save='{embeddings}'.*never train", modules_to_save=[embeddings])
+
+
+def test_modules_to_save_that_do_not_exist_are_refused_with_a_guess():
+    refused(BY_NAME["swin-classifier"].base(), "modules_to_save='clasifier'.*'classifier'", modules_to_save=["clasifier"])
+
+
+def test_modules_to_save_that_hold_the_backbone_or_are_containers_are_refused():
+    refused(BY_NAME["swin-classifier"].base(), "modules_to_save='swin': contains", modules_to_save=["swin"])
+    refused(BY_NAME["swin-maps-in-own-head"].base(), r"'lateral': is a ModuleList.*lateral\.0", modules_to_save=["lateral"])
+
+
+def test_a_name_that_is_the_ending_of_another_is_refused():
+    model = BY_NAME["swin-upernet"].base()
+    model.head = nn.Linear(3, 3)
+    refused(model, "modules_to_save='head': PEFT matches.*'decode_head'", modules_to_save=["head"])
+    get_peft_model(BY_NAME["swin-upernet"].base(), E3VAConfig(r=4, modules_to_save=["decode_head"]))
+
+
+def test_a_name_that_several_modules_have_means_all_of_them():
+    model = get_peft_model(BY_NAME["swin-upernet"].base(), E3VAConfig(r=4, modules_to_save=["classifier"]))
+    assert model.peft_config["default"].modules_to_save == ["decode_head.classifier", "auxiliary_head.classifier"]
+
+
+def test_another_adapter_inside_the_backbone_is_refused():
+    model = get_peft_model(BY_NAME["swin-classifier"].base(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.warns(UserWarning, match="second time"):
+        refused(model.base_model.model, "q_proj is already adapted by Linear.*never train")
+
+
+def test_an_output_in_front_of_every_block_is_refused():
+    model = HeadOnMaps(Dinov2Backbone(Dinov2Config(**PLAIN, out_features=["stem"])))
+    refused(model, "backbone.encoder: the deepest output that is asked for is the stem.*out_features")
+
+
+@every_model
+def test_requires_grad_set_by_hand_in_the_frozen_region_is_refused_at_the_next_step(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+    for name in ("patch_embeddings", case.blocks[0]):
+        frozen = next(m for n, m in model.named_modules() if n.endswith(name) or type(m).__name__ == name)
+        parameter_name, parameter = next(iter(frozen.named_parameters()))
+        parameter.requires_grad = True
+        with pytest.raises(ValueError, match=rf"{parameter_name} has requires_grad=True.*never train"):
+            model(**case.training_batch())
+        parameter.requires_grad = False
+    model(**case.training_batch())
+
+
+@every_model
+def test_a_gradient_for_the_input_warns_and_stays_none(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+    batch = case.training_batch()
+    batch["pixel_values"].requires_grad_()
+    with pytest.warns(UserWarning, match="input of the backbone requires a gradient.*disable_adapter"):
+        loss_of(model(**batch)).backward()
+    assert batch["pixel_values"].grad is None
+
+
+@every_model
+def test_merging_is_refused_with_what_to_do_instead(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    for attempt in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
+        with pytest.raises(NotImplementedError, match=r"E3VA cannot be merged.*unload\(\)"):
+            attempt()
+    model(**case.batch())
+
+
+def test_adapter_names_is_refused():
+    case = BY_NAME["swin-classifier"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    with pytest.raises(ValueError, match=r"adapter_names=.*set_adapter\(\)"):
+        model(**case.batch(), adapter_names=["default", "__base__"])
+
+
+def test_mixed_is_refused():
+    with pytest.raises(ValueError, match="'E3VA' is not compatible with the `PeftMixedModel`"):
+        get_peft_model(BY_NAME["swin-classifier"].base(), E3VAConfig(r=4), mixed=True)
+
+
+def test_bare_parameters_beside_the_backbone_stay_frozen_and_that_is_said():
+    model = BY_NAME["swin-in-own-head"].base()
+    model.temperature = nn.Parameter(torch.ones(1))
+    with pytest.warns(UserWarning, match=r"\['temperature'\] sit directly on HeadOnModel.*stay frozen"):
+        adapted = get_peft_model(model, E3VAConfig(r=4))
+    assert not adapted.base_model.model.temperature.requires_grad
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "dinov2-classifier", "vit-classifier"])
+def test_gradient_checkpointing_before_or_after_does_no_harm(name):
+    case = BY_NAME[name]
+    for before in (True, False):
+        model = case.base()
+        if before:
+            model.gradient_checkpointing_enable()
+        adapted = get_peft_model(model, E3VAConfig(r=4)).train()
+        if not before:
+            adapted.gradient_checkpointing_enable()
+            adapted.enable_input_require_grads()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            loss_of(adapted(**case.training_batch())).backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        assert "enable_input_require_grads" not in adapted.unload().__dict__
+
+
+def test_input_gradients_that_were_on_are_on_again_after_unload():
+    case = BY_NAME["vit-classifier"]
+    model = case.base()
+    model.enable_input_require_grads()
+    adapted = get_peft_model(model, E3VAConfig(r=4))
+    assert not model._require_grads_hooks
+    assert adapted.unload()._require_grads_hooks
+
+
+def test_register_backbone_refuses_what_it_cannot_take():
+    with pytest.raises(TypeError, match="must be an instance"):
+        register_backbone(Backbone)
+
+    class Mine(Backbone):
+        name = "swin"
+        exit_classes = ("MyEncoder",)
+        stages = site = splice = None
+
+    with pytest.raises(ValueError, match="name='swin': taken by Swin"):
+        register_backbone(Mine())
+    Mine.name, Mine.exit_classes = "mine", ("SwinEncoder",)
+    with pytest.raises(ValueError, match=r"exit_classes=\['SwinEncoder'\]: adapted by the family 'swin'"):
+        register_backbone(Mine())
