@@ -1,0 +1,141 @@
+"""Several adapters in one model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from e3va_peft import E3VAConfig, E3VALayer
+from tests.models import BY_NAME, every_model, train_steps
+from tests.test_laws import assert_same, outputs
+
+
+def layer_of(model: nn.Module) -> E3VALayer:
+    return next(module for module in model.modules() if isinstance(module, E3VALayer))
+
+
+def own_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items() if f".{name}." in key}
+
+
+@every_model
+def test_a_second_adapter_does_not_disturb_the_first(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4), adapter_name="first")
+    train_steps(model, case.training_batch())
+    weights, expected = own_state(model, "first"), outputs(model, case.batch())
+    model.add_adapter("second", E3VAConfig(r=2))
+    assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
+    model.set_adapter("second")
+    assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
+    train_steps(model, case.training_batch(), steps=2)
+    assert_same(own_state(model, "first"), weights, rtol=0, atol=0)
+    model.set_adapter("first")
+    assert_same(outputs(model, case.batch()), expected, rtol=1e-6, atol=1e-6)
+    with pytest.warns(UserWarning, match="first was active which is now deleted"):
+        model.delete_adapter("first")
+    assert not own_state(model, "first") and own_state(model, "second")
+    assert model.active_adapters == ["second"]
+    outputs(model, case.batch())
+
+
+@every_model
+def test_two_adapters_without_modules_of_their_own_add_up_in_one_lane(case):
+    config = {"r": 4, "modules_to_save": [], "init_weights": False}
+    model = get_peft_model(case.base(), E3VAConfig(**config), adapter_name="first")
+    model.add_adapter("second", E3VAConfig(**config | {"r": 2}))
+    first = outputs(model, case.batch())
+    model.base_model.set_adapter(["first", "second"])
+    both = outputs(model, case.batch())
+    assert any(not torch.equal(first[key], both[key]) for key in first)
+    layer = layer_of(model)
+    for parameter in layer.e3va_highway["second"].parameters():
+        nn.init.zeros_(parameter)
+    assert_same(outputs(model, case.batch()), first, rtol=1e-5, atol=1e-6)
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any(".first." in name for name in wanted) and any(".second." in name for name in wanted)
+
+
+def test_two_equal_adapters_double_a_plain_lane():
+    case = BY_NAME["dinov2-maps-without-norm"]
+    config = {"r": 4, "modules_to_save": [], "init_weights": False}
+    base = outputs(case.base(), case.batch())
+    model = get_peft_model(case.base(), E3VAConfig(**config), adapter_name="first")
+    model.add_adapter("second", E3VAConfig(**config))
+    layer = layer_of(model)
+    layer.e3va_highway["second"].load_state_dict(layer.e3va_highway["first"].state_dict())
+    one = outputs(model, case.batch())
+    model.base_model.set_adapter(["first", "second"])
+    two = outputs(model, case.batch())
+    key = "feature_maps[0]"
+    torch.testing.assert_close(two[key] - base[key], 2 * (one[key] - base[key]), rtol=1e-4, atol=1e-5)
+
+
+@every_model
+def test_two_adapters_with_heads_or_norms_of_their_own_are_refused_together(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4), adapter_name="first")
+    model.add_adapter("second", E3VAConfig(r=4, modules_to_save=[]))
+    with pytest.raises(ValueError, match=r"\['first'\] have heads or norms of their own.*modules_to_save=\[\]"):
+        model.base_model.set_adapter(["first", "second"])
+    assert model.active_adapters == ["first"]
+    outputs(model, case.batch())
+
+
+def test_adapters_of_one_model_share_their_taps():
+    case = BY_NAME["swin-classifier"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    with pytest.raises(ValueError, match=r"taps=\('mlp',\): adapter 'second' joins adapters that read"):
+        model.add_adapter("second", E3VAConfig(r=4, taps=("mlp",)))
+    assert list(model.peft_config) == ["default"]
+    outputs(model, case.batch())
+
+
+@every_model
+def test_status_reports_what_peft_expects(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    status = model.get_model_status()
+    assert status.enabled is True and status.active_adapters == ["default"] and status.merged_adapters == []
+    assert status.peft_types == {"default": "E3VA"}
+    assert status.trainable_params == model.get_nb_trainable_parameters()[0]
+    layer = next(s for s in model.get_layer_status() if s.module_type == "e3va.E3VALayer")
+    assert layer.available_adapters == ["default"] and layer.devices == {"default": ["cpu"]}
+    with model.disable_adapter():
+        assert model.get_model_status().enabled is False
+
+
+def test_modules_to_save_none_and_empty_and_named():
+    case = BY_NAME["vit-classifier"]
+    saved = {}
+    for wanted in (None, [], ["classifier"], ["vit.layernorm"]):
+        model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=wanted))
+        saved[str(wanted)] = {name for name, p in model.named_parameters() if p.requires_grad and "highway" not in name}
+    assert len(saved["None"]) == 4 and saved["[]"] == set()
+    assert all("classifier" in name for name in saved["['classifier']"]) and len(saved["['classifier']"]) == 2
+    assert all("e3va_tail.default.layernorm" in name for name in saved["['vit.layernorm']"])
+
+
+def test_a_pooler_inside_the_exit_is_frozen_unless_named_and_passes_gradients():
+    case = BY_NAME["vit-in-own-head"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and "pooler" in n]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=["head", "pooler"]))
+    assert model.peft_config["default"].modules_to_save == ["head", "backbone.pooler"]
+    before = outputs(model, case.batch())
+    train_steps(model, case.training_batch())
+    after = outputs(model, case.batch())
+    assert not torch.equal(before["pooler_output"], after["pooler_output"])
+    pooler = layer_of(model).e3va_tail["default"]["pooler"]
+    assert not torch.equal(pooler.dense.weight, layer_of(model).base_layer.pooler.dense.weight)
+
+
+def test_unload_keeps_trained_heads_and_norms_as_peft_does():
+    for name, norm in (("swin-classifier", "swin"), ("vit-classifier", "vit")):
+        case = BY_NAME[name]
+        model = get_peft_model(case.base(), E3VAConfig(r=4))
+        train_steps(model, case.training_batch())
+        trained = {key: value for key, value in model.state_dict().items() if ".default." in key and "highway" not in key}
+        unloaded = model.unload()
+        weight = getattr(unloaded, norm).layernorm.weight
+        assert any(torch.equal(weight, value) for value in trained.values())
+        assert not torch.equal(weight, getattr(case.base(), norm).layernorm.weight)

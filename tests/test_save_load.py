@@ -1,0 +1,251 @@
+"""Through the disk and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    Dinov2Backbone,
+    SwinForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+import e3va_peft
+from e3va_peft import E3VAConfig
+from tests.models import BY_NAME, STAGES, SWIN, dinov2_config, every_model, train_steps
+from tests.test_laws import assert_same, outputs
+
+CLASSIFIERS = ["swin-classifier", "vit-classifier", "deit-classifier", "dinov2-classifier", "dinov2-registers-classifier"]
+TRANSFORMERS = [*CLASSIFIERS, "swin-upernet", "swin-mask2former", "dinov2-upernet"]
+
+
+def trained(case, adapter_name: str = "default") -> PeftModel:
+    model = get_peft_model(case.base(), E3VAConfig(r=4), adapter_name=adapter_name)
+    train_steps(model, case.training_batch())
+    return model
+
+
+def exactly(case) -> dict[str, float]:
+    """To the bit. Two equal Mask2Formers of transformers itself already differ in the last bit."""
+    return {"rtol": 1e-5, "atol": 1e-6} if case.name == "swin-mask2former" else {"rtol": 0, "atol": 0}
+
+
+@every_model
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True], ids=["", "low_cpu_mem_usage"])
+def test_round_trip_through_disk_under_another_name_is_equal_to_the_bit(case, tmp_path, low_cpu_mem_usage):
+    model = trained(case, adapter_name="nuclei")
+    model.save_pretrained(tmp_path)
+    folder = tmp_path / "nuclei"
+    assert {p.name for p in folder.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert not list(tmp_path.rglob("*.bin"))
+    keys = load_file(folder / "adapter_model.safetensors").keys()
+    assert keys and not any("nuclei" in key or "base_layer" in key for key in keys)
+    again = PeftModel.from_pretrained(
+        case.base(), folder, adapter_name="renamed", low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    assert not any(p.is_meta for p in again.parameters())
+    assert not any(p.requires_grad for p in again.parameters())
+    assert_same(outputs(again, case.batch()), outputs(model, case.batch()), **exactly(case))
+
+
+@every_model
+def test_only_the_adapter_is_saved(case, tmp_path):
+    model = trained(case)
+    model.save_pretrained(tmp_path)
+    size = sum(value.numel() for value in load_file(tmp_path / "adapter_model.safetensors").values())
+    buffers = sum(
+        b.numel() for name, b in model.named_buffers() if ".modules_to_save.default." in name and "relative" not in name
+    )
+    assert size <= model.get_nb_trainable_parameters()[0] + buffers
+
+
+@every_model
+def test_config_names_what_was_trained_in_full(case, tmp_path):
+    model = trained(case)
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    names = dict(case.base().named_modules())
+    assert saved["peft_type"] == "E3VA" and saved["modules_to_save"] and saved["target_modules"]
+    assert all(name in names for name in (*saved["modules_to_save"], *saved["target_modules"]))
+    assert PeftConfig.from_pretrained(tmp_path).taps == ("attention", "mlp")
+
+
+@every_model
+def test_training_goes_on_after_loading(case, tmp_path):
+    model = trained(case)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True)
+    assert again.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    before = outputs(again.eval(), case.batch())
+    train_steps(again, case.training_batch(), steps=1)
+    after = outputs(again, case.batch())
+    assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_transformers_own_load_adapter(name, tmp_path):
+    case = BY_NAME[name]
+    model = trained(case)
+    model.save_pretrained(tmp_path)
+    plain = case.base()
+    plain.load_adapter(str(tmp_path), adapter_name="renamed")
+    assert_same(outputs(plain.eval(), case.batch()), outputs(model, case.batch()), **exactly(case))
+
+
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_auto_classes_load_an_adapter_folder(name, tmp_path):
+    case = BY_NAME[name]
+    case.base().save_pretrained(tmp_path / "base")
+    base = type(case.base()).from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, E3VAConfig(r=4))
+    train_steps(model, case.training_batch())
+    model.save_pretrained(tmp_path / "adapter")
+    expected = outputs(model, case.batch())
+    by_transformers = AutoModelForImageClassification.from_pretrained(tmp_path / "adapter")
+    by_peft = AutoPeftModel.from_pretrained(tmp_path / "adapter", adapter_name="renamed")
+    for again in (by_transformers, by_peft):
+        assert_same(outputs(again.eval(), case.batch()), expected, rtol=0, atol=0)
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A 'Hub' model with 5 classes and an image processor, as a folder."""
+    torch.manual_seed(0)
+    config = BY_NAME["swin-classifier"].base().config
+    config.num_labels = 5
+    SwinForImageClassification(config).save_pretrained(tmp_path / "pretrained")
+    BitImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def test_label_map_and_processor_travel_and_one_call_rebuilds_everything(pretrained, tmp_path):
+    case = BY_NAME["swin-classifier"]
+    labels = {0: "cat", 1: "dog", 2: "owl"}
+    base = SwinForImageClassification.from_pretrained(
+        pretrained, num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}, ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(base, E3VAConfig(r=4))
+    train_steps(model, case.training_batch())
+    model.save_pretrained(tmp_path / "adapter")
+    again, processor = e3va_peft.load_adapter(tmp_path / "adapter")
+    assert again.config.id2label == labels
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    assert not again.training
+    assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+    trainable, _ = e3va_peft.load_adapter(tmp_path / "adapter", is_trainable=True)
+    assert trainable.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+
+
+@pytest.mark.parametrize("load", [PeftModel.from_pretrained, lambda base, path: base.load_adapter(str(path))])
+def test_another_number_of_classes_fails_with_both_numbers_and_the_call(load, pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    get_peft_model(base, E3VAConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    other = SwinForImageClassification.from_pretrained(pretrained)
+    with pytest.raises(ValueError, match=r"has 5 classes.*trained for 3.*num_labels=3.*e3va_peft\.load_adapter"):
+        load(other, tmp_path / "adapter")
+
+
+def test_a_model_put_together_from_a_config_and_a_backbone_is_rebuilt(tmp_path):
+    case = BY_NAME["dinov2-upernet"]
+    torch.manual_seed(0)
+    Dinov2Backbone(dinov2_config(out_features=STAGES)).save_pretrained(tmp_path / "dinov2")
+    config = UperNetConfig(
+        backbone_config=dinov2_config(out_features=STAGES), hidden_size=8, pool_scales=[1], auxiliary_in_channels=16,
+        num_labels=3, id2label={0: "rest", 1: "grey", 2: "white"},
+    )  # fmt: skip
+    base = UperNetForSemanticSegmentation(config)
+    base.backbone = Dinov2Backbone.from_pretrained(tmp_path / "dinov2", out_features=STAGES)
+    model = get_peft_model(base, E3VAConfig(r=4))
+    train_steps(model, case.training_batch())
+    model.save_pretrained(tmp_path / "adapter")
+    again, processor = e3va_peft.load_adapter(tmp_path / "adapter")
+    assert processor is None and again.config.id2label[1] == "grey"
+    assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+
+
+def test_what_cannot_be_rebuilt_says_why(tmp_path):
+    trained(BY_NAME["swin-classifier"]).save_pretrained(tmp_path / "nameless")
+    with pytest.raises(ValueError, match="does not know where the weights of its base model are.*base_model_name_or_path"):
+        e3va_peft.load_adapter(tmp_path / "nameless")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        e3va_peft.load_adapter(tmp_path / "missing")
+    get_peft_model(BY_NAME["swin-classifier"].base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"holds .*LORA, not E3VA"):
+        e3va_peft.load_adapter(tmp_path / "lora")
+    trained(BY_NAME["swin-in-own-head"]).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"tests\.models\.HeadOnModel, code of its author's.*PeftModel\.from_pretrained"):
+        e3va_peft.load_adapter(tmp_path / "own")
+
+
+def test_an_adapter_of_another_depth_is_refused(tmp_path):
+    trained(BY_NAME["swin-maps-in-own-head"]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["modules_to_save"] = []
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the base model no such highway.*out_features"):
+        PeftModel.from_pretrained(BY_NAME["swin-early-maps"].base(), tmp_path)
+
+
+def test_model_card_opens_with_the_import_and_tells_what_is_inside(pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(
+        pretrained, num_labels=2, id2label={0: "cat", 1: "dog"}, ignore_mismatched_sizes=True
+    )
+    model = get_peft_model(base, E3VAConfig(r=4))
+    e3va_peft.record_metrics(model, {"accuracy": 0.875, "note": "text is left out"})
+    model.save_pretrained(tmp_path / "adapter")
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    head, _, body = card.removeprefix("---\n").partition("\n---\n")
+    assert "library_name: peft" in head and "pipeline_tag: image-classification" in head
+    assert body.splitlines()[:2] == ["```python", "import e3va_peft  # registers E3VA with PEFT: import it before loading"]
+    for text in (str(pretrained), "cat, dog", "| accuracy | 0.875 |", "load_adapter(", "image-classification", "r=4"):
+        assert text in body
+    assert "More Information Needed" not in card
+
+
+def test_a_model_card_of_the_users_own_is_not_overwritten(pretrained, tmp_path):
+    model = get_peft_model(SwinForImageClassification.from_pretrained(pretrained), E3VAConfig(r=4))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    model.save_pretrained(tmp_path / "adapter")
+    assert "written by e3va_peft" in path.read_text()
+    path.write_text("# My own words\n")
+    model.save_pretrained(tmp_path / "adapter")
+    assert "# My own words" in path.read_text() and "written by e3va_peft" not in path.read_text()
+    (tmp_path / "adapter" / "preprocessor_config.json").write_text("{}")
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "preprocessor_config.json").read_text() == "{}"
+
+
+def test_a_fresh_process_loads_the_adapter(pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    model = get_peft_model(base, E3VAConfig(r=4, init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    expected = model(**BY_NAME["swin-classifier"].batch()).logits.sum().item()
+    code = (
+        "import sys, torch, e3va_peft; torch.set_num_threads(1)\n"
+        "model, processor = e3va_peft.load_adapter(sys.argv[1])\n"
+        "x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))\n"
+        "print(model(pixel_values=x).logits.sum().item())"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=True)
+    assert float(run.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
+
+
+def test_bf16_base_round_trip(tmp_path):
+    case = BY_NAME["swin-classifier"]
+    model = get_peft_model(case.base().to(torch.bfloat16), E3VAConfig(r=4, init_weights=False)).eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.base().to(torch.bfloat16), tmp_path)
+    batch = {"pixel_values": case.batch()["pixel_values"].to(torch.bfloat16)}
+    assert_same(outputs(again, batch), outputs(model, batch), rtol=0, atol=0)
+    assert copy.deepcopy(again).peft_config["default"].r == SWIN["depths"][0] * 4
