@@ -28,6 +28,7 @@ __all__ = [
     "__version__",
     "load_adapter",
     "record_metrics",
+    "register",
     "register_backbone",
     "registered_backbones",
 ]

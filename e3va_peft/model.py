@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of, registered_backbones
@@ -97,9 +97,17 @@ class E3VAModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, on a copy of the user's config, so that one config can serve many models."""
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        """Add an adapter, on a copy of the user's config, so that one config can serve many models.
+
+        The saved modules are wrapped here and not by PEFT, which matches their names by `endswith`: a head that holds
+        another `head` would be wrapped twice.
+        """
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        tails = {name for found in find_exits(model) for name in found.tail}
+        for name in config.modules_to_save:
+            if name not in tails:
+                _wrap_saved_module(model, name, adapter_name, adapter_name in self.active_adapters, config.inference_mode)
         _ignore_input_gradients(model)
 
     def _prepare_adapter_config(self, peft_config: E3VAConfig, model_config: dict[str, Any]) -> E3VAConfig:
@@ -113,9 +121,11 @@ class E3VAModel(BaseTuner):
             peft_config.modules_to_save = _everything_outside(self.model, exits)
         else:
             peft_config.modules_to_save = _resolve(self.model, exits, peft_config.modules_to_save)
-        _check_suffixes(self.model, peft_config.modules_to_save)
+        _check_suffixes(self.model, exits, peft_config.modules_to_save)
         peft_config.base = _describe_base(self.model, exits)
-        return peft_config
+        for_peft = copy.copy(peft_config)
+        for_peft.modules_to_save = None  # see inject_adapter
+        return for_peft
 
     @staticmethod
     def _check_target_module_exists(peft_config: E3VAConfig, key: str) -> Any:
@@ -136,7 +146,8 @@ class E3VAModel(BaseTuner):
             layer = target
         else:
             layer = E3VALayer(target, found.family, found.site.depth, peft_config.taps)
-        tail = [own for full, own in found.tail.items() if full in (peft_config.modules_to_save or ())]
+        saved = self.peft_config[adapter_name].modules_to_save
+        tail = [own for full, own in found.tail.items() if full in saved]
         layer.update_layer(adapter_name, peft_config, tail)
         if layer is not target:
             layer.train(target.training)
@@ -371,15 +382,32 @@ def _check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None
         raise ValueError(f"modules_to_save={name!r}: is a {type(module).__name__}, which PEFT cannot wrap. Name {parts}.")
 
 
-def _check_suffixes(model: nn.Module, names: list[str]) -> None:
-    """Refuse a name that PEFT, which matches by `endswith`, would also take for another module."""
+def _check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> None:
+    """Refuse a name that by PEFT's rule, `endswith`, would also mean another module outside the backbone."""
     for key, _ in base_modules(model):
+        inside = any(key == name or key.startswith(f"{name}.") for name in names)
+        if inside or any(found.contains(key) for found in exits):
+            continue
         for name in names:
-            if key.endswith(name) and key not in names:
+            if key.endswith(name):
                 raise ValueError(
-                    f"modules_to_save={name!r}: PEFT matches these names by their ending and would take {key!r} for it too. "
-                    f"Rename the attribute {name!r} of your model to something that no other module's name ends in."
+                    f"modules_to_save={name!r}: PEFT matches these names by their ending, so this would also mean {key!r}. "
+                    f"Name both, leave modules_to_save out to train everything outside the backbone, or rename the "
+                    f"attribute {name!r} of your model."
                 )
+
+
+def _wrap_saved_module(model: nn.Module, name: str, adapter_name: str, active: bool, inference_mode: bool) -> None:
+    """Give an adapter its own trained copy of a module, as PEFT does, but under its exact name."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    key = name.rpartition(".")[2]
+    module = parent.get_submodule(key)
+    if isinstance(module, ModulesToSaveWrapper):
+        module.update(adapter_name)
+        return
+    wrapper = ModulesToSaveWrapper(module, adapter_name)
+    wrapper.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
+    setattr(parent, key, wrapper)
 
 
 class _IgnoredInputGradients:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import LoraConfig, PeftType, TaskType, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
@@ -141,7 +143,17 @@ def test_a_name_that_is_the_ending_of_another_is_refused():
     model = BY_NAME["swin-upernet"].base()
     model.head = nn.Linear(3, 3)
     refused(model, "modules_to_save='head': PEFT matches.*'decode_head'", modules_to_save=["head"])
-    get_peft_model(BY_NAME["swin-upernet"].base(), E3VAConfig(r=4, modules_to_save=["decode_head"]))
+    adapted = get_peft_model(model, E3VAConfig(r=4))  # meant are all three: nothing is caught by mistake
+    assert {"head", "decode_head", "auxiliary_head"} <= set(adapted.peft_config["default"].modules_to_save)
+
+
+def test_a_head_that_holds_a_module_of_its_own_name_is_wrapped_once():
+    model = BY_NAME["swin-in-own-head"].base()
+    model.head = nn.Sequential(OrderedDict(norm=nn.LayerNorm(32), head=nn.Linear(32, 3)))
+    adapted = get_peft_model(model, E3VAConfig(r=4))
+    assert adapted.peft_config["default"].modules_to_save == ["backbone.layernorm", "head"]
+    wrappers = [n for n, m in adapted.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+    assert [name.removeprefix("base_model.model.") for name in wrappers] == ["backbone.layernorm", "head"]
 
 
 def test_a_name_that_several_modules_have_means_all_of_them():
