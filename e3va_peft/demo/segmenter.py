@@ -23,7 +23,7 @@ class DPTOverBackboneForSemanticSegmentation(DPTPreTrainedModel):
         super().__init__(config)
         self.backbone = load_backbone(config)
         self.neck = DPTNeck(config)
-        self.head = DPTSemanticSegmentationHead(config)
+        self.decode_head = DPTSemanticSegmentationHead(config)
         self.post_init()
 
     def forward(
@@ -33,7 +33,7 @@ class DPTOverBackboneForSemanticSegmentation(DPTPreTrainedModel):
         outputs = self.backbone(pixel_values, **kwargs)
         patch = self.config.backbone_config.patch_size
         height, width = (side // patch for side in pixel_values.shape[-2:])
-        logits = self.head(self.neck(list(outputs.feature_maps), height, width))
+        logits = self.decode_head(self.neck(list(outputs.feature_maps), height, width))
         loss = None
         if labels is not None:
             full = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,263 @@
+"""`e3va demo`: the whole road on real weights and real MRI, in a few minutes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassJaccardIndex
+from transformers import Dinov2Backbone, Dinov2Config, DPTConfig, Trainer, set_seed
+from transformers.utils import logging
+
+from e3va_peft import E3VAConfig, record_metrics
+from e3va_peft.demo.data import CLASSES, MNI152Slices, mni152_slices
+from e3va_peft.demo.segmenter import DPTOverBackboneForSemanticSegmentation
+from e3va_peft.demo.weights import focus_vit
+from e3va_peft.measure import measure_step
+from e3va_peft.measure.step import MIB
+from e3va_peft.training import training_arguments
+
+MAPS = ["stage3", "stage6", "stage9", "stage12"]
+HEAD = ["neck", "decode_head", "backbone.layernorm"]
+BATCH = 5
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: As in the table.
+        prepare: Freezes and adapts a base model.
+        learning_rate: What did best for it on this data, of 1e-3, 2e-3, 3e-3 and 5e-3.
+    """
+
+    name: str
+    prepare: Callable[[nn.Module], nn.Module]
+    learning_rate: float
+
+
+@dataclass
+class Result:
+    """What a method gave and what it took: bytes and seconds of one training step, mIoU on the test slices."""
+
+    method: str
+    trainable: int
+    saved_bytes: int
+    peak_bytes: int
+    step_seconds: float
+    mean_iou: float
+    training_seconds: float
+
+
+def head_only(model: nn.Module) -> nn.Module:
+    """Freeze the backbone but its output norm: what a frozen backbone gives without a highway."""
+    model.requires_grad_(False)
+    for name in HEAD:
+        model.get_submodule(name).requires_grad_(True)
+    return model
+
+
+def lora(model: nn.Module) -> nn.Module:
+    """Adapt with PEFT's LoRA, rank 8 on queries and values, the head and the output norm trained whole."""
+    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=HEAD))
+
+
+def e3va(model: nn.Module) -> nn.Module:
+    """Adapt with E3VA at its defaults."""
+    return get_peft_model(model, E3VAConfig())
+
+
+METHODS = (Method("head only", head_only, 2e-3), Method("LoRA", lora, 2e-3), Method("E3VA", e3va, 2e-3))
+
+
+def build_base(vit: Path) -> nn.Module:
+    """Build the base model: the pretrained ViT and a new DPT head for the tissue classes."""
+    options = {"out_features": MAPS, "reshape_hidden_states": False}
+    config = DPTConfig(
+        backbone_config=Dinov2Config.from_pretrained(vit, **options),
+        neck_hidden_sizes=[32, 64, 96, 128],
+        fusion_hidden_size=48,
+        use_auxiliary_head=False,
+        id2label=dict(enumerate(CLASSES)),
+        label2id={name: index for index, name in enumerate(CLASSES)},
+    )
+    model = DPTOverBackboneForSemanticSegmentation(config)
+    model.backbone = Dinov2Backbone.from_pretrained(vit, **options)
+    return model
+
+
+def predict(model: nn.Module, slices: MNI152Slices) -> torch.Tensor:
+    """Predict the label map of each slice, (K, H, W)."""
+    model.eval()
+    maps = []
+    with torch.no_grad():
+        for batch in DataLoader(slices, batch_size=BATCH):
+            logits = model(pixel_values=batch["pixel_values"]).logits
+            full = nn.functional.interpolate(logits, size=batch["labels"].shape[-2:], mode="bilinear")
+            maps.append(full.argmax(1))
+    return torch.cat(maps)
+
+
+def mean_iou(predicted: torch.Tensor, slices: MNI152Slices) -> float:
+    """Mean over the classes of the intersection over union, counted over all slices."""
+    metric = MulticlassJaccardIndex(num_classes=len(CLASSES))
+    return float(metric(predicted, slices.labels.long()))
+
+
+def train(method: Method, vit: Path, slices: MNI152Slices, folder: Path, epochs: int, seed: int) -> tuple[nn.Module, float]:
+    """Train a method from the same head and in the same order of batches; return the model and the seconds."""
+    set_seed(seed)
+    model = method.prepare(build_base(vit))
+    arguments = training_arguments(
+        folder,
+        learning_rate=method.learning_rate,
+        num_train_epochs=epochs,
+        per_device_train_batch_size=BATCH,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        seed=seed,
+    )
+    start = time.perf_counter()
+    Trainer(model, arguments, train_dataset=slices).train()
+    return model, time.perf_counter() - start
+
+
+def measure(method: Method, vit: Path, slices: MNI152Slices, seed: int) -> Result:
+    """Measure one training step of a method."""
+    set_seed(seed)
+    model = method.prepare(build_base(vit))
+    batch = next(iter(DataLoader(slices, batch_size=BATCH)))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=method.learning_rate)
+    report = measure_step(model, batch, optimizer)
+    return Result(
+        method.name,
+        report.trainable_parameters,
+        report.saved_bytes,
+        report.peak_bytes,
+        report.step_ms / 1000,
+        float("nan"),
+        float("nan"),
+    )
+
+
+def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = False) -> list[Result]:
+    """Fine-tune the ViT on MRI with each method, save the adapter, load it in a fresh process, draw what it sees.
+
+    Args:
+        folder: Where table, adapter and picture go.
+        epochs: Passes over the training slices, for each method.
+        seed: Seed of head, highway and batch order.
+        overwrite: Write into `folder` though it has results already.
+
+    Raises:
+        FileExistsError: `folder` has results and `overwrite` is off.
+    """
+    if (folder / "results.json").exists() and not overwrite:
+        raise FileExistsError(f"{folder} holds results of an earlier run. Choose another --output, or --overwrite them.")
+    folder.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    vit = focus_vit()
+    train_slices, test_slices = mni152_slices()
+    console.print(
+        f"A real ViT (12 layers, 384 wide, {vit.name}) on real MRI (MNI152): {len(train_slices)} slices to train on, "
+        f"{len(test_slices)} to test, classes {', '.join(CLASSES)}."
+    )
+    results, predictions = [], {}
+    for method in METHODS:
+        console.print(f"[bold]{method.name}[/bold]: measuring one step, then {epochs} epochs")
+        result = measure(method, vit, train_slices, seed)
+        model, result.training_seconds = train(method, vit, train_slices, folder / "trainer", epochs, seed)
+        predictions[method.name] = predict(model, test_slices)
+        result.mean_iou = mean_iou(predictions[method.name], test_slices)
+        results.append(result)
+    adapter = folder / "adapter"
+    record_metrics(model, {"mean_iou": results[-1].mean_iou})
+    model.save_pretrained(str(adapter))
+    console.print(f"saved the adapter to {adapter} ({_megabytes(adapter):.1f} MB); loading it in a fresh process")
+    again = reload_in_a_fresh_process(adapter, folder / "reloaded.npy")
+    if not np.array_equal(again, predictions["E3VA"].numpy()):
+        raise RuntimeError(f"the adapter in {adapter} predicts otherwise in a fresh process than before it was saved.")
+    (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2))
+    draw(folder / "predictions.png", test_slices, predictions, results)
+    console.print(table(results))
+    console.print(f"reloaded adapter: same predictions. Look at {folder / 'predictions.png'}")
+    return results
+
+
+def reload_in_a_fresh_process(adapter: Path, output: Path) -> np.ndarray:
+    """Load an adapter in a new Python process, predict the test slices there, and return the label maps."""
+    subprocess.run([sys.executable, "-m", "e3va_peft.demo.reload", str(adapter), str(output)], check=True)
+    return np.load(output)
+
+
+def table(results: list[Result]) -> Table:
+    """Lay the results out for the terminal."""
+    grid = Table(title="One training step, and mIoU on the test slices")
+    for column in ("method", "trained", "saved for backward", "peak", "s per step", "mIoU", "training"):
+        grid.add_column(column, justify="left" if column == "method" else "right")
+    for r in results:
+        grid.add_row(
+            r.method,
+            f"{r.trainable / 1e6:.2f} M",
+            f"{r.saved_bytes / MIB:.0f} MiB",
+            f"{r.peak_bytes / MIB:.0f} MiB",
+            f"{r.step_seconds:.2f}",
+            f"{r.mean_iou:.3f}",
+            f"{r.training_seconds:.0f} s",
+        )
+    return grid
+
+
+def draw(path: Path, slices: MNI152Slices, predictions: dict[str, torch.Tensor], results: list[Result]) -> None:
+    """Draw three test slices: MRI, truth, and each method's prediction with its mistakes marked."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    colours = ["#00000000", "#e8a33d", "#5aa9e6"]
+    scores = {result.method: result.mean_iou for result in results}
+    rows = [len(slices) // 6, len(slices) // 2, 5 * len(slices) // 6]
+    columns = ["MRI", "truth", *predictions]
+    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.5 * len(columns), 2.9 * len(rows)), facecolor="black")
+    for i, row in enumerate(rows):
+        truth = slices.labels[row]
+        for axis, column in zip(axes[i], columns, strict=True):
+            axis.imshow(slices.images[row], cmap="gray", vmin=0, vmax=1)
+            axis.axis("off")
+            if i == 0:
+                title = f"{column}\nmIoU {scores[column]:.3f}" if column in scores else column
+                axis.set_title(title, color="white", fontsize=13)
+            labels = truth if column == "truth" else predictions.get(column, [None] * len(slices))[row]
+            if labels is not None:
+                axis.imshow(labels, cmap=ListedColormap(colours), vmin=0, vmax=2, alpha=0.75, interpolation="nearest")
+                wrong = np.ma.masked_equal((labels != truth).numpy(), False)
+                axis.imshow(wrong, cmap=ListedColormap(["#d7263d"]), alpha=0.9, interpolation="nearest")
+        axes[i][0].text(3, 12, f"z = {slices.indices[row] - 72:+d} mm", color="white", fontsize=9)
+    legend = [Patch(color=colours[1], label=CLASSES[1]), Patch(color=colours[2], label=CLASSES[2])]
+    legend.append(Patch(color="#d7263d", label="wrong"))
+    figure.legend(handles=legend, loc="lower center", ncols=3, frameon=False, labelcolor="white", fontsize=12)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=110, facecolor="black")
+    plt.close(figure)
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
