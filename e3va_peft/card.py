@@ -134,8 +134,8 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
         'model = PeftModel.from_pretrained(base, "this repository\'s id, or its folder")',
         "```",
         "",
-        "Method: [E3VA](https://arxiv.org/abs/2306.09729). The backbone runs frozen, as inference; a highway of low-rank "
-        "adapters beside it is what was trained. It cannot be merged into the backbone.",
+        "Method: [E3VA](https://arxiv.org/abs/2306.09729). The backbone runs frozen, as inference; a highway of "
+        "low-rank adapters beside it is what was trained. It cannot be merged into the backbone.",
         "",
         GENERATED,
     ]

@@ -110,8 +110,8 @@ class E3VAConfig(PeftConfig):
     def _check(self) -> None:
         if self.task_type is not None:
             raise ValueError(
-                f"task_type={str(self.task_type)!r}: PEFT's task types wrap text models and break vision models. Leave "
-                "it None; the head of the model that you pass decides the task."
+                f"task_type={str(self.task_type)!r}: PEFT's task types wrap text models and break vision models. "
+                "Leave it None; the head of the model that you pass decides the task."
             )
         if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
             raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, e.g. r=16.")

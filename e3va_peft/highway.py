@@ -72,7 +72,7 @@ class _SumOfAdapters(torch.autograd.Function):
         parameters, taps = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         dtype = ctx.dtype
         with _no_autocast(grad):
-            u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
+            u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])
             n, r, width = v2.shape
             grad = grad.to(dtype).reshape(-1, width)  # (M, C)
             grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
@@ -275,7 +275,9 @@ class Lane:
         """
         merging = self.mergings[self.stage]
         if self.z is None or merging is None:
-            raise RuntimeError(f"the lane cannot leave stage {self.stage}: it has no patch merging, or no block was run")
+            raise RuntimeError(
+                f"the lane cannot leave stage {self.stage}: it has no patch merging, or no block was run"
+            )
         x, *rest = self.taps.streams.pop(self.stage)
         dtype = torch.promote_types(x.dtype, torch.float32)
         call = _in_dtype(merging, dtype)
@@ -296,4 +298,3 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
         return module
     cast = {name: p.to(dtype) for name, p in parameters.items()}
     return lambda *args: torch.func.functional_call(module, cast, args)
-

@@ -66,6 +66,7 @@ class Tap:
         self.read = read
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        """Read the module's first input or its output, as a forward pre-hook or a forward hook."""
         taps = _CURRENT.get()
         if taps is not None:
             value = args[0] if self.read == "input" else output
@@ -80,6 +81,7 @@ class StreamTap:
         self.key = key
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the module's arguments for the lane."""
         taps = _CURRENT.get()
         if taps is not None:
             taps.streams[self.key] = args
@@ -92,6 +94,7 @@ class FrozenGuard:
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Put the module into eval mode, and refuse it if it wants a gradient."""
         if module.training:
             module.eval()
         refuse_trainable(module, self.name)
@@ -108,8 +111,8 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
     for parameter_name, parameter in module.named_parameters():
         if parameter.requires_grad:
             raise ValueError(
-                f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it would "
-                "never train. Set requires_grad=False, or use another PEFT method for this module."
+                f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
+                "would never train. Set requires_grad=False, or use another PEFT method for this module."
             )
 
 
@@ -177,12 +180,14 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """
         if tuple(config.taps) != self.taps:
             raise ValueError(
-                f"taps={tuple(config.taps)}: adapter {adapter_name!r} joins adapters that read {self.taps}. All adapters "
-                "of one model share the taps; use the same ones, or unload() first."
+                f"taps={tuple(config.taps)}: adapter {adapter_name!r} joins adapters that read {self.taps}. All "
+                "adapters of one model share the taps; use the same ones, or unload() first."
             )
         widths = [stage.width for stage in self.backbone.stages(self.base_layer)][: len(self.depth)]
         counts = [blocks * len(self.taps) for blocks in self.depth]
-        self.e3va_highway[adapter_name] = Highway(widths, counts, config.r, config.bottleneck_ratio, config.init_weights)
+        self.e3va_highway[adapter_name] = Highway(
+            widths, counts, config.r, config.bottleneck_ratio, config.init_weights
+        )
         if tail:
             copies = {name: copy.deepcopy(getattr(self.base_layer, name)) for name in tail}
             for module in copies.values():
@@ -261,7 +266,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Refuse: see `cannot_merge`."""
         raise cannot_merge()
 
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device | None, torch.dtype | None]:
+    def _get_base_layer_device_and_dtype(
+        self, base_layer: nn.Module
+    ) -> tuple[torch.device | None, torch.dtype | None]:
         parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
         return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 

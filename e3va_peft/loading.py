@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
-from e3va_peft.model import find_exits
+from e3va_peft.resolve import find_exits
 
 _ALLOWED = ("transformers", "e3va_peft")
 
@@ -64,8 +64,8 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
     library, class_name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
     if library.split(".")[0] not in _ALLOWED:
         raise ValueError(
-            f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run unasked. "
-            "Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
+            f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run "
+            "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
     model_class = getattr(importlib.import_module(library), class_name)
     values = json.loads(_file(source, BASE_CONFIG, hub).read_text())
@@ -80,8 +80,8 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
     missing = [found.name for found in find_exits(model) if not any(found.name.startswith(f"{b}.") for b in backbones)]
     if missing:
         raise ValueError(
-            f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was not made "
-            "by from_pretrained. Save the base with save_pretrained(folder), set base_model_name_or_path in "
+            f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was "
+            "not made by from_pretrained. Save the base with save_pretrained(folder), set base_model_name_or_path in "
             "adapter_config.json to that folder or a Hub id, and load again."
         )
     for path, weights in backbones.items():
@@ -94,7 +94,9 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
 
 def _load_processor(source: str, config: E3VAConfig, hub: dict[str, Any]) -> Any:
     backbones = (config.auto_mapping or {}).get("backbones") or {}
-    for place, options in [(source, hub)] + [(s, {}) for s in (config.base_model_name_or_path, *backbones.values()) if s]:
+    for place, options in [(source, hub)] + [
+        (s, {}) for s in (config.base_model_name_or_path, *backbones.values()) if s
+    ]:
         try:
             _file(place, PROCESSOR, options)
         except FileNotFoundError:

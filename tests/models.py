@@ -35,7 +35,14 @@ from transformers import (
 )
 
 STAGES = ["stage1", "stage2", "stage3"]
-SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 2, 1], "num_heads": [1, 2, 2], "window_size": 4}
+SWIN = {
+    "image_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": [1, 2, 1],
+    "num_heads": [1, 2, 2],
+    "window_size": 4,
+}
 PLAIN = {
     "image_size": 28,
     "patch_size": 7,
@@ -95,7 +102,7 @@ class HeadOnModel(nn.Module):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
         outputs = self.backbone(pixel_values, **kwargs)
         logits = self.head(outputs.pooler_output)
-        result = {key: value for key, value in outputs.items()} | {"logits": logits}
+        result = dict(outputs.items()) | {"logits": logits}
         if labels is not None:
             result["loss"] = nn.functional.cross_entropy(logits, labels)
         return result
@@ -113,7 +120,7 @@ class HeadOnMaps(nn.Module):
         outputs = self.backbone(pixel_values, **kwargs)
         maps = [conv(x) for conv, x in zip(self.lateral, outputs.feature_maps, strict=True)]
         logits = sum(nn.functional.interpolate(x, size=pixel_values.shape[-2:]) for x in maps)
-        result = {key: value for key, value in outputs.items()} | {"logits": logits}
+        result = dict(outputs.items()) | {"logits": logits}
         if labels is not None:
             result["loss"] = nn.functional.cross_entropy(logits, labels)
         return result
@@ -173,8 +180,8 @@ CASES = [
     Case("swin-upernet", "swin", lambda: upernet(SwinConfig(**SWIN, out_features=STAGES)), label_map,
          blocks=_SWIN_BLOCKS),
     Case("swin-mask2former", "swin", mask2former, instance_masks, blocks=_SWIN_BLOCKS),
-    Case("vit-classifier", "vit", lambda: ViTForImageClassification(ViTConfig(**PLAIN, **DROPOUT, num_labels=3)), classes,
-         blocks=("ViTLayer",), **_PLAIN),
+    Case("vit-classifier", "vit", lambda: ViTForImageClassification(ViTConfig(**PLAIN, **DROPOUT, num_labels=3)),
+         classes, blocks=("ViTLayer",), **_PLAIN),
     Case("vit-in-own-head", "vit", lambda: HeadOnModel(ViTModel(ViTConfig(**PLAIN)), 16), classes,
          blocks=("ViTLayer",), **_PLAIN),
     Case("deit-classifier", "vit", lambda: DeiTForImageClassification(DeiTConfig(**PLAIN, num_labels=3)), classes,

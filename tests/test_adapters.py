@@ -109,7 +109,9 @@ def test_modules_to_save_none_and_empty_and_named():
     saved = {}
     for wanted in (None, [], ["classifier"], ["vit.layernorm"]):
         model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=wanted))
-        saved[str(wanted)] = {name for name, p in model.named_parameters() if p.requires_grad and "highway" not in name}
+        saved[str(wanted)] = {
+            name for name, p in model.named_parameters() if p.requires_grad and "highway" not in name
+        }
     assert len(saved["None"]) == 4 and saved["[]"] == set()
     assert all("classifier" in name for name in saved["['classifier']"]) and len(saved["['classifier']"]) == 2
     assert all("e3va_tail.default.layernorm" in name for name in saved["['vit.layernorm']"])
@@ -134,7 +136,9 @@ def test_unload_keeps_trained_heads_and_norms_as_peft_does():
         case = BY_NAME[name]
         model = get_peft_model(case.base(), E3VAConfig(r=4))
         train_steps(model, case.training_batch())
-        trained = {key: value for key, value in model.state_dict().items() if ".default." in key and "highway" not in key}
+        trained = {
+            key: value for key, value in model.state_dict().items() if ".default." in key and "highway" not in key
+        }
         unloaded = model.unload()
         weight = getattr(unloaded, norm).layernorm.weight
         assert any(torch.equal(weight, value) for value in trained.values())

@@ -18,7 +18,16 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 import e3va_peft
-from e3va_peft import Backbone, E3VAConfig, E3VAModel, Site, StageSpec, TapPoint, register_backbone, registered_backbones
+from e3va_peft import (
+    Backbone,
+    E3VAConfig,
+    E3VAModel,
+    Site,
+    StageSpec,
+    TapPoint,
+    register_backbone,
+    registered_backbones,
+)
 from e3va_peft import backbones as registry
 from e3va_peft import model as model_module
 from tests.models import CASES
@@ -28,6 +37,7 @@ ORDER = [
     {"card", "highway", "backbones"},
     {"config"},
     {"layer"},
+    {"resolve"},
     {"model"},
     {"loading"},
     {""},

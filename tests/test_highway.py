@@ -135,17 +135,10 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
 
 
 def test_a_stage_is_one_autograd_node_however_deep():
-    def nodes(depth: int) -> int:
+    for depth in (2, 36):
         stage = Stage(width=8, num_adapters=depth, r=2, bottleneck=4)
-        seen, stack = set(), [stage(0, [torch.randn(1, 4, 8) for _ in range(depth)]).grad_fn]
-        while stack:
-            node = stack.pop()
-            if node is not None and node not in seen:
-                seen.add(node)
-                stack += [following for following, _ in node.next_functions]
-        return len(seen)
-
-    assert nodes(2) == nodes(36)
+        node = stage(0, [torch.randn(1, 4, 8) for _ in range(depth)]).grad_fn
+        assert node.name() == "_SumOfAdaptersBackward"
 
 
 def test_inference_reduces_each_tap_at_once():

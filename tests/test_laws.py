@@ -160,7 +160,9 @@ def test_saved_bytes_are_below_those_of_lora(case):
         return total
 
     model = adapted(case)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=model.peft_config["default"].modules_to_save)
+    lora = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=model.peft_config["default"].modules_to_save
+    )
     if case.name == "swin-mask2former":
         lora.target_modules = r".*encoder\.layers.*(q_proj|v_proj)"
     assert saved_bytes(model) < saved_bytes(get_peft_model(case.base(), lora))
@@ -193,7 +195,11 @@ def test_unload_restores_keys_and_leaves_no_hook(case):
     outputs(base, case.batch()), outputs(model, case.batch())
     unloaded = model.unload()
     assert unloaded.state_dict().keys() == base.state_dict().keys()
-    assert not any(is_e3va_hook(h) for m in unloaded.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
+    assert not any(
+        is_e3va_hook(h)
+        for m in unloaded.modules()
+        for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )
     assert not any(isinstance(module, E3VALayer) for module in unloaded.modules())
     assert {name for name, _ in unloaded.named_modules()} == hooks.keys()
     assert not hasattr(unloaded, "peft_config")

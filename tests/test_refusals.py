@@ -85,7 +85,10 @@ def refused(model: nn.Module, match: str, **config) -> None:
 
 
 def test_a_bare_root_is_refused_with_what_to_do_instead():
-    refused(ViTModel(ViTConfig(**PLAIN)), "model=ViTModel: the model itself is the backbone's exit.*ViTForImageClassification")
+    refused(
+        ViTModel(ViTConfig(**PLAIN)),
+        "model=ViTModel: the model itself is the backbone's exit.*ViTForImageClassification",
+    )
 
 
 def test_an_unknown_architecture_is_refused_with_what_is_supported():
@@ -131,12 +134,16 @@ def test_modules_to_save_inside_the_frozen_backbone_are_refused(case):
 
 
 def test_modules_to_save_that_do_not_exist_are_refused_with_a_guess():
-    refused(BY_NAME["swin-classifier"].base(), "modules_to_save='clasifier'.*'classifier'", modules_to_save=["clasifier"])
+    refused(
+        BY_NAME["swin-classifier"].base(), "modules_to_save='clasifier'.*'classifier'", modules_to_save=["clasifier"]
+    )
 
 
 def test_modules_to_save_that_hold_the_backbone_or_are_containers_are_refused():
     refused(BY_NAME["swin-classifier"].base(), "modules_to_save='swin': contains", modules_to_save=["swin"])
-    refused(BY_NAME["swin-maps-in-own-head"].base(), r"'lateral': is a ModuleList.*lateral\.0", modules_to_save=["lateral"])
+    refused(
+        BY_NAME["swin-maps-in-own-head"].base(), r"'lateral': is a ModuleList.*lateral\.0", modules_to_save=["lateral"]
+    )
 
 
 def test_a_name_that_is_the_ending_of_another_is_refused():

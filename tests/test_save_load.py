@@ -25,7 +25,13 @@ from e3va_peft import E3VAConfig
 from tests.models import BY_NAME, STAGES, SWIN, dinov2_config, every_model, train_steps
 from tests.test_laws import assert_same, outputs
 
-CLASSIFIERS = ["swin-classifier", "vit-classifier", "deit-classifier", "dinov2-classifier", "dinov2-registers-classifier"]
+CLASSIFIERS = [
+    "swin-classifier",
+    "vit-classifier",
+    "deit-classifier",
+    "dinov2-classifier",
+    "dinov2-registers-classifier",
+]
 TRANSFORMERS = [*CLASSIFIERS, "swin-upernet", "swin-mask2former", "dinov2-upernet"]
 
 
@@ -36,7 +42,7 @@ def trained(case, adapter_name: str = "default") -> PeftModel:
 
 
 def exactly(case) -> dict[str, float]:
-    """To the bit; but torch picks another attention kernel in Mask2Former's decoder for weights that want no gradient."""
+    """To the bit; torch takes another attention kernel in Mask2Former's decoder once weights want no gradient."""
     return {"rtol": 1e-5, "atol": 1e-6} if case.name == "swin-mask2former" else {"rtol": 0, "atol": 0}
 
 
@@ -50,9 +56,7 @@ def test_round_trip_through_disk_under_another_name_is_equal_to_the_bit(case, tm
     assert not list(tmp_path.rglob("*.bin"))
     keys = load_file(folder / "adapter_model.safetensors").keys()
     assert keys and not any("nuclei" in key or "base_layer" in key for key in keys)
-    again = PeftModel.from_pretrained(
-        case.base(), folder, adapter_name="renamed", low_cpu_mem_usage=low_cpu_mem_usage
-    )
+    again = PeftModel.from_pretrained(case.base(), folder, adapter_name="renamed", low_cpu_mem_usage=low_cpu_mem_usage)
     assert not any(p.is_meta for p in again.parameters())
     assert not any(p.requires_grad for p in again.parameters())
     assert_same(outputs(again, case.batch()), outputs(model, case.batch()), **exactly(case))
@@ -64,7 +68,9 @@ def test_only_the_adapter_is_saved(case, tmp_path):
     model.save_pretrained(tmp_path)
     size = sum(value.numel() for value in load_file(tmp_path / "adapter_model.safetensors").values())
     buffers = sum(
-        b.numel() for name, b in model.named_buffers() if ".modules_to_save.default." in name and "relative" not in name
+        b.numel()
+        for name, b in model.named_buffers()
+        if ".modules_to_save.default." in name and "relative" not in name
     )
     assert size <= model.get_nb_trainable_parameters()[0] + buffers
 
@@ -132,7 +138,11 @@ def test_label_map_and_processor_travel_and_one_call_rebuilds_everything(pretrai
     case = BY_NAME["swin-classifier"]
     labels = {0: "cat", 1: "dog", 2: "owl"}
     base = SwinForImageClassification.from_pretrained(
-        pretrained, num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}, ignore_mismatched_sizes=True
+        pretrained,
+        num_labels=3,
+        id2label=labels,
+        label2id={v: k for k, v in labels.items()},
+        ignore_mismatched_sizes=True,
     )
     model = get_peft_model(base, E3VAConfig(r=4))
     train_steps(model, case.training_batch())
@@ -175,15 +185,21 @@ def test_a_model_put_together_from_a_config_and_a_backbone_is_rebuilt(tmp_path):
 
 def test_what_cannot_be_rebuilt_says_why(tmp_path):
     trained(BY_NAME["swin-classifier"]).save_pretrained(tmp_path / "nameless")
-    with pytest.raises(ValueError, match="does not know where the weights of its base model are.*base_model_name_or_path"):
+    with pytest.raises(
+        ValueError, match=r"does not know where the weights of its base model are.*base_model_name_or_path"
+    ):
         e3va_peft.load_adapter(tmp_path / "nameless")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         e3va_peft.load_adapter(tmp_path / "missing")
-    get_peft_model(BY_NAME["swin-classifier"].base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    get_peft_model(BY_NAME["swin-classifier"].base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+        tmp_path / "lora"
+    )
     with pytest.raises(ValueError, match=r"holds .*LORA, not E3VA"):
         e3va_peft.load_adapter(tmp_path / "lora")
     trained(BY_NAME["swin-in-own-head"]).save_pretrained(tmp_path / "own")
-    with pytest.raises(ValueError, match=r"tests\.models\.HeadOnModel, code of its author's.*PeftModel\.from_pretrained"):
+    with pytest.raises(
+        ValueError, match=r"tests\.models\.HeadOnModel, code of its author's.*PeftModel\.from_pretrained"
+    ):
         e3va_peft.load_adapter(tmp_path / "own")
 
 
@@ -192,7 +208,7 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["modules_to_save"] = []
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the base model no such highway.*out_features"):
+    with pytest.raises(ValueError, match=r"the base model no such highway.*out_features"):
         PeftModel.from_pretrained(BY_NAME["swin-early-maps"].base(), tmp_path)
 
 
@@ -206,7 +222,10 @@ def test_model_card_opens_with_the_import_and_tells_what_is_inside(pretrained, t
     card = (tmp_path / "adapter" / "README.md").read_text()
     head, _, body = card.removeprefix("---\n").partition("\n---\n")
     assert "library_name: peft" in head and "pipeline_tag: image-classification" in head
-    assert body.splitlines()[:2] == ["```python", "import e3va_peft  # registers E3VA with PEFT: import it before loading"]
+    assert body.splitlines()[:2] == [
+        "```python",
+        "import e3va_peft  # registers E3VA with PEFT: import it before loading",
+    ]
     for text in (str(pretrained), "cat, dog", "| accuracy | 0.875 |", "load_adapter(", "image-classification", "r=4"):
         assert text in body
     assert "More Information Needed" not in card
@@ -237,7 +256,9 @@ def test_a_fresh_process_loads_the_adapter(pretrained, tmp_path):
         "x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))\n"
         "print(model(pixel_values=x).logits.sum().item())"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "adapter")], capture_output=True, text=True, check=True
+    )
     assert float(run.stdout.split()[-1]) == pytest.approx(expected, rel=1e-6)
 
 

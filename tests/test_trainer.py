@@ -103,7 +103,9 @@ def test_load_best_model_at_end(tmp_path):
     assert run.evaluate()["eval_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in {"swin-classifier", "dinov2-upernet"}], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in {"swin-classifier", "dinov2-upernet"}], ids=lambda c: c.name
+)
 def test_bf16_follows_fp32(case, tmp_path):
     losses = {}
     for bf16 in (False, True):

@@ -118,7 +118,9 @@ def mean_iou(predicted: torch.Tensor, slices: MNI152Slices) -> float:
     return float(metric(predicted, slices.labels.long()))
 
 
-def train(method: Method, vit: Path, slices: MNI152Slices, folder: Path, epochs: int, seed: int) -> tuple[nn.Module, float]:
+def train(
+    method: Method, vit: Path, slices: MNI152Slices, folder: Path, epochs: int, seed: int
+) -> tuple[nn.Module, float]:
     """Train a method from the same head and in the same order of batches; return the model and the seconds."""
     set_seed(seed)
     model = method.prepare(build_base(vit))
@@ -168,7 +170,9 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
         FileExistsError: `folder` has results and `overwrite` is off.
     """
     if (folder / "results.json").exists() and not overwrite:
-        raise FileExistsError(f"{folder} holds results of an earlier run. Choose another --output, or --overwrite them.")
+        raise FileExistsError(
+            f"{folder} holds results of an earlier run. Choose another --output, or --overwrite them."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
     logging.set_verbosity_error()
@@ -236,7 +240,9 @@ def draw(path: Path, slices: MNI152Slices, predictions: dict[str, torch.Tensor],
     scores = {result.method: result.mean_iou for result in results}
     rows = [len(slices) // 6, len(slices) // 2, 5 * len(slices) // 6]
     columns = ["MRI", "truth", *predictions]
-    figure, axes = plt.subplots(len(rows), len(columns), figsize=(2.5 * len(columns), 2.9 * len(rows)), facecolor="black")
+    figure, axes = plt.subplots(
+        len(rows), len(columns), figsize=(2.5 * len(columns), 2.9 * len(rows)), facecolor="black"
+    )
     for i, row in enumerate(rows):
         truth = slices.labels[row]
         for axis, column in zip(axes[i], columns, strict=True):

@@ -26,9 +26,7 @@ class DPTOverBackboneForSemanticSegmentation(DPTPreTrainedModel):
         self.decode_head = DPTSemanticSegmentationHead(config)
         self.post_init()
 
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
-    ) -> SemanticSegmenterOutput:
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
         """Predict a label map, and its loss where labels are given."""
         outputs = self.backbone(pixel_values, **kwargs)
         patch = self.config.backbone_config.patch_size

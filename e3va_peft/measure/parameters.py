@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 
 from e3va_peft.layer import E3VALayer
-from e3va_peft.model import base_modules, find_exits
+from e3va_peft.resolve import base_modules, find_exits
 
 
 @dataclass(frozen=True)
