@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +160,7 @@ class Stage(nn.Module):
         """
         dtype = _compute_dtype(self.u1)
         stop = start + len(reads)
-        parameters = (self.u1, self.v1, self.bias1, self.u2, self.v2, self.bias2)
+        parameters: tuple[Tensor, ...] = (self.u1, self.v1, self.bias1, self.u2, self.v2, self.bias2)
         if stop - start < len(self.u1):
             parameters = tuple(p[start:stop] for p in parameters)
         if reduced:
@@ -197,7 +197,11 @@ class Highway(nn.Module):
     @property
     def trainable(self) -> bool:
         """Whether its factors want a gradient (read off one of them, which also holds in a replica)."""
-        return bool(self.stages[0].u1.requires_grad)
+        return self.stage(0).u1.requires_grad
+
+    def stage(self, index: int) -> Stage:
+        """Return the adapters of one stage."""
+        return cast(Stage, self.stages[index])
 
 
 class Taps:
@@ -219,7 +223,7 @@ class Taps:
         if self.keep:
             self.reads[stage, index] = [tap]
         else:
-            self.reads[stage, index] = [highway.stages[stage].reduce(index, tap) for highway in self.highways]
+            self.reads[stage, index] = [highway.stage(stage).reduce(index, tap) for highway in self.highways]
 
     def increment(self, stage: int, first_block: int, last_block: int) -> Tensor:
         """(B, N, C): what the blocks from `first_block` up to `last_block` (exclusive) add to the lane."""
@@ -233,7 +237,7 @@ class Taps:
             )
         reads = [self.reads.pop((stage, index)) for index in indices]
         parts = [
-            highway.stages[stage](indices.start, [read[0 if self.keep else which] for read in reads], not self.keep)
+            highway.stage(stage)(indices.start, [read[0 if self.keep else which] for read in reads], not self.keep)
             for which, highway in enumerate(self.highways)
         ]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -203,7 +203,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         refuse_trainable(self.base_layer, type(self.base_layer).__name__)
         _warn_about_input_gradients(args, kwargs)
         return_dict = kwargs.pop("return_dict", getattr(self.base_layer.config, "return_dict", True))
-        highways = [self.e3va_highway[name] for name in active]
+        highways = [cast(Highway, self.e3va_highway[name]) for name in active]
         keep = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         taps = Taps(highways, len(self.taps), keep)
         with _CURRENT.set(taps), torch.no_grad():
@@ -213,7 +213,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             lane=Lane(taps, [stage.merging for stage in self.backbone.stages(self.base_layer)]),
             depth=self.depth,
             tail=self._tail(active),
-            tail_input=taps.streams.get(TAIL, (None,))[0],
+            tail_input=taps.streams.get(TAIL, (torch.empty(0),))[0],
             kwargs=kwargs,
         )
         outputs = self.backbone.splice(outputs, run)

@@ -46,7 +46,7 @@ def load_adapter(
         ValueError: The adapter is of another method, or its base model cannot be found.
     """
     source = os.fspath(adapter)
-    hub = {"revision": revision, "token": token}
+    hub: dict[str, Any] = {"revision": revision, "token": token}
     if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
         raise FileNotFoundError(f"adapter={source!r}: no such folder.")
     config = PeftConfig.from_pretrained(source, **hub)
@@ -87,7 +87,7 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
     for path, weights in backbones.items():
         parent, _, attribute = path.rpartition(".")
         part = model.get_submodule(path)
-        loaded = type(part).from_pretrained(weights, config=part.config, **kwargs)  # type: ignore[attr-defined]
+        loaded = type(part).from_pretrained(weights, config=part.config, **kwargs)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 

@@ -165,7 +165,7 @@ def _check_exit(found: Exit) -> None:
 
 def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     """Write down what has to be known of the base model to build it again."""
-    backbones = {}
+    backbones: dict[str, str] = {}
     if not getattr(model, "name_or_path", ""):
         for name, module in base_modules(model):
             source = getattr(module, "name_or_path", "")
@@ -249,8 +249,8 @@ def _check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None
         if found.contains(name) and name not in found.tail:
             raise ValueError(
                 f"modules_to_save={name!r}: is inside the frozen backbone, where no gradient enters, so it would "
-                f"never train. Of {found.name}, only {sorted(found.tail) or 'nothing'} can be trained whole; beside it, "
-                "anything."
+                f"never train. Of {found.name}, only {sorted(found.tail) or 'nothing'} can be trained whole; beside "
+                "it, anything."
             )
         if found.name.startswith(f"{name}."):
             raise ValueError(

@@ -101,7 +101,7 @@ class Run:
         lane: The lane, to be advanced in the order of stages and blocks.
         depth: Blocks that were adapted in each stage (`Site.depth`).
         tail: The modules named in `Backbone.tail`, trained copies where there are any.
-        tail_input: What entered the first of them, (B, N, C); None without a tail.
+        tail_input: What entered the first of them, (B, N, C); empty without a tail.
         kwargs: Keyword arguments of the exit's call, which may decide what an output is.
     """
 
@@ -109,7 +109,7 @@ class Run:
     lane: Lane
     depth: tuple[int, ...]
     tail: Mapping[str, nn.Module]
-    tail_input: Tensor | None
+    tail_input: Tensor
     kwargs: Mapping[str, Any]
 
 

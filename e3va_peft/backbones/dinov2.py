@@ -53,6 +53,6 @@ class Dinov2(Backbone):
     def splice(self, outputs: Any, run: Run) -> Any:
         """Add the lane to each hidden state up to the deepest feature map, and to the last where it got that far."""
         splice_hidden_states(outputs, run)
-        if run.depth[0] == len(run.exit.layer):
+        if run.depth[0] == len(run.exit.layer):  # type: ignore[arg-type]
             outputs.last_hidden_state = add(outputs.last_hidden_state, run.lane.advance(run.depth[0]))
         return outputs

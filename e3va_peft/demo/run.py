@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -192,8 +193,8 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
         result.mean_iou = mean_iou(predictions[method.name], test_slices)
         results.append(result)
     adapter = folder / "adapter"
-    record_metrics(model, {"mean_iou": results[-1].mean_iou})
-    model.save_pretrained(str(adapter))
+    record_metrics(cast(PeftModel, model), {"mean_iou": results[-1].mean_iou})
+    cast(PeftModel, model).save_pretrained(str(adapter))
     console.print(f"saved the adapter to {adapter} ({_megabytes(adapter):.1f} MB); loading it in a fresh process")
     again = reload_in_a_fresh_process(adapter, folder / "reloaded.npy")
     if not np.array_equal(again, predictions["E3VA"].numpy()):

@@ -45,7 +45,8 @@ def backbone_share(model: PeftModel) -> BackboneShare:
     exits = [found for found in find_exits(root) if isinstance(root.get_submodule(found.name), E3VALayer)]
     if not exits:
         raise ValueError(f"model={type(model).__name__}: holds no E3VA adapter. Pass what get_peft_model returned.")
-    total, trainable = {}, {}
+    total: dict[int, int] = {}
+    trainable: dict[int, int] = {}
     for found in exits:
         parts = [found.name, *found.site.frozen, *found.site.norms, *found.site.unused]
         total |= {id(p): p.numel() for part in parts for p in modules[part].parameters()}
