@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
-from e3va_peft.resolve import find_exits
+from e3va_peft.resolve import everything_outside, find_exits
 
 _ALLOWED = ("transformers", "e3va_peft")
 
@@ -77,12 +77,23 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
         )
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
-    missing = [found.name for found in find_exits(model) if not any(found.name.startswith(f"{b}.") for b in backbones)]
+    exits = find_exits(model)
+    missing = [found.name for found in exits if not any(found.name.startswith(f"{b}.") for b in backbones)]
     if missing:
         raise ValueError(
             f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was "
             "not made by from_pretrained. Save the base with save_pretrained(folder), set base_model_name_or_path in "
             "adapter_config.json to that folder or a Hub id, and load again."
+        )
+    outside = [
+        name for name in everything_outside(model, exits) if not any(name.startswith(f"{b}.") for b in backbones)
+    ]
+    lost = sorted(set(outside) - set(config.modules_to_save or ()))
+    if lost:
+        raise ValueError(
+            f"adapter={source!r}: has no weights for {lost} of its base model, which was not made by "
+            "from_pretrained and whose adapter was trained with modules_to_save that leave them out. Build the base "
+            "yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
     for path, weights in backbones.items():
         parent, _, attribute = path.rpartition(".")

@@ -95,7 +95,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         _check_exit(found)
     _check_label_count(model, config, exits)
     if config.modules_to_save is None:
-        config.modules_to_save = _everything_outside(model, exits)
+        config.modules_to_save = everything_outside(model, exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
@@ -191,7 +191,7 @@ def _check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) 
         )
 
 
-def _everything_outside(model: nn.Module, exits: list[Exit]) -> list[str]:
+def everything_outside(model: nn.Module, exits: list[Exit]) -> list[str]:
     """Return the names of the maximal modules that hold no exit, plus the output norms inside exits."""
     skipped = {name for found in exits for name in (*found.site.frozen, *found.site.unused)}
     names: list[str] = []

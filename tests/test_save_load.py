@@ -183,6 +183,16 @@ def test_a_model_put_together_from_a_config_and_a_backbone_is_rebuilt(tmp_path):
     assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
 
 
+def test_a_head_that_was_not_saved_is_missed_when_the_base_is_put_together(tmp_path):
+    torch.manual_seed(0)
+    Dinov2Backbone(dinov2_config(out_features=STAGES)).save_pretrained(tmp_path / "dinov2")
+    base = BY_NAME["dinov2-upernet"].base()
+    base.backbone = Dinov2Backbone.from_pretrained(tmp_path / "dinov2", out_features=STAGES)
+    get_peft_model(base, E3VAConfig(r=4, modules_to_save=["auxiliary_head"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no weights for \['decode_head'\]"):
+        e3va_peft.load_adapter(tmp_path / "adapter")
+
+
 def test_what_cannot_be_rebuilt_says_why(tmp_path):
     trained(BY_NAME["swin-classifier"]).save_pretrained(tmp_path / "nameless")
     with pytest.raises(

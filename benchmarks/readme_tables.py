@@ -1,0 +1,73 @@
+"""Write the README's tables from `results/*.json`; with `--check` only say whether they are up to date.
+
+python benchmarks/readme_tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    """Read the rows of a recorded benchmark."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+
+
+def markdown(header: list[str], body: list[list[str]]) -> str:
+    """Lay out a table."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def demo() -> str:
+    """Table of `e3va demo`."""
+    header = ["method", "trained", "kept for backward", "peak", "s per step", "mIoU", "training"]
+    body = [
+        [
+            row["method"],
+            f"{row['trainable'] / 1e6:.2f} M",
+            f"{row['saved_bytes'] / MIB:.0f} MiB",
+            f"{row['peak_bytes'] / MIB:.0f} MiB",
+            f"{row['step_seconds']:.2f}",
+            f"{row['mean_iou']:.3f}",
+            f"{row['training_seconds']:.0f} s",
+        ]
+        for row in rows("demo")
+    ]
+    return markdown(header, body)
+
+
+def memory() -> str:
+    """Table of `memory.py`, with the share of the backbone's bytes that remains."""
+    recorded = rows("memory")
+    body = []
+    for setting in dict.fromkeys(row["setting"] for row in recorded):
+        saved = {row["method"]: row["saved_bytes"] for row in recorded if row["setting"] == setting}
+        for method, value in saved.items():
+            share = (value - saved["head only"]) / (saved["full"] - saved["head only"])
+            body.append([setting, method, f"{value / MIB:.0f} MiB", f"{100 * share:.1f} %"])
+            setting = ""
+    return markdown(["one training step", "method", "kept for backward", "backbone share"], body)
+
+
+def main() -> None:
+    """Fill in, or check, the marked places."""
+    path = ROOT / "README.md"
+    text = old = path.read_text()
+    for name, table in (("demo", demo), ("memory", memory)):
+        place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
+        text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
+    if "--check" in sys.argv:
+        sys.exit(0 if text == old else "README.md is out of date: run python benchmarks/readme_tables.py")
+    path.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""What every recorded benchmark says about itself: versions, machine, revision, command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def save(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write `results/<name>.json` with the rows and where they come from."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
+    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "e3va_peft")
+    record = {
+        "command": " ".join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
+        "revision": revision.strip(),
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "python": platform.python_version(),
+        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "gpu": None},
+        "rows": rows,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
