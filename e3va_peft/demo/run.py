@@ -20,20 +20,20 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
-from transformers import Dinov2Backbone, Dinov2Config, DPTConfig, Trainer, set_seed
+from transformers import Dinov2Backbone, Dinov2Config, Trainer, set_seed
 from transformers.utils import logging
 
 from e3va_peft import E3VAConfig, record_metrics
 from e3va_peft.demo.data import CLASSES, MNI152Slices, mni152_slices
-from e3va_peft.demo.segmenter import DPTOverBackboneForSemanticSegmentation
+from e3va_peft.demo.segmenter import Dinov2ForSemanticSegmentation
 from e3va_peft.demo.weights import focus_vit
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
 from e3va_peft.training import training_arguments
 
 MAPS = ["stage3", "stage6", "stage9", "stage12"]
-HEAD = ["neck", "decode_head", "backbone.layernorm"]
-BATCH = 5
+HEAD = ["decode_head", "backbone.layernorm"]
+BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,12 @@ METHODS = (Method("head only", head_only, 2e-3), Method("LoRA", lora, 2e-3), Met
 
 
 def build_base(vit: Path) -> nn.Module:
-    """Build the base model: the pretrained ViT and a new DPT head for the tissue classes."""
-    options = {"out_features": MAPS, "reshape_hidden_states": False}
-    config = DPTConfig(
-        backbone_config=Dinov2Config.from_pretrained(vit, **options),
-        neck_hidden_sizes=[32, 64, 96, 128],
-        fusion_hidden_size=48,
-        use_auxiliary_head=False,
-        id2label=dict(enumerate(CLASSES)),
-        label2id={name: index for index, name in enumerate(CLASSES)},
-    )
-    model = DPTOverBackboneForSemanticSegmentation(config)
-    model.backbone = Dinov2Backbone.from_pretrained(vit, **options)
+    """Build the base model: the pretrained ViT and a new linear decoder for the tissue classes."""
+    config = Dinov2Config.from_pretrained(vit, out_features=MAPS)
+    config.id2label = dict(enumerate(CLASSES))
+    config.label2id = {name: index for index, name in enumerate(CLASSES)}
+    model = Dinov2ForSemanticSegmentation(config)
+    model.backbone = Dinov2Backbone.from_pretrained(vit, config=config)
     return model
 
 
@@ -107,9 +101,7 @@ def predict(model: nn.Module, slices: MNI152Slices) -> torch.Tensor:
     maps = []
     with torch.no_grad():
         for batch in DataLoader(slices, batch_size=BATCH):
-            logits = model(pixel_values=batch["pixel_values"]).logits
-            full = nn.functional.interpolate(logits, size=batch["labels"].shape[-2:], mode="bilinear")
-            maps.append(full.argmax(1))
+            maps.append(model(pixel_values=batch["pixel_values"]).logits.argmax(1))
     return torch.cat(maps)
 
 
@@ -247,14 +239,15 @@ def draw(path: Path, slices: MNI152Slices, predictions: dict[str, torch.Tensor],
     for i, row in enumerate(rows):
         truth = slices.labels[row]
         for axis, column in zip(axes[i], columns, strict=True):
-            axis.imshow(slices.images[row], cmap="gray", vmin=0, vmax=1)
+            axis.imshow(slices.images[row].numpy(), cmap="gray", vmin=0, vmax=1)
             axis.axis("off")
             if i == 0:
                 title = f"{column}\nmIoU {scores[column]:.3f}" if column in scores else column
                 axis.set_title(title, color="white", fontsize=13)
             labels = truth if column == "truth" else predictions.get(column, [None] * len(slices))[row]
             if labels is not None:
-                axis.imshow(labels, cmap=ListedColormap(colours), vmin=0, vmax=2, alpha=0.75, interpolation="nearest")
+                tissue = ListedColormap(colours)
+                axis.imshow(labels.numpy(), cmap=tissue, vmin=0, vmax=2, alpha=0.75, interpolation="nearest")
                 wrong = np.ma.masked_equal((labels != truth).numpy(), False)
                 axis.imshow(wrong, cmap=ListedColormap(["#d7263d"]), alpha=0.9, interpolation="nearest")
         axes[i][0].text(3, 12, f"z = {slices.indices[row] - 72:+d} mm", color="white", fontsize=9)

@@ -1,39 +1,35 @@
-"""A dense-prediction model from transformers' own parts: any backbone, DPT's neck, DPT's segmentation head."""
+"""A dense-prediction model that leaves the work to the backbone: any plain ViT backbone and a linear decoder."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from transformers import DPTConfig, DPTPreTrainedModel
-from transformers.backbone_utils import load_backbone
+from transformers import Dinov2Backbone, Dinov2Config, Dinov2PreTrainedModel
 from transformers.modeling_outputs import SemanticSegmenterOutput
-from transformers.models.dpt.modeling_dpt import DPTNeck, DPTSemanticSegmentationHead
 
 
-class DPTOverBackboneForSemanticSegmentation(DPTPreTrainedModel):
-    """DPT (Ranftl et al., arXiv 2103.13413) for segmentation over a backbone of its own, such as DINOv2.
+class Dinov2ForSemanticSegmentation(Dinov2PreTrainedModel):
+    """DINOv2 with a linear decoder: one 1x1 convolution and a pixel shuffle.
 
-    transformers has this composition for depth only (`DPTForDepthEstimation`); its `DPTForSemanticSegmentation` brings
-    a ViT of its own. `pixel_values` (B, 3, H, W), both multiples of the patch size -> `logits` (B, classes, H', W');
-    with `labels` (B, H, W) also the cross-entropy at full resolution.
+    The decoder is that of transformers' `ViTForMaskedImageModeling`: each token predicts all pixels of its patch, so
+    the label map has the image's own resolution. `pixel_values` (B, 3, H, W), both multiples of the patch size ->
+    `logits` (B, classes, H, W); with `labels` (B, H, W) also the cross-entropy.
     """
 
-    def __init__(self, config: DPTConfig) -> None:
+    def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
-        self.backbone = load_backbone(config)
-        self.neck = DPTNeck(config)
-        self.decode_head = DPTSemanticSegmentationHead(config)
+        self.backbone = Dinov2Backbone(config)
+        self.decode_head = nn.Sequential(
+            nn.Conv2d(sum(self.backbone.channels), config.num_labels * config.patch_size**2, kernel_size=1),
+            nn.PixelShuffle(config.patch_size),
+        )
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
         """Predict a label map, and its loss where labels are given."""
-        outputs = self.backbone(pixel_values, **kwargs)
-        patch = self.config.backbone_config.patch_size
-        height, width = (side // patch for side in pixel_values.shape[-2:])
-        logits = self.decode_head(self.neck(list(outputs.feature_maps), height, width))
-        loss = None
-        if labels is not None:
-            full = nn.functional.interpolate(logits, size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            loss = nn.functional.cross_entropy(full, labels, ignore_index=self.config.semantic_loss_ignore_index)
+        maps = self.backbone(pixel_values, **kwargs).feature_maps
+        logits = self.decode_head(torch.cat(maps, dim=1))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return SemanticSegmenterOutput(loss=loss, logits=logits)
