@@ -31,6 +31,7 @@ class BaseModel:
         config: The live transformers config, so that label names set after injection are saved too. None for a plain
             `nn.Module`.
         class_name: Class of the base model.
+        library: Module that defines the class.
         backbones: Name in the model -> Hub id or folder, of backbones with weights of their own in a model that was
             put together from parts and has no id itself.
         metrics: Results to show in the model card.
@@ -38,6 +39,7 @@ class BaseModel:
 
     config: Any = None
     class_name: str = ""
+    library: str = ""
     backbones: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
@@ -45,6 +47,16 @@ class BaseModel:
     def num_labels(self) -> int | None:
         """Number of classes, where the base has a config that knows it."""
         return getattr(self.config, "num_labels", None)
+
+    def mapping(self) -> dict[str, Any]:
+        """Return what `adapter_config.json` keeps of the base model, under `auto_mapping`."""
+        return {
+            "base_model_class": self.class_name,
+            "parent_library": self.library,
+            "num_labels": self.num_labels,
+            "backbones": self.backbones,
+            "metrics": self.metrics,
+        }
 
     @property
     def labels(self) -> list[str]:
@@ -81,8 +93,10 @@ def _copy_processor(folder: Path, sources: list[str | None]) -> None:
 
 
 def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None:
+    kept: dict[str, Any] = {}
     if path.exists():
-        text = ModelCard.load(path, ignore_metadata_errors=True).text
+        old = ModelCard.load(path, ignore_metadata_errors=True)
+        text, kept = old.text, old.data.to_dict()
         untouched = ModelCard.from_template(ModelCardData()).text.strip()
         if GENERATED not in text and untouched not in text:
             return  # somebody's own words
@@ -90,12 +104,13 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
     task = next((task for ending, task in _PIPELINES.items() if base.class_name.endswith(ending)), None)
     on_hub = [source for source in (adapter.get("base_model_name_or_path"), *base.backbones.values()) if source]
     on_hub = [source for source in on_hub if not Path(source).exists()]
-    data = ModelCardData(
-        library_name="peft",
-        tags=["e3va", "e3va_peft", "parameter-efficient-fine-tuning"],
-        pipeline_tag=task,
-        base_model=on_hub or None,
-    )
+    own = {
+        "library_name": "peft",
+        "tags": sorted({"e3va", "e3va_peft", "parameter-efficient-fine-tuning", *(kept.get("tags") or ())}),
+        "pipeline_tag": task,
+        "base_model": on_hub or None,
+    }
+    data = ModelCardData(**(kept | {key: value for key, value in own.items() if value is not None}))
     labels = base.labels
     lines = [
         "```python",

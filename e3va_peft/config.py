@@ -152,8 +152,8 @@ class E3VAConfig(PeftConfig):
             save_directory: The adapter's folder.
             kwargs: What PEFT passes on; `auto_mapping_dict` is completed with what rebuilding the base model needs.
         """
-        if kwargs.get("auto_mapping_dict") is not None:
-            kwargs["auto_mapping_dict"] |= {"num_labels": self.base.num_labels, "backbones": self.base.backbones}
+        if self.base.class_name:
+            kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping()
         super().save_pretrained(save_directory, **kwargs)
         if self.base.class_name:
             write_companions(Path(save_directory), self.to_dict(), self.base)

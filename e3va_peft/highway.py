@@ -120,6 +120,8 @@ class Stage(nn.Module):
         init_weights: Zero the last factor, so that the lane starts at exactly zero.
     """
 
+    FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")
+
     def __init__(self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True) -> None:
         super().__init__()
         self.u1 = nn.Parameter(torch.empty(num_adapters, width, r))
@@ -196,8 +198,9 @@ class Highway(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether its factors want a gradient (read off one of them, which also holds in a replica)."""
-        return self.stage(0).u1.requires_grad
+        """Whether any factor wants a gradient (by attribute, because a replica's tensors are no parameters)."""
+        stages = [self.stage(i) for i in range(len(self.stages))]
+        return any(getattr(stage, name).requires_grad for stage in stages for name in Stage.FACTORS)
 
     def stage(self, index: int) -> Stage:
         """Return the adapters of one stage."""

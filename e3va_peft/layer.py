@@ -202,12 +202,14 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(*args, **kwargs)
         refuse_trainable(self.base_layer, type(self.base_layer).__name__)
         _warn_about_input_gradients(args, kwargs)
-        return_dict = kwargs.pop("return_dict", getattr(self.base_layer.config, "return_dict", True))
+        config = getattr(self.base_layer, "config", None)
+        as_dict = {} if config is None else {"return_dict": True}  # an exit of a user's own may know no return_dict
+        return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True))
         highways = [cast(Highway, self.e3va_highway[name]) for name in active]
         keep = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         taps = Taps(highways, len(self.taps), keep)
         with _CURRENT.set(taps), torch.no_grad():
-            outputs = self.base_layer(*args, return_dict=True, **kwargs)
+            outputs = self.base_layer(*args, **as_dict, **kwargs)
         run = Run(
             exit=self.base_layer,
             lane=Lane(taps, [stage.merging for stage in self.backbone.stages(self.base_layer)]),
@@ -298,8 +300,9 @@ def _warn_about_input_gradients(args: Sequence[Any], kwargs: dict[str, Any]) -> 
         return
     if any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
         warnings.warn(
-            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
-            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
+            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None, and a "
+            "module in front of the backbone never trains (leave it out of modules_to_save). For saliency maps or "
+            "adversarial examples use the base model (disable_adapter()) or another PEFT method.",
             UserWarning,
             stacklevel=3,
         )

@@ -99,7 +99,9 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
+    _check_nesting(model, config.modules_to_save)
     config.base = _describe_base(model, exits)
+    config.base.metrics = dict((config.auto_mapping or {}).get("metrics") or {})
 
 
 def _targets(model: nn.Module, config: E3VAConfig) -> list[Exit]:
@@ -174,7 +176,7 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)
     }
-    return BaseModel(getattr(model, "config", None), type(model).__name__, outermost)
+    return BaseModel(getattr(model, "config", None), type(model).__name__, type(model).__module__, outermost)
 
 
 def _check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> None:
@@ -218,6 +220,22 @@ def everything_outside(model: nn.Module, exits: list[Exit]) -> list[str]:
     visit("", model)
     inside = [name for found in exits for name in found.site.norms if name in found.tail]
     return names + inside
+
+
+def _check_nesting(model: nn.Module, names: list[str]) -> None:
+    """Refuse to save a part of what another adapter saves whole, or the other way round: the copies would overlap."""
+    wrapped = [
+        name.replace(".original_module", "").replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    for name in names:
+        for other in wrapped:
+            if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise ValueError(
+                    f"modules_to_save={name!r}: overlaps {other!r}, which another adapter of this model saves. Name "
+                    "the same modules in both."
+                )
 
 
 def _learns(module: nn.Module) -> bool:

@@ -131,6 +131,38 @@ def test_a_pooler_inside_the_exit_is_frozen_unless_named_and_passes_gradients():
     assert not torch.equal(pooler.dense.weight, layer_of(model).base_layer.pooler.dense.weight)
 
 
+def test_saved_modules_of_two_adapters_may_not_overlap():
+    for first, second in (
+        (["decode_head"], ["decode_head.classifier"]),
+        (["decode_head.classifier"], ["decode_head"]),
+    ):
+        case = BY_NAME["swin-upernet"]
+        model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=first))
+        with pytest.raises(ValueError, match=f"'{second[0]}': overlaps '{first[0]}'"):
+            model.add_adapter("second", E3VAConfig(r=4, modules_to_save=second))
+        outputs(model, case.batch())
+
+
+def test_factors_frozen_by_hand_do_not_stop_the_others():
+    for name in ("swin-classifier", "vit-classifier"):
+        case = BY_NAME[name]
+        model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+        layer_of(model).e3va_highway["default"].stage(0).u1.requires_grad = False
+        model(**case.training_batch())["loss"].backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_saved_pooler_over_a_bf16_base():
+    case = BY_NAME["vit-in-own-head"]
+    config = E3VAConfig(r=4, modules_to_save=["head", "layernorm", "pooler"])
+    model = get_peft_model(case.base().to(torch.bfloat16), config).train()
+    batch = case.training_batch()
+    batch["pixel_values"] = batch["pixel_values"].to(torch.bfloat16)
+    model(**batch)["loss"].backward()
+    tail = layer_of(model).e3va_tail["default"]
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in tail.parameters())
+
+
 def test_unload_keeps_trained_heads_and_norms_as_peft_does():
     for name, norm in (("swin-classifier", "swin"), ("vit-classifier", "vit")):
         case = BY_NAME[name]

@@ -132,13 +132,11 @@ def test_register_backbone_works_from_user_code(monkeypatch):
             return x + self.mlp(x)
 
     class TinyEncoder(nn.Module):
-        config = SimpleNamespace(return_dict=True)
-
         def __init__(self):
             super().__init__()
             self.blocks = nn.ModuleList(Block(8) for _ in range(3))
 
-        def forward(self, x, return_dict=True):
+        def forward(self, x):
             for block in self.blocks:
                 x = block(x)
             return SimpleNamespace(x=x)
@@ -189,3 +187,7 @@ def test_importing_the_package_warns_about_nothing_and_reloading_it_does_no_harm
         "assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING['E3VA'] is first\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_readme_shows_what_was_recorded():
+    subprocess.run([sys.executable, PACKAGE.parent / "benchmarks" / "readme_tables.py", "--check"], check=True)

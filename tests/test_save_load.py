@@ -241,6 +241,26 @@ def test_model_card_opens_with_the_import_and_tells_what_is_inside(pretrained, t
     assert "More Information Needed" not in card
 
 
+def test_a_model_saved_by_transformers_itself_is_rebuilt_too(pretrained, tmp_path):
+    case = BY_NAME["swin-classifier"]
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    base.add_adapter(E3VAConfig(r=4, init_weights=False))
+    base.save_pretrained(tmp_path / "adapter")
+    again, _ = e3va_peft.load_adapter(tmp_path / "adapter")
+    assert_same(outputs(again, case.batch()), outputs(base.eval(), case.batch()), rtol=0, atol=0)
+
+
+def test_metrics_and_metadata_of_a_card_survive_loading_and_saving(pretrained, tmp_path):
+    model = get_peft_model(SwinForImageClassification.from_pretrained(pretrained), E3VAConfig(r=4))
+    e3va_peft.record_metrics(model, {"accuracy": 0.875})
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    path.write_text(path.read_text().replace("library_name: peft", "library_name: peft\nlicense: mit"))
+    again, _ = e3va_peft.load_adapter(tmp_path / "adapter")
+    again.save_pretrained(tmp_path / "adapter")
+    assert "| accuracy | 0.875 |" in path.read_text() and "license: mit" in path.read_text()
+
+
 def test_a_model_card_of_the_users_own_is_not_overwritten(pretrained, tmp_path):
     model = get_peft_model(SwinForImageClassification.from_pretrained(pretrained), E3VAConfig(r=4))
     model.save_pretrained(tmp_path / "adapter")

@@ -118,6 +118,12 @@ def add(x: Tensor, z: Tensor) -> Tensor:
     return (x + z).to(x.dtype)
 
 
+def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
+    """Run a module in the dtype of its parameters (PEFT keeps trained copies in fp32) and return x's dtype."""
+    dtype = next((p.dtype for p in module.parameters()), x.dtype)
+    return module(x.to(dtype)).to(x.dtype)
+
+
 def child(parent: str, name: str) -> str:
     """Name of a child module, `parent.name`, also below the root, whose name is empty."""
     return f"{parent}.{name}" if parent else name

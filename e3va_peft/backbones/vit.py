@@ -7,7 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from e3va_peft.backbones.base import Backbone, Run, Site, StageSpec, TapPoint, add, child, splice_hidden_states
+from e3va_peft.backbones.base import (
+    Backbone,
+    Run,
+    Site,
+    StageSpec,
+    TapPoint,
+    add,
+    child,
+    in_own_dtype,
+    splice_hidden_states,
+)
 
 
 class ViT(Backbone):
@@ -32,7 +42,8 @@ class ViT(Backbone):
     def splice(self, outputs: Any, run: Run) -> Any:
         """Add the lane to each hidden state, then run the output norm and the pooler again."""
         splice_hidden_states(outputs, run)
-        outputs.last_hidden_state = run.tail["layernorm"](add(run.tail_input, run.lane.advance(run.depth[0])))
+        hidden = add(run.tail_input, run.lane.advance(run.depth[0]))
+        outputs.last_hidden_state = in_own_dtype(run.tail["layernorm"], hidden)
         if "pooler" in run.tail:
-            outputs.pooler_output = run.tail["pooler"](outputs.last_hidden_state)
+            outputs.pooler_output = in_own_dtype(run.tail["pooler"], outputs.last_hidden_state)
         return outputs

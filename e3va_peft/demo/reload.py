@@ -5,18 +5,16 @@ from __future__ import annotations
 import sys
 
 import numpy as np
-from transformers.utils import logging
 
 from e3va_peft import load_adapter
 from e3va_peft.demo.data import mni152_slices
-from e3va_peft.demo.run import predict
+from e3va_peft.demo.run import predict, quieten
 
 
 def main() -> None:
     """Run the module's two arguments."""
     adapter, output = sys.argv[1:]
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     model, _ = load_adapter(adapter)
     np.save(output, predict(model, mni152_slices()[1]).numpy())
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -83,6 +84,13 @@ def e3va(model: nn.Module) -> nn.Module:
 
 
 METHODS = (Method("head only", head_only, 8e-3), Method("LoRA", lora, 4e-3), Method("E3VA", e3va, 5e-3))
+
+
+def quieten() -> None:
+    """Keep the libraries' loading reports and deprecations out of the demo's output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def build_base(vit: Path) -> nn.Module:
@@ -168,8 +176,7 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
         )
     folder.mkdir(parents=True, exist_ok=True)
     console = Console()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quieten()
     vit = focus_vit()
     train_slices, test_slices = mni152_slices()
     console.print(
