@@ -80,7 +80,7 @@ class E3VAConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Modules to train and save whole beside the highway. None means everything outside the backbone "
-            "(head, neck, decoder) plus the backbone's output norms; [] means none."
+            "(head, neck, decoder; also what was frozen before) plus the backbone's output norms; [] means none."
         },
     )
     init_weights: bool = field(

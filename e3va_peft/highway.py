@@ -69,7 +69,8 @@ class _SumOfAdapters(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters, taps = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # read once: each access unpacks them again
+        parameters, taps = saved[:6], saved[6:]
         dtype = ctx.dtype
         with _no_autocast(grad):
             u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])

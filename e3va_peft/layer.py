@@ -98,6 +98,7 @@ class FrozenGuard:
         if module.training:
             module.eval()
         refuse_trainable(module, self.name)
+        check_input_gradients(args)
 
 
 def refuse_trainable(module: nn.Module, name: str) -> None:
@@ -140,16 +141,25 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         backbone: The exit's family.
         depth: Blocks to adapt in each stage.
         taps: Names of the taps that are read in each block; the same for all adapters.
+        takes_image: Whether nothing frozen stands before the exit, so that it has to look at its input itself.
     """
 
     adapter_layer_names: tuple[str, ...] = ("e3va_highway", "e3va_tail")
 
-    def __init__(self, base_layer: nn.Module, backbone: Backbone, depth: Sequence[int], taps: Sequence[str]) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        backbone: Backbone,
+        depth: Sequence[int],
+        taps: Sequence[str],
+        takes_image: bool = False,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.backbone = backbone
         self.depth = tuple(depth)
         self.taps = tuple(taps)
+        self.takes_image = takes_image
         self.e3va_highway = nn.ModuleDict()  # adapter -> Highway
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
         self._active_adapter = []
@@ -201,7 +211,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or not active:
             return self.base_layer(*args, **kwargs)
         refuse_trainable(self.base_layer, type(self.base_layer).__name__)
-        _warn_about_input_gradients(args, kwargs)
+        if self.takes_image:
+            check_input_gradients((*args, *kwargs.values()))
         config = getattr(self.base_layer, "config", None)
         as_dict = {} if config is None else {"return_dict": True}  # an exit of a user's own may know no return_dict
         return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True))
@@ -295,14 +306,24 @@ def cannot_merge() -> NotImplementedError:
     )
 
 
-def _warn_about_input_gradients(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+def check_input_gradients(inputs: Sequence[Any]) -> None:
+    """Refuse an input of the backbone that some module in front of it computed with gradient; warn about a leaf's.
+
+    Raises:
+        ValueError: What made the input wants a gradient, which E3VA does not send.
+    """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    if any(isinstance(value, Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+    wanting = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    if any(value.grad_fn is not None for value in wanting):
+        raise ValueError(
+            "a module in front of the backbone wants a gradient, but E3VA sends none through the backbone, so it "
+            "would never train. Leave it out of modules_to_save, or use another PEFT method."
+        )
+    if wanting:
         warnings.warn(
-            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None, and a "
-            "module in front of the backbone never trains (leave it out of modules_to_save). For saliency maps or "
-            "adversarial examples use the base model (disable_adapter()) or another PEFT method.",
+            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
+            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
             UserWarning,
             stacklevel=3,
         )

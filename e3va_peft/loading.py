@@ -67,7 +67,9 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
             f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run "
             "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
-    model_class = getattr(importlib.import_module(library), class_name)
+    model_class: Any = getattr(importlib.import_module(library), class_name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is no transformers model.")
     values = json.loads(_file(source, BASE_CONFIG, hub).read_text())
     base_config = AutoConfig.for_model(**values)
     name = config.base_model_name_or_path

@@ -72,7 +72,8 @@ class E3VAModel(BaseTuner):
         if isinstance(target, E3VALayer):
             layer = target
         else:
-            layer = E3VALayer(target, found.family, found.site.depth, peft_config.taps)
+            site = found.site
+            layer = E3VALayer(target, found.family, site.depth, peft_config.taps, takes_image=not site.frozen)
         saved = self.peft_config[adapter_name].modules_to_save
         tail = [own for full, own in found.tail.items() if full in saved]
         layer.update_layer(adapter_name, peft_config, tail)
@@ -217,5 +218,7 @@ def record_metrics(model: PeftModel, metrics: Mapping[str, float], adapter_name:
         metrics: Name -> value, e.g. `{"mean_iou": 0.75}`; what is no number is left out.
         adapter_name: The adapter; the active one by default.
     """
-    config = model.peft_config[adapter_name or model.active_adapters[0]]
-    config.base.metrics |= {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    config = model.peft_config[adapter_name or active[0]]
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    config.base.metrics |= {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

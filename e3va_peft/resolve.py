@@ -41,9 +41,10 @@ class Exit:
 
 
 def base_children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over the children of a module as they were before PEFT wrapped any of them."""
-    for name, item in module.named_children():
-        yield name, unwrap(item)
+    """Iterate over the children of a module as they were before PEFT wrapped any, under each of their names."""
+    for name, item in module._modules.items():
+        if item is not None:
+            yield name, unwrap(item)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -95,7 +96,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         _check_exit(found)
     _check_label_count(model, config, exits)
     if config.modules_to_save is None:
-        config.modules_to_save = everything_outside(model, exits)
+        config.modules_to_save = everything_outside(model, find_exits(model), exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
@@ -122,9 +123,10 @@ def _targets(model: nn.Module, config: E3VAConfig) -> list[Exit]:
             + ". Another one is a small class: see e3va_peft.register_backbone."
         )
     if config.target_modules is not None:
-        chosen = [found for found in exits if _names(config.target_modules, found.name)]
+        full = {found.name for found in exits}
+        chosen = [found for found in exits if _names(config.target_modules, found.name, full)]
         unknown = [] if isinstance(config.target_modules, str) else list(config.target_modules)
-        unknown = [name for name in unknown if not any(_names([name], found.name) for found in exits)]
+        unknown = [name for name in unknown if not any(_names([name], found.name, full) for found in exits)]
         if unknown or not chosen:
             raise ValueError(
                 f"target_modules={config.target_modules!r}: {unknown or 'nothing'} is an exit of a backbone in this "
@@ -133,7 +135,8 @@ def _targets(model: nn.Module, config: E3VAConfig) -> list[Exit]:
             )
         exits = chosen
     if config.exclude_modules:
-        kept = [found for found in exits if not _names(config.exclude_modules, found.name)]
+        full = {found.name for found in exits}
+        kept = [found for found in exits if not _names(config.exclude_modules, found.name, full)]
         if not kept:
             raise ValueError(
                 f"exclude_modules={config.exclude_modules!r}: leaves no backbone to adapt; the exits are "
@@ -143,11 +146,11 @@ def _targets(model: nn.Module, config: E3VAConfig) -> list[Exit]:
     return exits
 
 
-def _names(patterns: list[str] | str, name: str) -> bool:
-    """Whether PEFT's rule for names matches: a regular expression, or equality up to leading parents."""
+def _names(patterns: list[str] | str, name: str, full: set[str]) -> bool:
+    """Whether a pattern means a name: a regular expression, a full name, or the end of names that is no full name."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
-    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+    return any(name == pattern or (pattern not in full and name.endswith(f".{pattern}")) for pattern in patterns)
 
 
 def _check_exit(found: Exit) -> None:
@@ -193,11 +196,22 @@ def _check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) 
         )
 
 
-def everything_outside(model: nn.Module, exits: list[Exit]) -> list[str]:
-    """Return the names of the maximal modules that hold no exit, plus the output norms inside exits."""
+def everything_outside(model: nn.Module, exits: list[Exit], chosen: list[Exit] | None = None) -> list[str]:
+    """Return the names of the maximal modules that hold no exit, plus the output norms inside exits.
+
+    Args:
+        model: The model.
+        exits: All its exits.
+        chosen: Those that are adapted, all by default. The backbones of the others stay frozen whole.
+
+    Raises:
+        ValueError: One module outside the backbone is registered under two names.
+    """
+    chosen = exits if chosen is None else chosen
     skipped = {name for found in exits for name in (*found.site.frozen, *found.site.unused)}
+    skipped |= {name for found in exits if found not in chosen for name in found.site.norms}
     names: list[str] = []
-    seen: set[int] = set()
+    seen: dict[int, str] = {}
 
     def visit(prefix: str, module: nn.Module) -> None:
         bare = [name for name, _ in module.named_parameters(recurse=False)]
@@ -209,16 +223,22 @@ def everything_outside(model: nn.Module, exits: list[Exit]) -> list[str]:
             )
         for key, item in base_children(module):
             name = child(prefix, key)
-            if name in skipped or any(name == found.name for found in exits) or id(item) in seen:
+            if name in skipped or any(name == found.name for found in exits):
                 continue
+            if id(item) in seen:
+                raise ValueError(
+                    f"the module {seen[id(item)]!r} is registered again as {name!r}; PEFT can wrap it under one name "
+                    "only, and the other would use the frozen original. Register it once, or give modules_to_save "
+                    "without it."
+                )
             if isinstance(item, _CONTAINERS) or any(found.name.startswith(f"{name}.") for found in exits):
                 visit(name, item)
             elif _learns(item):
-                seen.add(id(item))
+                seen[id(item)] = name
                 names.append(name)
 
     visit("", model)
-    inside = [name for found in exits for name in found.site.norms if name in found.tail]
+    inside = [name for found in chosen for name in found.site.norms if name in found.tail]
     return names + inside
 
 
@@ -230,6 +250,10 @@ def _check_nesting(model: nn.Module, names: list[str]) -> None:
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     for name in names:
+        if whole := [other for other in names if name.startswith(f"{other}.")]:
+            raise ValueError(
+                f"modules_to_save={name!r}: is a part of {whole[0]!r}, which is saved whole. Name one of them."
+            )
         for other in wrapped:
             if name.startswith(f"{other}.") or other.startswith(f"{name}."):
                 raise ValueError(
@@ -248,7 +272,7 @@ def _full_names(model: nn.Module, exits: list[Exit], requested: list[str]) -> li
     modules = dict(base_modules(model))
     resolved: list[str] = []
     for name in requested:
-        matches = [full for full in modules if full == name or full.endswith(f".{name}")]
+        matches = [name] if name in modules else [full for full in modules if full.endswith(f".{name}")]
         if not matches:
             close = difflib.get_close_matches(name, modules, n=3)
             hint = f" Did you mean {close}?" if close else ""
@@ -283,9 +307,10 @@ def _check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None
 
 def _check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> None:
     """Refuse a name that by PEFT's rule, `endswith`, would also mean another module outside the backbone."""
-    for key, _ in base_modules(model):
+    unused = {name for found in exits for name in found.site.unused}
+    for key, module in base_modules(model):
         inside = any(key == name or key.startswith(f"{name}.") for name in names)
-        if inside or any(found.contains(key) for found in exits):
+        if inside or key in unused or not _learns(module) or any(found.contains(key) for found in exits):
             continue
         for name in names:
             if key.endswith(name):

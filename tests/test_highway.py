@@ -8,6 +8,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.highway import Highway, Lane, Stage, Taps
@@ -132,6 +133,19 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
     own = {p.data_ptr() for p in stage.parameters()}
     kept = [t for t in saved if t.data_ptr() not in own]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
+
+
+def test_saved_taps_are_unpacked_once_and_can_be_checkpointed():
+    stage = Stage(width=8, num_adapters=3, r=2, bottleneck=4, init_weights=False)
+    taps = [torch.randn(2, 5, 8) for _ in range(3)]
+    unpacked: list[int] = []
+    with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
+        stage(0, taps).sum().backward()
+    assert len(unpacked) == 6 + 3
+    direct = stage.u1.grad.clone()
+    stage.zero_grad()
+    checkpoint(lambda: stage(0, taps).sum(), use_reentrant=False).backward()
+    torch.testing.assert_close(stage.u1.grad, direct)
 
 
 def test_a_stage_is_one_autograd_node_however_deep():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import E3VAConfig, E3VALayer
+from e3va_peft.highway import Lane, Taps
 from e3va_peft.layer import is_e3va_hook
 from tests.models import BY_NAME, Case, every_model, every_model_but, loss_of, tensors, train_steps
 
@@ -244,6 +246,8 @@ def test_no_tensor_stays_on_a_module_after_a_forward(case):
     before = held(model)
     model(**case.training_batch())
     assert held(model) == before
+    gc.collect()
+    assert not [item for item in gc.get_objects() if isinstance(item, Taps | Lane)]
 
 
 @every_model

@@ -119,9 +119,11 @@ def test_one_of_two_backbones_can_be_excluded():
 
     model = get_peft_model(Two(), E3VAConfig(r=4))
     assert model.peft_config["default"].target_modules == ["left.swin.encoder", "right.dinov2.encoder"]
-    model = get_peft_model(Two(), E3VAConfig(r=4, exclude_modules=["right.dinov2.encoder"]))
-    assert model.peft_config["default"].target_modules == ["left.swin.encoder"]
-    assert not [name for name, _ in model.named_parameters() if "right" in name and "e3va" in name]
+    for config in ({"exclude_modules": ["right.dinov2.encoder"]}, {"target_modules": ["left.swin.encoder"]}):
+        model = get_peft_model(Two(), E3VAConfig(r=4, **config))
+        assert model.peft_config["default"].target_modules == ["left.swin.encoder"]
+        trained = [name for name, p in model.named_parameters() if p.requires_grad and ".right." in name]
+        assert trained and all("right.classifier" in name for name in trained)  # its backbone stays frozen
 
 
 @every_model
@@ -152,6 +154,30 @@ def test_a_name_that_is_the_ending_of_another_is_refused():
     refused(model, "modules_to_save='head': PEFT matches.*'decode_head'", modules_to_save=["head"])
     adapted = get_peft_model(model, E3VAConfig(r=4))  # meant are all three: nothing is caught by mistake
     assert {"head", "decode_head", "auxiliary_head"} <= set(adapted.peft_config["default"].modules_to_save)
+
+
+def test_a_module_in_front_of_the_backbone_that_wants_a_gradient_is_refused():
+    for name in ("swin-in-own-head", "vit-in-own-head"):
+        case = BY_NAME[name]
+        model = case.base()
+        model.register_forward_pre_hook(
+            lambda m, args, kwargs: (args, kwargs | {"pixel_values": m.stem(kwargs["pixel_values"])}), with_kwargs=True
+        )
+        model.stem = nn.Conv2d(3, 3, 1)
+        adapted = get_peft_model(model, E3VAConfig(r=4)).train()
+        with pytest.raises(ValueError, match="a module in front of the backbone wants a gradient"):
+            adapted(**case.training_batch())
+        frozen = get_peft_model(adapted.unload(), E3VAConfig(r=4, modules_to_save=["head"])).train()
+        loss_of(frozen(**case.training_batch())).backward()
+
+
+def test_a_module_under_two_names_and_a_part_of_a_saved_module_are_refused():
+    model = BY_NAME["swin-in-own-head"].base()
+    model.alias = model.head
+    with pytest.raises(ValueError, match="'head' is registered again as 'alias'"):
+        get_peft_model(model, E3VAConfig(r=4))
+    case = BY_NAME["swin-upernet"]
+    refused(case.base(), "is a part of 'decode_head'", modules_to_save=["decode_head", "decode_head.classifier"])
 
 
 def test_a_head_that_holds_a_module_of_its_own_name_is_wrapped_once():

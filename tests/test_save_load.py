@@ -6,11 +6,13 @@ import copy
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     AutoModelForImageClassification,
     BitImageProcessor,
@@ -181,6 +183,28 @@ def test_a_model_put_together_from_a_config_and_a_backbone_is_rebuilt(tmp_path):
     again, processor = e3va_peft.load_adapter(tmp_path / "adapter")
     assert processor is None and again.config.id2label[1] == "grey"
     assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "norm", "pooler", "layernorm"])
+@pytest.mark.parametrize("model", ["swin-in-own-head", "vit-in-own-head"])
+def test_a_head_named_like_a_part_of_the_backbone_comes_back(name, model, tmp_path):
+    case = BY_NAME[model]
+
+    def base():
+        built = case.base()
+        head = nn.Sequential(OrderedDict(first=nn.Linear(3, 3), mlp=nn.Linear(3, 3)))
+        built.head = nn.Sequential(OrderedDict(head=built.head))
+        built.add_module(name, head)
+        built.register_forward_hook(lambda m, args, out: out | {"logits": getattr(m, name)(out["logits"])})
+        return built
+
+    torch.manual_seed(0)
+    original = base()
+    adapted = get_peft_model(copy.deepcopy(original), E3VAConfig(r=4, init_weights=False)).eval()
+    assert {name, "head"} <= set(adapted.peft_config["default"].modules_to_save)
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(original), tmp_path)
+    assert_same(outputs(again, case.batch()), outputs(adapted, case.batch()), rtol=0, atol=0)
 
 
 def test_a_head_that_was_not_saved_is_missed_when_the_base_is_put_together(tmp_path):

@@ -15,7 +15,6 @@ RECIPE: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
     "num_train_epochs": 10,
-    "label_names": ["labels"],
     "report_to": "none",
 }
 
