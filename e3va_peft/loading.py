@@ -68,7 +68,7 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
             "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
     model_class: Any = getattr(importlib.import_module(library), class_name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+    if not _is_transformers_model(model_class):
         raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is no transformers model.")
     values = json.loads(_file(source, BASE_CONFIG, hub).read_text())
     base_config = AutoConfig.for_model(**values)
@@ -103,6 +103,10 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
         loaded = type(part).from_pretrained(weights, config=part.config, **kwargs)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
+
+
+def _is_transformers_model(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
 def _load_processor(source: str, config: E3VAConfig, hub: dict[str, Any]) -> Any:
