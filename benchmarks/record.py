@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -21,7 +20,7 @@ def save(name: str, rows: list[dict[str, Any]]) -> None:
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
     packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "e3va_peft")
     record = {
-        "command": " ".join(["python", *(os.path.relpath(sys.argv[0]), *sys.argv[1:])]),
+        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
         "revision": revision.strip(),
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "python": platform.python_version(),
