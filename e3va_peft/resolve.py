@@ -90,13 +90,14 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     Raises:
         ValueError: See the messages: each names the argument, its value and what to do.
     """
-    exits = _targets(model, config)
+    present = find_exits(model)
+    exits = _targets(model, config, present)
     config.target_modules = [found.name for found in exits]
     for found in exits:
         _check_exit(found)
     _check_label_count(model, config, exits)
     if config.modules_to_save is None:
-        config.modules_to_save = everything_outside(model, find_exits(model), exits)
+        config.modules_to_save = everything_outside(model, present, exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
@@ -105,9 +106,8 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     config.base.metrics = dict((config.auto_mapping or {}).get("metrics") or {})
 
 
-def _targets(model: nn.Module, config: E3VAConfig) -> list[Exit]:
-    """Return the exits that a config names; all of them where it names none."""
-    exits = find_exits(model)
+def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Exit]:
+    """Return those of a model's exits that a config names; all of them where it names none."""
     if any(found.name == "" for found in exits):
         cls = type(model).__name__
         raise ValueError(
