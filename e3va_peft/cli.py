@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +17,173 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="
 def about() -> None:
     """Fine-tune large vision models on small GPUs: E3VA for PEFT.
 
-    Start with [bold]e3va demo[/bold]: real weights, real MRI, a few minutes on a CPU.
+    See it work: [bold]e3va demo[/bold], real weights and real MRI, a few minutes on a CPU.
+
+    Train on your own data: [bold]e3va recipes[/bold] lists configs to start from, [bold]e3va train[/bold] runs one,
+    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees.
     """
+
+
+@contextmanager
+def _errors_in_plain_words() -> Iterator[None]:
+    """Print what a user can mend without a traceback; keep the libraries' loading reports out of it."""
+    import warnings
+
+    from transformers.utils import logging
+
+    from e3va_peft.training.config import UserError
+    from e3va_peft.training.run import Interrupted
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+    try:
+        yield
+    except (UserError, FileExistsError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    except Interrupted as stopped:
+        typer.secho(str(stopped), fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+Config = Annotated[str, typer.Argument(help="YAML file of the run, or the name of a recipe.", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one field, e.g. training.learning_rate=1e-3. Repeat for more.", metavar="K=V"),
+]
+Source = Annotated[
+    str, typer.Argument(help="Folder of a run, or folder or Hub id of an E3VA adapter.", metavar="RUN_OR_ADAPTER")
+]
+
+
+@app.command()
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in output.")] = False,
+) -> None:
+    """Fine-tune a model on your images: one YAML file, one command.
+
+    Writes into the config's [bold]output[/bold]: the adapter (or, for head-only and full, the model) with its image
+    processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same command goes on
+    from it. A finished run is never overwritten unasked.
+
+    [bold]A config[/bold]
+
+        task: image-classification        # or semantic-segmentation\n
+        model: facebook/dinov2-base       # Hub id or folder\n
+        data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet\n
+        method: e3va                      # or head-only, lora, full\n
+        output: runs/first\n
+        training: {num_train_epochs: 10}  # any field of transformers.TrainingArguments
+
+    [bold]Examples[/bold]
+
+        e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml\n
+        e3va train my.yaml --set method=lora --set output=runs/lora\n
+        e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4\n
+        accelerate launch --num_processes 2 -m e3va_peft train my.yaml
+    """
+    with _errors_in_plain_words():
+        from e3va_peft.training.config import read_config
+        from e3va_peft.training.run import train as run
+
+        run(read_config(config, overrides or ()), overwrite=overwrite)
+
+
+@app.command("eval")
+def evaluate(
+    source: Source,
+    data: Annotated[
+        str | None, typer.Option(help="Config whose data to use. By default that of the run.", metavar="CONFIG")
+    ] = None,
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the metrics to.")] = None,
+) -> None:
+    """Score a trained model on a labelled split.
+
+    [bold]Examples[/bold]
+
+        e3va eval runs/first\n
+        e3va eval runs/first --set data.eval_split=test --output test.json\n
+        e3va eval me/my-adapter --data my.yaml
+    """
+    with _errors_in_plain_words():
+        from rich.console import Console
+
+        from e3va_peft.training.config import UserError, read_config
+        from e3va_peft.training.predict import evaluate as score
+        from e3va_peft.training.run import CONFIG, plain
+        from e3va_peft.training.tables import metrics_table
+
+        if output is not None and output.exists():
+            raise FileExistsError(f"output={str(output)!r}: exists already. Choose another file.")
+        if data is None and not (Path(source) / CONFIG).is_file():
+            raise UserError(f"{source}: is no folder of a run and knows no data. Name a config: --data my.yaml.")
+        scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
+        Console().print(metrics_table(scores, labels))
+        if output is not None:
+            output.write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
+
+
+@app.command()
+def predict(
+    source: Source,
+    images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
+    output: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("predictions"),
+    top: Annotated[int, typer.Option(min=1, help="Classes to name per image, for a classifier.")] = 5,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions there.")] = False,
+) -> None:
+    """Predict images: class names and scores as JSON, label maps and overlays as PNG.
+
+    [bold]Examples[/bold]
+
+        e3va predict runs/first photo.jpg more-photos/\n
+        e3va predict me/my-adapter photos/ --output found
+    """
+    with _errors_in_plain_words():
+        from rich.console import Console
+
+        from e3va_peft.training.predict import predict as run
+
+        entries = run(source, images, output, overwrite=overwrite, top=top)
+        console = Console()
+        for entry in entries[:20]:
+            found = entry.get("predictions") or entry.get("shares") or {}
+            best = [f"{e['label']} {e['score']:.3f}" for e in found] if isinstance(found, list) else []
+            best = best or [f"{name} {100 * share:.1f} %" for name, share in found.items()] if found else best
+            console.print(f"{entry['file']}: {', '.join(best) or '[red]' + entry.get('error', '') + '[/red]'}")
+        console.print(f"{len(entries)} images: {output / 'predictions.json'}")
+        broken = [entry for entry in entries if "error" in entry]
+        if broken:
+            typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)
+            raise typer.Exit(1)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to print. Without it, the list.")] = None,
+) -> None:
+    """List configs to start from, or print one.
+
+    Example: [bold]e3va recipes dinov2-image-folder > my.yaml[/bold]
+    """
+    with _errors_in_plain_words():
+        from rich.console import Console
+        from rich.table import Table
+
+        from e3va_peft.training.config import recipe_text
+        from e3va_peft.training.config import recipes as names
+
+        if name is not None:
+            typer.echo(recipe_text(name), nl=False)
+            return
+        grid = Table("recipe", "what it is")
+        for each in names():
+            grid.add_row(each, recipe_text(each).splitlines()[0].removeprefix("# "))
+        Console().print(grid)
 
 
 @app.command()

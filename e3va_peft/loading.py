@@ -5,19 +5,29 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, or httpx2's
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers.utils import cached_file
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
 from e3va_peft.resolve import everything_outside, find_exits
 
 _ALLOWED = ("transformers", "e3va_peft")
+_FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, BASE_CONFIG, PROCESSOR]
 
 
 def load_adapter(
@@ -25,6 +35,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     revision: str | None = None,
+    subfolder: str = "",
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> tuple[PeftModel, Any]:
@@ -34,7 +45,8 @@ def load_adapter(
         adapter: Folder or Hub id of an adapter that `save_pretrained` or `push_to_hub` wrote.
         is_trainable: Load it to train on, not only to predict.
         revision: Revision of the adapter's repository.
-        token: Hub token.
+        subfolder: Folder within; an adapter that is not named "default" is saved in one of its name.
+        token: Hub token, for the adapter and its base model.
         kwargs: For the base model's `from_pretrained`, e.g. `dtype`, `device_map`.
 
     Returns:
@@ -42,23 +54,62 @@ def load_adapter(
         adapter nor its base model has one.
 
     Raises:
-        FileNotFoundError: The adapter, or a file it needs, is not there.
-        ValueError: The adapter is of another method, or its base model cannot be found.
+        FileNotFoundError: The adapter, its revision, or a file it needs is not there, or not for this token.
+        PermissionError: The Hub refuses the token.
+        ConnectionError: The Hub cannot be reached, or the connection broke.
+        OSError: The base model cannot be loaded.
+        ValueError: The adapter is of another method, or does not say what its base model is.
     """
     source = os.fspath(adapter)
-    hub: dict[str, Any] = {"revision": revision, "token": token}
-    if not os.path.isdir(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise FileNotFoundError(f"adapter={source!r}: no such folder.")
-    config = PeftConfig.from_pretrained(source, **hub)
+    folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
+    folder = folder / subfolder
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(
+            f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
+            'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
+        )
+    config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, E3VAConfig):
         raise ValueError(f"adapter={source!r}: holds {config.peft_type}, not E3VA. Load it with peft.AutoPeftModel.")
-    base = _build_base(source, config, hub, kwargs)
-    model = PeftModel.from_pretrained(base, source, is_trainable=is_trainable, **hub)
+    base = _build_base(source, folder, config, {"token": token} | kwargs)
+    model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
     model.train(is_trainable)
-    return model, _load_processor(source, config, hub)
+    return model, _load_processor(folder, config, token)
 
 
-def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: dict[str, Any]) -> PreTrainedModel:
+def _download(source: str, revision: str | None, subfolder: str, token: str | bool | None) -> Path:
+    """Download an adapter's files, all of one commit, and return their folder in the cache."""
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise FileNotFoundError(f"adapter={source!r}: no such folder.")
+    files = [str(PurePosixPath(subfolder) / name) for name in _FILES]
+    try:
+        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"revision={revision!r}: {source!r} has no such branch, tag or commit on the Hub. Leave it out for the "
+            "newest."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise FileNotFoundError(
+            f"adapter={source!r}: no such folder, and no such repository on the Hub, or a private or gated one. Check "
+            "the id; for a private one log in with `hf auth login`, or pass token=..."
+        ) from error
+    except HfHubHTTPError as error:
+        if error.response.status_code != 401:
+            raise
+        given = "the token you are logged in with" if token in (None, True) else "token=..."
+        raise PermissionError(
+            f"adapter={source!r}: the Hub refuses {given}; it is mistyped, expired or revoked. Pass another as "
+            "token=..., log in again with `hf auth login`, or pass token=False if the adapter is public."
+        ) from error
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise ConnectionError(
+            f"adapter={source!r}: the Hub cannot be reached, or the connection broke, and the adapter is not whole in "
+            f"the local cache. Nothing half-loaded is kept: call again once there is a connection. {error}"
+        ) from error
+
+
+def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Build the base model with the adapter's label map."""
     mapping = config.auto_mapping or {}
     library, class_name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
@@ -70,13 +121,15 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
     model_class: Any = getattr(importlib.import_module(library), class_name, None)
     if not _is_transformers_model(model_class):
         raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is no transformers model.")
-    values = json.loads(_file(source, BASE_CONFIG, hub).read_text())
-    base_config = AutoConfig.for_model(**values)
+    if not (folder / BASE_CONFIG).is_file():
+        raise FileNotFoundError(
+            f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."
+        )
+    base_config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text()))
     name = config.base_model_name_or_path
     if name:
-        return model_class.from_pretrained(
-            name, config=base_config, revision=config.revision, ignore_mismatched_sizes=True, **kwargs
-        )
+        options = {"config": base_config, "revision": config.revision, "ignore_mismatched_sizes": True} | kwargs
+        return _from_pretrained(source, model_class, name, options)
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
     exits = find_exits(model)
@@ -100,7 +153,7 @@ def _build_base(source: str, config: E3VAConfig, hub: dict[str, Any], kwargs: di
     for path, weights in backbones.items():
         parent, _, attribute = path.rpartition(".")
         part = model.get_submodule(path)
-        loaded = type(part).from_pretrained(weights, config=part.config, **kwargs)
+        loaded = _from_pretrained(source, type(part), weights, {"config": part.config} | kwargs)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 
@@ -109,27 +162,21 @@ def _is_transformers_model(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
-def _load_processor(source: str, config: E3VAConfig, hub: dict[str, Any]) -> Any:
-    backbones = (config.auto_mapping or {}).get("backbones") or {}
-    for place, options in [(source, hub)] + [
-        (s, {}) for s in (config.base_model_name_or_path, *backbones.values()) if s
-    ]:
-        try:
-            _file(place, PROCESSOR, options)
-        except FileNotFoundError:
-            continue
-        return AutoImageProcessor.from_pretrained(place, **options)
-    return None
-
-
-def _file(source: str, name: str, hub: dict[str, Any]) -> Path:
-    """Return the local path of a file in a folder or Hub repository."""
-    if os.path.isdir(source):
-        path = Path(source) / name
-        if path.is_file():
-            return path
-        raise FileNotFoundError(f"{source!r} has no {name}. It is written by save_pretrained of e3va_peft >= 0.1.")
+def _from_pretrained(source: str, model_class: Any, name: str, options: dict[str, Any]) -> Any:
     try:
-        return Path(hf_hub_download(source, name, **hub))
-    except (EntryNotFoundError, HfHubHTTPError) as error:
-        raise FileNotFoundError(f"{source!r} has no {name} on the Hub: {error}") from error
+        return model_class.from_pretrained(name, **options)
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"adapter={source!r}: its base model {name!r} cannot be loaded. If it is elsewhere now, set "
+            f"base_model_name_or_path in adapter_config.json. {error.__cause__ or error}"
+        ) from error
+
+
+def _load_processor(folder: Path, config: E3VAConfig, token: str | bool | None) -> Any:
+    backbones = (config.auto_mapping or {}).get("backbones") or {}
+    base = {"revision": config.revision, "token": token}
+    places: list[tuple[Any, dict[str, Any]]] = [(folder, {}), (config.base_model_name_or_path, base)]
+    for place, options in places + [(backbone, {"token": token}) for backbone in backbones.values()]:
+        if place and cached_file(place, PROCESSOR, _raise_exceptions_for_missing_entries=False, **options):
+            return AutoImageProcessor.from_pretrained(place, **options)
+    return None

@@ -187,3 +187,7 @@ def _image_processor() -> "BitImageProcessor":
         image_mean=list(IMAGE_MEAN),
         image_std=list(IMAGE_STD),
     )
+
+
+if __name__ == "__main__":
+    print(focus_vit())

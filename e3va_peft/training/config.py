@@ -1,0 +1,381 @@
+"""What a run is: the YAML file of `e3va train`, checked field by field before anything is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from peft import LoraConfig
+from transformers import TrainingArguments
+
+from e3va_peft.config import E3VAConfig
+
+TASKS = ("image-classification", "semantic-segmentation")
+METHODS = ("e3va", "head-only", "lora", "full")
+RECIPES = resources.files("e3va_peft") / "recipes"
+
+_RESERVED = {
+    "output_dir": "write output: at the top of the file",
+    "remove_unused_columns": "the data has no unused columns",
+    "label_names": "the task knows them",
+}
+
+
+class UserError(ValueError):
+    """What a user can mend: the message names the argument or file, its value and the remedy."""
+
+
+@dataclass
+class DataConfig:
+    """Where images and labels are.
+
+    Attributes:
+        source: Hub id of a dataset, folder of images in one sub-folder per class, or parquet file or folder.
+        images: Folder of images, one sub-folder per split (ADE20K layout), instead of `source`.
+        masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.
+        name: Configuration of a Hub dataset.
+        revision: Revision of a Hub dataset.
+        train_split: Split to train on. None: train or training.
+        eval_split: Split to evaluate on. None: validation, val, valid, test or testing, whichever comes first; without
+            any, no evaluation.
+        eval_fraction: Evaluate on this share of the training split, set aside, e.g. 0.1, in place of an eval_split.
+        image_column: Column of the images. None: the only one with images.
+        label_column: Column of the classes or label maps. None: label, labels, fine_label, annotation, mask, ...
+        labels: Class names in the order of their ids; or a text file of one name a line (also ADE20K's
+            objectInfo150.txt); or just their number. None: what the dataset says.
+        reduce_labels: Label maps count from 1 and 0 means "ignore", as in ADE20K: subtract one.
+        ignore_index: Value in label maps that no loss and no metric counts.
+        train_samples: Train on that many examples, drawn with `training.seed`.
+        eval_samples: Evaluate on that many examples.
+        verify: Decode every image and label map once before training, so that a broken one stops no long run.
+    """
+
+    source: str | None = None
+    images: str | None = None
+    masks: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    labels: list[str] | str | int | None = None
+    reduce_labels: bool = False
+    ignore_index: int = 255
+    train_samples: int | None = None
+    eval_samples: int | None = None
+    verify: bool = True
+
+
+@dataclass
+class AugmentConfig:
+    """How training images vary. Evaluation images never do.
+
+    Attributes:
+        scale: Classification: share of the area a crop covers, default [0.35, 1]. Segmentation: shorter side before
+            the crop, as a multiple of the image size, default [0.5, 2].
+        crop: Segmentation: side of a training crop in pixels. None: the image size.
+        flip: Mirror left and right in half of the cases.
+        vertical_flip: Mirror top and bottom in half of the cases (microscopy, aerial images).
+        color: Vary brightness, contrast, saturation and hue.
+    """
+
+    scale: list[float] | None = None
+    crop: int | None = None
+    flip: bool = True
+    vertical_flip: bool = False
+    color: bool = False
+
+
+@dataclass
+class RunConfig:
+    """One run of `e3va train`.
+
+    Attributes:
+        task: `image-classification` or `semantic-segmentation`.
+        model: Hub id or folder. A backbone alone gets a new head: a linear classifier, or UperNet.
+        output: Folder of the run.
+        data: Where images and labels are.
+        method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of the method's PEFT config.
+        image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
+            None: what the model's image processor says.
+        augment: How training images vary; false for not at all.
+        processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
+        model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
+        training: Any field of `transformers.TrainingArguments`.
+    """
+
+    task: str
+    model: str
+    output: str
+    data: DataConfig
+    method: dict[str, Any] = field(default_factory=lambda: {"name": "e3va"})
+    image_size: int | None = None
+    augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    processor: dict[str, Any] = field(default_factory=dict)
+    model_options: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def method_name(self) -> str:
+        """Name of the method alone."""
+        return str(self.method["name"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as it is written to `config.yaml`: every field, defaults included."""
+        values = dataclasses.asdict(self)
+        return values | {"augment": False if self.augment is None else values["augment"]}
+
+    def to_yaml(self) -> str:
+        """Return the config as YAML that `read_config` reads back to an equal config."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+        seen.add(key)
+    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+
+
+def recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(item.name.removesuffix(".yaml") for item in RECIPES.iterdir() if item.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """Return a recipe's YAML.
+
+    Raises:
+        UserError: There is no recipe of that name.
+    """
+    if name not in recipes():
+        raise UserError(f"recipe={name!r}: there is none of that name.{_nearest(name, recipes())}")
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML file, or a recipe by name, apply `key=value` overrides and check every field.
+
+    Args:
+        source: YAML file, or the name of a recipe.
+        overrides: `key=value` with dots into sections and values in YAML, e.g. `training.learning_rate=1e-3`.
+
+    Raises:
+        UserError: File, field or value cannot work; the message says which and what to do.
+    """
+    path = Path(source)
+    if path.is_file():
+        text = path.read_text(encoding="utf-8")
+    elif str(source) in recipes():
+        text = recipe_text(str(source))
+    else:
+        raise UserError(
+            f"config={str(source)!r}: no such file, and no recipe of that name.{_nearest(str(source), recipes())} "
+            f"Recipes: {', '.join(recipes())}. `e3va recipes NAME > my.yaml` gives you one to edit."
+        )
+    values = _parse(text, str(source))
+    if not isinstance(values, dict):
+        raise UserError(f"{source}: is no mapping of fields to values. `e3va recipes NAME` prints one that works.")
+    for override in overrides:
+        _apply(values, override)
+    return parse_config(values)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader: see its class
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is no valid YAML: {error}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in nested mappings."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write key=value, e.g. --set training.learning_rate=1e-3.")
+    *sections, last = key.strip().split(".")
+    place = values
+    for i, section in enumerate(sections):
+        inner = place.get(section)
+        if section == "method" and isinstance(inner, str):
+            inner = {"name": inner}
+        if inner is None or isinstance(inner, bool):
+            inner = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override}: {'.'.join(sections[: i + 1])} holds {inner!r}, no section.")
+        place[section] = inner
+        place = inner
+    place[last] = _parse(text, f"--set {override}")
+
+
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Check a run's fields and return them as a config. See `read_config`.
+
+    Raises:
+        UserError: A field is unknown, missing, or has a value that cannot work.
+    """
+    values = dict(values)
+    _known("", values, (f.name for f in dataclasses.fields(RunConfig)))
+    for name in ("task", "model", "output", "data"):
+        if values.get(name) in (None, "", {}):
+            raise UserError(f"{name}: is missing. {_REQUIRED[name]}")
+    _choice("task", values["task"], TASKS)
+    values["data"] = _section("data", values["data"], DataConfig)
+    values["augment"] = _augment(values.get("augment", True))
+    values["method"] = _method(values.get("method", "e3va"))
+    for name in ("processor", "model_options", "training"):
+        values[name] = dict(_mapping(name, values.get(name)))
+    values["model"], values["output"] = str(values["model"]), str(values["output"])
+    size = values.get("image_size")
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(f"image_size={size!r}: must be a positive number of pixels, e.g. image_size: 224.")
+    config = RunConfig(**values)
+    config.training = _training(config.training)
+    _check_data(config)
+    return config
+
+
+_REQUIRED = {
+    "task": f"Write task: {TASKS[0]}, or one of {TASKS[1:]}.",
+    "model": "Write model: a Hub id or a folder, e.g. model: microsoft/swin-base-patch4-window7-224.",
+    "output": "Write output: the folder of this run, e.g. output: runs/first.",
+    "data": "Write data: with source: (Hub id, image folder, parquet), or images: and masks: (folders).",
+}
+
+
+def _training(training: dict[str, Any]) -> dict[str, Any]:
+    """Check the names of training arguments; turn what YAML made of `no` back into text."""
+    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    for name in training:
+        if name in _RESERVED:
+            raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
+    _known("training", training, names)
+    for name, value in training.items():
+        if name.endswith("_strategy") and value is False:
+            training[name] = "no"  # YAML 1.1 reads a bare `no` as false
+    return training
+
+
+def _method(value: Any) -> dict[str, Any]:
+    method = {"name": value} if isinstance(value, str) else dict(_mapping("method", value))
+    if "name" not in method:
+        raise UserError(f"method={value!r}: has no name. Write method: e3va, or method: {{name: e3va, r: 8}}.")
+    _choice("method", method["name"], METHODS)
+    options = [key for key in method if key != "name"]
+    known = {"e3va": E3VAConfig, "lora": LoraConfig}.get(method["name"])
+    if known is not None:
+        _known("method", {key: None for key in options}, (f.name for f in dataclasses.fields(known)))
+    elif options:
+        raise UserError(f"method.{options[0]}: {method['name']} has no options. Leave it out.")
+    return method
+
+
+def _augment(value: Any) -> AugmentConfig | None:
+    if value is False:
+        return None
+    augment: AugmentConfig = _section("augment", {} if value is True or value is None else value, AugmentConfig)
+    scale = augment.scale
+    if scale is not None:
+        numbers = isinstance(scale, list) and len(scale) == 2 and all(isinstance(v, int | float) for v in scale)
+        if not numbers or not 0 < scale[0] <= scale[1]:
+            raise UserError(f"augment.scale={scale!r}: must be two numbers, 0 < low <= high, e.g. [0.5, 2].")
+    if augment.crop is not None and augment.crop < 1:
+        raise UserError(f"augment.crop={augment.crop}: must be a positive number of pixels.")
+    return augment
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    if (data.source is None) == (data.images is None):
+        raise UserError(
+            "data: needs either source: (Hub id, image folder, parquet) or images: and masks: (folders), not both."
+        )
+    if (data.images is None) != (data.masks is None):
+        raise UserError("data: images: and masks: go together; one of them is missing.")
+    if data.masks is not None and config.task != "semantic-segmentation":
+        raise UserError(f"data.masks={data.masks!r}: {config.task} has no masks. Use source: an image folder.")
+    if not 0 <= data.ignore_index <= 65535:
+        raise UserError(f"data.ignore_index={data.ignore_index}: must be a value that a mask can hold, 0 to 65535.")
+    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
+        raise UserError(f"data.eval_fraction={data.eval_fraction}: must be between 0 and 1, e.g. 0.1.")
+    if data.eval_fraction is not None and data.eval_split is not None:
+        raise UserError("data: eval_split: and eval_fraction: both say what to evaluate on. Leave one out.")
+    for name in ("train_samples", "eval_samples"):
+        value = getattr(data, name)
+        if value is not None and value < 1:
+            raise UserError(f"data.{name}={value}: must be at least 1, or left out for all.")
+
+
+def _section(name: str, value: Any, cls: type[Any]) -> Any:
+    """Build a section's dataclass; check names and simple types."""
+    given = dict(_mapping(name, value))
+    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
+    _known(name, given, fields)
+    for key, item in given.items():
+        if item is not None and not any(_is(item, kind.strip()) for kind in fields[key].split("|")):
+            raise UserError(f"{name}.{key}={item!r}: must be {fields[key].replace(' | None', '')}.")
+    return cls(**given)
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind.startswith("list"):
+        return isinstance(value, list)
+    types: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "bool": (bool,),
+        "int": (int,),
+        "float": (int, float),
+    }
+    return isinstance(value, types.get(kind, ())) and (kind == "bool" or not isinstance(value, bool))
+
+
+def _mapping(name: str, value: Any) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{name}={value!r}: must be a section, that is key: value lines indented under {name}:")
+    return value
+
+
+def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.{_nearest(str(value), choices)}")
+
+
+def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
+    names = list(names)
+    for key in values:
+        if key not in names:
+            where = f"{section}.{key}" if section else str(key)
+            raise UserError(f"{where}: no such field.{_nearest(str(key), names)}")
+
+
+def _nearest(value: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(value, list(names), n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""

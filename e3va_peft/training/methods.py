@@ -1,0 +1,90 @@
+"""The ways to fine-tune that `e3va train` offers: one word each, the same head and norms trained by all."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from e3va_peft.config import E3VAConfig
+from e3va_peft.resolve import everything_outside, find_exits
+from e3va_peft.training.config import UserError
+
+LEARNING_RATES = {"e3va": 2e-3, "head-only": 2e-3, "lora": 1e-3, "full": 1e-4}
+QUERIES_AND_VALUES = ("query", "value", "q_proj", "v_proj")
+
+
+def adapt(model: nn.Module, method: Mapping[str, Any]) -> nn.Module:
+    """Make a model trainable by a method; what is not trained is frozen.
+
+    *e3va*: the highway. *lora*: PEFT's, on queries and values of the backbone. *head-only*: nothing in the backbone but
+    its output norms. All three train everything outside the backbone, and its output norms, whole. *full*: everything.
+
+    Args:
+        model: Base model with its head.
+        method: `name`, and options for the method's PEFT config.
+
+    Raises:
+        UserError: The method cannot adapt this model, or an option cannot work.
+    """
+    options = {key: value for key, value in method.items() if key != "name"}
+    name = method["name"]
+    try:
+        if name == "e3va":
+            return get_peft_model(model, E3VAConfig(**options))
+        if name == "lora":
+            return get_peft_model(model, lora_config(model, **options))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method={name}: {error}") from error
+    return head_only(model) if name == "head-only" else model.requires_grad_(True)
+
+
+def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
+    """Configure LoRA as it is usual for vision transformers: rank 8 on queries and values, head trained whole.
+
+    Args:
+        model: Base model.
+        options: For `LoraConfig`; they win.
+    """
+    exits = "|".join(re.escape(found.name) for found in find_exits(model))
+    queries = f"({exits})\\..*\\.({'|'.join(QUERIES_AND_VALUES)})"
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": queries, "modules_to_save": trained_whole(model)}
+    return LoraConfig(**(defaults | options))
+
+
+def head_only(model: nn.Module) -> nn.Module:
+    """Freeze the backbone but its output norms. It runs in eval mode, as under E3VA: no dropout, no drop-path."""
+    model.requires_grad_(False)
+    for name in trained_whole(model):
+        model.get_submodule(name).requires_grad_(True)
+    for found in find_exits(model):
+        found.module.register_forward_pre_hook(_stay_in_eval_mode)
+    return model
+
+
+def trained_whole(model: nn.Module) -> list[str]:
+    """Return the names of the modules that every method trains whole: outside the backbone, and its output norms.
+
+    Raises:
+        UserError: The model holds no backbone that is known here.
+    """
+    exits = find_exits(model)
+    if not exits:
+        raise UserError(
+            f"model={type(model).__name__}: holds no backbone that `e3va backbones` lists, so there is no telling head "
+            "from backbone. Choose another model, or method: full."
+        )
+    return everything_outside(model, exits)
+
+
+def is_adapter(model: nn.Module) -> bool:
+    """Whether a model is saved as an adapter, not whole."""
+    return isinstance(model, PeftModel)
+
+
+def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
+    if module.training:
+        module.eval()

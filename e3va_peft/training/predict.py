@@ -1,0 +1,258 @@
+"""What a trained adapter or model says: on a labelled split (`e3va eval`), on images (`e3va predict`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+
+from e3va_peft.loading import load_adapter
+from e3va_peft.training.config import RunConfig, UserError
+from e3va_peft.training.data import IMAGE_SUFFIXES, Examples, load_splits, open_image
+from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
+from e3va_peft.training.tasks import task_of
+from e3va_peft.training.tasks.base import Collate, forward_extras
+from e3va_peft.training.trainer import VisionTrainer
+
+_OPACITY = 0.5
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model, ready to predict.
+
+    Attributes:
+        model: In eval mode.
+        processor: Its image processor.
+        labels: Class names in the order of their ids.
+        config: The run it comes from; None for an adapter or model by itself.
+    """
+
+    model: nn.Module
+    processor: Any
+    labels: tuple[str, ...]
+    config: RunConfig | None
+
+    @property
+    def base(self) -> Any:
+        """The transformers model inside PEFT's wrapper."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def task(self) -> str:
+        """Name of the task that the model's head is for."""
+        classifies = type(self.base).__name__.endswith("ForImageClassification")
+        return "image-classification" if classifies else "semantic-segmentation"
+
+    def logits(self, image: Image.Image) -> torch.Tensor:
+        """Run the model on one image, RGB: (K,) for a classifier, (K, h, w) for a segmenter."""
+        device = next(self.model.parameters()).device
+        inputs = self.processor(image, return_tensors="pt").to(device)
+        with torch.inference_mode():
+            outputs = self.model(**inputs, **forward_extras(self.base, self.processor))
+        return outputs.logits[0].float()
+
+
+def load_trained(source: str) -> Trained:
+    """Load what a run trained, an E3VA adapter (folder or Hub id), or the folder of a whole model.
+
+    Args:
+        source: Folder that `e3va train` wrote, or folder or Hub id of an adapter.
+
+    Raises:
+        UserError: Nothing that can be loaded is there.
+    """
+    folder = Path(source).expanduser()
+    config = read_run(folder) if (folder / CONFIG).is_file() else None
+    if config is not None:
+        part = folder / (ADAPTER if config.method_name in ("e3va", "lora") else MODEL)
+        if not part.is_dir():
+            raise UserError(
+                f"{source}: holds a run that is not finished. `e3va train` with its config goes on with it."
+            )
+        folder = part
+    try:
+        model, processor = _load(folder if folder.is_dir() else None, source, config)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{source}: cannot be loaded: {error}") from error
+    if processor is None:
+        raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    names = base.config.id2label
+    return Trained(model.to(device).eval(), processor, tuple(names[i] for i in sorted(names)), config)
+
+
+def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
+    if folder is not None and config is not None and config.method_name == "lora":
+        names = AutoConfig.from_pretrained(folder).id2label
+        base = task_of(config).build_model([names[i] for i in sorted(names)])
+        return PeftModel.from_pretrained(base, folder), AutoImageProcessor.from_pretrained(folder)
+    if folder is None or (folder / "adapter_config.json").is_file():
+        return load_adapter(source if folder is None else folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
+        )
+    architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    classifies = architecture.endswith("ForImageClassification")
+    cls: Any = AutoModelForImageClassification if classifies else AutoModelForSemanticSegmentation
+    return cls.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+
+
+def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Score a trained model on the evaluation split of its run, or of another config.
+
+    Args:
+        source: See `load_trained`.
+        config: Whose `data` and evaluation batch size to use; that of the run by default.
+
+    Returns:
+        Metrics by name, per-class ones as lists in the order of the labels, and the labels.
+
+    Raises:
+        UserError: There is nothing to evaluate on, or its classes are not the model's.
+    """
+    trained = load_trained(source)
+    config = config or trained.config
+    if config is None:
+        raise UserError(f"{source}: is an adapter by itself and knows no data. Name a config: --data my.yaml.")
+    if config.task != trained.task:
+        raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
+    task = task_of(config)
+    _, split = load_splits(config.data, task.with_masks)
+    if split is None:
+        raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
+    if split.labels != trained.labels:
+        raise UserError(
+            f"data.labels: the data has the classes {list(split.labels)[:10]}, the model {list(trained.labels)[:10]}. "
+            "Give data.labels in the model's order."
+        )
+    arguments = build_arguments(config, task, has_eval=True)
+    arguments.load_best_model_at_end, arguments.report_to = False, []
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    trainer = VisionTrainer(
+        task,
+        model=trained.model,
+        args=arguments,
+        eval_dataset=Examples(split, task.evaluation_view(trained.processor)),
+        data_collator=Collate(forward_extras(trained.base, trained.processor)),
+    )
+    loss = trainer.evaluate()["eval_loss"]
+    return {"loss": loss, **trainer.scores}, split.labels
+
+
+def predict(
+    source: str, images: Sequence[str], output: Path, overwrite: bool = False, top: int = 5
+) -> list[dict[str, Any]]:
+    """Predict images and write what is found.
+
+    Writes `predictions.json`, and for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`.
+    A broken image is named in its entry, and the others are predicted all the same.
+
+    Args:
+        source: See `load_trained`.
+        images: Files and folders.
+        output: Folder to write to.
+        overwrite: Replace earlier predictions there.
+        top: Classes to name per image, for a classifier.
+
+    Returns:
+        What is in `predictions.json`: one entry per image.
+
+    Raises:
+        FileExistsError: `output` holds predictions already.
+        UserError: There are no images, or nothing that can be loaded.
+    """
+    files = _files(images)
+    if (output / "predictions.json").exists() and not overwrite:
+        raise FileExistsError(f"output={str(output)!r}: holds predictions. Choose another folder, or --overwrite.")
+    trained = load_trained(source)
+    output.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
+        try:
+            image = open_image({"path": str(path)}, str(path))
+        except UserError as error:
+            entries.append({"file": str(path), "error": str(error)})
+            continue
+        logits = trained.logits(image)
+        found = _classes(trained, logits, top) if logits.ndim == 1 else _regions(trained, logits, image, output, name)
+        entries.append({"file": str(path), **found})
+    (output / "predictions.json").write_text(json.dumps(plain(entries), indent=2) + "\n", encoding="utf-8")
+    return entries
+
+
+def _files(images: Sequence[str]) -> dict[str, Path]:
+    """Find the images; name each by its path below the folder that was given, without suffix."""
+    files: dict[str, Path] = {}
+    for given in images:
+        path = Path(given).expanduser()
+        if not path.exists():
+            raise UserError(f"image={given!r}: no such file or folder (from {Path.cwd()}).")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        for file in inside:
+            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
+            if name in files:
+                raise UserError(f"image={str(file)!r}: has the name of {files[name]}; predict them into two folders.")
+            files[name] = file
+    if not files:
+        raise UserError(f"image={list(images)!r}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))}).")
+    return files
+
+
+def _classes(trained: Trained, logits: torch.Tensor, top: int) -> dict[str, Any]:
+    scores, ids = logits.softmax(0).topk(min(top, len(logits)))
+    found = [{"label": trained.labels[i], "score": s} for i, s in zip(ids.tolist(), scores.tolist(), strict=True)]
+    return {"predictions": found}
+
+
+def _regions(trained: Trained, logits: torch.Tensor, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
+    """Write the label map and its overlay; return their files and the share of each class that is there."""
+    ids = F.interpolate(logits[None], image.size[::-1], mode="bilinear")[0].argmax(0).cpu().numpy()
+    colors = palette(len(trained.labels))
+    mask_file, overlay_file = output / "masks" / f"{name}.png", output / "overlays" / f"{name}.png"
+    for file in (mask_file, overlay_file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if len(trained.labels) <= 256:
+        mask = Image.fromarray(ids.astype(np.uint8), mode="P")
+        mask.putpalette(colors.ravel().tolist())
+    else:
+        mask = Image.fromarray(ids.astype(np.uint16))
+    mask.save(mask_file)
+    Image.blend(image, Image.fromarray(colors[ids]), _OPACITY).save(overlay_file)
+    shares = np.bincount(ids.ravel(), minlength=len(trained.labels)) / ids.size
+    present = {label: float(share) for label, share in zip(trained.labels, shares, strict=True) if share}
+    return {"mask": str(mask_file), "overlay": str(overlay_file), "shares": present}
+
+
+def palette(count: int) -> np.ndarray:
+    """Return colours for classes, `(count, 3)` uint8: Pascal VOC's, whose first is black.
+
+    Source: the bit-interleaving of the VOC development kit's `VOClabelcolormap`.
+    """
+    ids = np.arange(count)
+    colors = np.zeros((count, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colors[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return colors

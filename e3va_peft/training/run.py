@@ -1,0 +1,441 @@
+"""`e3va train`: from a config to an adapter, its metrics and its curves; stop and go on at any time."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from e3va_peft.config import E3VAConfig
+from e3va_peft.training.config import RunConfig, UserError, parse_config, read_config
+from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
+from e3va_peft.training.methods import LEARNING_RATES, adapt
+from e3va_peft.training.recipe import MetricsToCard, training_arguments
+from e3va_peft.training.tables import metrics_table
+from e3va_peft.training.tasks import Task, task_of
+from e3va_peft.training.tasks.base import Collate, forward_extras
+from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
+
+CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
+ADAPTER, MODEL = "adapter", "model"
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_FULL_DISK = ("No space left", "os error 28", "File too large", "os error 27", "file write failed", "failed writing")
+
+
+class Interrupted(Exception):
+    """The run was stopped by Ctrl-C after a checkpoint."""
+
+
+def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+    """Train as a config says, or go on where an earlier call stopped.
+
+    Writes into `config.output`: `config.yaml`, every field resolved; `adapter/` (e3va, lora) or `model/` (head-only,
+    full) with the image processor; `metrics.json`, last, which marks the run as finished; `curves.png`; checkpoints.
+
+    Args:
+        config: The run.
+        overwrite: Throw away what an earlier run left in `config.output`.
+
+    Returns:
+        What is in `metrics.json`.
+
+    Raises:
+        UserError: Something in config, data or machine must be mended first; the message says what.
+        FileExistsError: `config.output` holds a finished or another run.
+        Interrupted: Ctrl-C was pressed; the checkpoint is saved.
+    """
+    output = Path(config.output)
+    state = PartialState()
+    console = Console(quiet=not state.is_main_process, highlight=False)
+    if state.is_main_process:
+        _open_output(output, config, overwrite)
+        last_checkpoint(output, console)  # puts a broken one aside before the other processes look
+    state.wait_for_everyone()
+    checkpoint = last_checkpoint(output, console)
+    task = task_of(config)
+    with state.main_process_first():
+        split, eval_split = load_splits(config.data, task.with_masks, int(config.training.get("seed", 42)))
+    if config.data.verify and checkpoint is None and state.is_main_process:
+        verify((split, eval_split), console)
+    state.wait_for_everyone()
+    arguments = build_arguments(config, task, has_eval=eval_split is not None)
+    hub = _check_hub(arguments) if state.is_main_process else None
+    set_seed(arguments.seed)
+    model = task.build_model(split.labels)
+    processor = task.build_processor()
+    adapted = adapt(model, config.method)
+    _check_disk(output, adapted)
+    interrupt = StopOnInterrupt()
+    callbacks = [interrupt, Progress(task.main_metric, quiet=arguments.disable_tqdm)]
+    callbacks += [Curves(output / CURVES, task.main_metric)]
+    callbacks += [MetricsToCard()] if config.method_name == "e3va" else []
+    trainer = VisionTrainer(
+        task,
+        model=adapted,
+        args=arguments,
+        train_dataset=Examples(split, task.training_view(processor)),
+        eval_dataset=Examples(eval_split, task.evaluation_view(processor)) if eval_split is not None else None,
+        data_collator=Collate(forward_extras(model, processor)),
+        callbacks=callbacks,
+    )
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    console.print(
+        f"{config.method_name} on {config.model}: {trained:,d} trained parameters, {len(split):,d} images to train on, "
+        f"{len(eval_split) if eval_split is not None else 0:,d} to evaluate on, on {arguments.device}"
+        + (f", {arguments.world_size} processes" if arguments.world_size > 1 else "")
+    )
+    if checkpoint is not None:
+        console.print(f"going on from {checkpoint}")
+    start = time.perf_counter()
+    try:
+        with _full_disk_explained(output, state):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        interrupt.restore()
+    if interrupt.interrupted:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {output}. The same "
+            "command goes on from there."
+        )
+    seconds = time.perf_counter() - start
+    last = trainer.state.log_history[-2:]  # an evaluation's entry, and the summary of the training
+    scored = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last)
+    if eval_split is not None and not (scored and trainer.scores and not arguments.load_best_model_at_end):
+        trainer.evaluate()
+    record = _record(config, trainer, split, trained, seconds, resumed=checkpoint is not None)
+    if state.is_main_process:
+        with _full_disk_explained(output, state):
+            folder = _save(output, adapted, processor, record)
+        if eval_split is not None:
+            console.print(metrics_table(trainer.scores, split.labels))
+        console.print(f"saved: {folder}, {output / METRICS}, {output / CURVES}")
+        if hub is not None:
+            push(folder, hub, token=arguments.hub_token, private=arguments.hub_private_repo, console=console)
+    state.wait_for_everyone()
+    return record
+
+
+def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingArguments:
+    """Build the `TrainingArguments` of a run: the recipe's, the method's and the task's defaults, then its own.
+
+    Raises:
+        UserError: A value cannot work.
+    """
+    given = config.training
+    evaluation = str(given.get("eval_strategy", "epoch" if has_eval else "no"))
+    if evaluation != "no" and not has_eval:
+        raise UserError(
+            f"training.eval_strategy={evaluation}: there is no split to evaluate on. Set data.eval_split, or "
+            "data.eval_fraction to set some aside."
+        )
+    save = str(given.get("save_strategy", evaluation if evaluation != "no" else "epoch"))
+    workers = max(min(4, (os.cpu_count() or 1) - 1), 0)
+    defaults: dict[str, Any] = {
+        "learning_rate": LEARNING_RATES[config.method_name],
+        "eval_strategy": evaluation,
+        "save_strategy": save,
+        "save_total_limit": 2,
+        "logging_steps": 0.01,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
+        **task.default_training,
+    }
+    if evaluation == save == "steps":
+        defaults["save_steps"] = given.get("eval_steps", given.get("logging_steps", 500))
+        defaults["eval_steps"] = given.get("save_steps", 500)
+    if evaluation == save != "no":
+        defaults["load_best_model_at_end"] = True
+        if "metric_for_best_model" not in given:
+            defaults |= {"metric_for_best_model": f"eval_{task.main_metric}", "greater_is_better": True}
+    if given.get("hub_strategy", "end") != "end":
+        raise UserError(
+            f"training.hub_strategy={given['hub_strategy']}: only the finished adapter is pushed. Leave it."
+        )
+    try:
+        # the run pushes the adapter itself, when it is finished
+        arguments = training_arguments(config.output, **(defaults | given | {"push_to_hub": False}))
+    except (ImportError, TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
+    arguments.push_to_hub = bool(given.get("push_to_hub", False))
+    arguments.label_names = ["labels"]
+    arguments.remove_unused_columns = False
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
+    return arguments
+
+
+def verify(splits: Sequence[Split | None], console: Console) -> None:
+    """Decode every example once and warn of classes that never occur.
+
+    Raises:
+        UserError: Some examples are broken.
+    """
+    for split in splits:
+        if split is None:
+            continue
+        steps = track(range(len(split)), f"checking {split.name}", console=console, transient=True)
+        ticks = iter(steps)
+        counts = split.verify(lambda ticks=ticks: next(ticks, None))  # type: ignore[misc]
+        next(ticks, None)
+        for name in missing_classes(counts, split.labels):
+            console.print(f"[yellow]warning[/yellow]: the class {name!r} never occurs in {split.name}.")
+
+
+def last_checkpoint(output: Path, console: Console) -> Path | None:
+    """Return the newest checkpoint that is whole; put aside those that were cut short, and say so.
+
+    Args:
+        output: Folder of the run.
+        console: Where to say it.
+    """
+    found = {int(m[1]): path for path in output.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))}
+    for step in sorted(found, reverse=True):
+        broken = _what_is_broken(found[step])
+        if broken is None:
+            return found[step]
+        aside = found[step].with_name(f"broken-{found[step].name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        found[step].rename(aside)
+        console.print(f"[yellow]warning[/yellow]: {found[step]} was cut short ({broken}); put aside as {aside.name}.")
+    return None
+
+
+def _what_is_broken(checkpoint: Path) -> str | None:
+    """Name the first file of a checkpoint that is missing or cut short; None where it is whole."""
+    weights = [*checkpoint.glob("*model*.safetensors")]
+    if not weights:
+        return "no weights"
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return path.name
+    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(path):
+            return path.name
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return "trainer_state.json"
+    return None
+
+
+def read_run(run: Path) -> RunConfig:
+    """Read the config of a run from its folder.
+
+    Raises:
+        UserError: It is no folder of a run.
+    """
+    if not (run / CONFIG).is_file():
+        raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
+    return read_config(run / CONFIG)
+
+
+def push(folder: Path, repo_id: str, token: str | None, private: bool | None, console: Console) -> None:
+    """Upload an adapter's folder to the Hub.
+
+    Raises:
+        UserError: The Hub refuses; the folder stays as it is.
+    """
+    try:
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"hub_model_id={repo_id!r}: could not be pushed ({_first_line(error)}). The adapter is whole in {folder}; "
+            f"push it again with `hf upload {repo_id} {folder}`."
+        ) from None
+    console.print(f"pushed to {api.endpoint}/{repo_id}")
+
+
+def _check_hub(arguments: TrainingArguments) -> str | None:
+    """Find out before training whether the adapter can be pushed after it."""
+    if not arguments.push_to_hub:
+        return None
+    if not arguments.hub_model_id:
+        raise UserError("training.push_to_hub=True: needs training.hub_model_id, e.g. hub_model_id: me/my-adapter.")
+    try:
+        HfApi(token=arguments.hub_token).whoami()
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"training.push_to_hub=True: the Hub does not know you ({_first_line(error)}). Log in with `hf auth "
+            "login`, or leave it out."
+        ) from None
+    return str(arguments.hub_model_id)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
+    """Make the run's folder and write its config; refuse a folder that holds another or a finished run."""
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    if overwrite and (output / CONFIG).is_file():
+        _clear(output)
+    if (output / CONFIG).is_file():
+        before = read_run(output)
+        changed = _differences(before.to_dict(), config.to_dict())
+        if changed:
+            raise FileExistsError(
+                f"output={str(output)!r}: holds a run with other settings:\n  "
+                + "\n  ".join(changed)
+                + "\nChoose another output, take the settings back to go on, or --overwrite."
+            )
+        if (output / METRICS).is_file():
+            raise FileExistsError(
+                f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
+                "again."
+            )
+    elif output.is_dir() and any(output.iterdir()):
+        raise FileExistsError(f"output={str(output)!r}: is not empty and holds no run. Choose another folder.")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _write(output / CONFIG, config.to_yaml())
+    except OSError as error:
+        raise UserError(f"output={str(output)!r}: cannot be written ({error}). Choose another folder.") from None
+
+
+def _clear(output: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for path in [*output.glob("checkpoint-*"), *output.glob("broken-checkpoint-*"), output / ADAPTER, output / MODEL]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (METRICS, CURVES, CONFIG):
+        (output / name).unlink(missing_ok=True)
+
+
+def _differences(before: Any, after: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if before == after else [f"{name}: {before!r} there, {after!r} now"]
+
+
+def _check_disk(output: Path, model: nn.Module) -> None:
+    """Refuse to start where not even one checkpoint fits beside another."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    whole = 0 if isinstance(model, PeftModel) else sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 3 * (max(whole, trained) + 2 * trained)  # two checkpoints with AdamW's state, and the one in the making
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise UserError(
+            f"output={str(output)!r}: {free / 1e6:.0f} MB are free, checkpoints take {needed / 1e6:.0f} MB. Free some, "
+            "choose another disk, or set training.save_total_limit: 1 and training.save_only_model: true."
+        )
+
+
+@contextmanager
+def _full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
+    """Turn a full disk into a clear error, and remove the checkpoint that did not fit."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not any(sign in str(error) for sign in _FULL_DISK):
+            raise
+        if state.is_main_process:
+            for path in output.glob("checkpoint-*"):
+                if _what_is_broken(path) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+        free = shutil.disk_usage(output).free / 1e6
+        raise UserError(
+            f"output={str(output)!r}: the disk is full ({_first_line(error)}; {free:.0f} MB free now). Free some; the "
+            "same command goes on from the last whole checkpoint."
+        ) from error
+
+
+def _record(
+    config: RunConfig, trainer: VisionTrainer, split: Split, trained: int, seconds: float, resumed: bool
+) -> dict[str, Any]:
+    """Put together what is written to `metrics.json`."""
+    packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate")
+    scores = dict(trainer.scores)
+    per_class = {name: scores.pop(name) for name in list(scores) if isinstance(scores[name], list)}
+    return {
+        "task": config.task,
+        "method": config.method_name,
+        "model": config.model,
+        "metrics": scores,
+        "per_class": {name: dict(zip(split.labels, values, strict=True)) for name, values in per_class.items()},
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "best_step": trainer.state.best_global_step,
+        "trained_parameters": trained,
+        "training_seconds": round(seconds, 1),
+        "resumed": resumed,
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "python": platform.python_version(),
+        "device": str(trainer.args.device),
+        "history": trainer.state.log_history,
+    }
+
+
+def _save(output: Path, model: nn.Module, processor: Any, record: dict[str, Any]) -> Path:
+    """Save model and image processor, then the metrics, whose presence marks the run as finished."""
+    adapter = isinstance(model, PeftModel)
+    folder = output / (ADAPTER if adapter else MODEL)
+    draft = output / f".{folder.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    processor.save_pretrained(draft)
+    if adapter and isinstance(model.peft_config["default"], E3VAConfig):
+        from e3va_peft import record_metrics
+
+        record_metrics(model, record["metrics"])
+    elif adapter:
+        model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
+    model.save_pretrained(str(draft))  # type: ignore[operator]
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)
+    _write(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """Make a value fit for JSON: not-a-number, which JSON does not have, becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it, so that it is there whole or not at all."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+__all__ = ["Interrupted", "build_arguments", "last_checkpoint", "parse_config", "push", "read_run", "train", "verify"]

@@ -1,0 +1,19 @@
+"""What differs between tasks: model, views of an image, and scores. One task, one file."""
+
+from e3va_peft.training.config import RunConfig
+from e3va_peft.training.tasks.base import Task
+from e3va_peft.training.tasks.classification import ImageClassification
+from e3va_peft.training.tasks.segmentation import SemanticSegmentation
+
+_TASKS: dict[str, type[Task]] = {
+    "image-classification": ImageClassification,
+    "semantic-segmentation": SemanticSegmentation,
+}
+
+
+def task_of(config: RunConfig) -> Task:
+    """Return the task of a run."""
+    return _TASKS[config.task](config)
+
+
+__all__ = ["ImageClassification", "SemanticSegmentation", "Task", "task_of"]

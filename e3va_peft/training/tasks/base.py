@@ -1,0 +1,233 @@
+"""What a task has to say for itself, and what all tasks share."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers.utils import logging
+
+from e3va_peft.training.config import RunConfig, UserError
+
+View = Callable[[Image.Image, Any], dict[str, Tensor]]
+
+
+class Task(ABC):
+    """A task: which model, what an example looks like, how predictions are scored.
+
+    Args:
+        config: The run.
+    """
+
+    with_masks: ClassVar[bool]
+    main_metric: ClassVar[str]
+    default_scale: ClassVar[tuple[float, float]]
+    default_training: ClassVar[Mapping[str, Any]]
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
+        """Load the pretrained model, with a head for these classes.
+
+        Raises:
+            UserError: The model cannot be found, is of no use for the task, or comes without pretrained weights.
+        """
+
+    @abstractmethod
+    def build_processor(self) -> Any:
+        """Return the image processor that the adapter will be saved with."""
+
+    @abstractmethod
+    def training_view(self, processor: Any) -> View:
+        """Return the transform of a training example: random where the run says so."""
+
+    @abstractmethod
+    def evaluation_view(self, processor: Any) -> View:
+        """Return the transform of an evaluation example: what the image processor does."""
+
+    @abstractmethod
+    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
+        """Reduce the logits of a batch to what `scores` needs, one row per image, on the device."""
+
+    @abstractmethod
+    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+        """Score the evidence of a whole split: metrics by name, per-class ones as lists."""
+
+    def scale(self) -> tuple[float, float]:
+        """Range of the random scale of training images."""
+        given = self.config.augment.scale if self.config.augment else None
+        return (given[0], given[1]) if given else self.default_scale
+
+    def flips(self) -> list[v2.Transform]:
+        """Return the flips that the run asks for."""
+        augment = self.config.augment
+        if augment is None:
+            return []
+        flips: list[v2.Transform] = []
+        if augment.flip:
+            flips.append(v2.RandomHorizontalFlip())
+        if augment.vertical_flip:
+            flips.append(v2.RandomVerticalFlip())
+        return flips
+
+    def colors(self) -> list[v2.Transform]:
+        """Return the colour jitter that the run asks for."""
+        return [v2.RandomPhotometricDistort()] if self.config.augment and self.config.augment.color else []
+
+    def load_config(self, labels: Sequence[str]) -> Any:
+        """Load the model's config, with class names and the run's options.
+
+        Raises:
+            UserError: There is no such model, or it has no such option.
+        """
+        with _clear_errors(self.config.model):
+            config = AutoConfig.from_pretrained(self.config.model)
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {name: i for i, name in enumerate(labels)}
+        return config
+
+    def apply_options(self, config: Any) -> None:
+        """Set the run's `model_options` on a model's config.
+
+        Raises:
+            UserError: The config has no such option.
+        """
+        for name, value in self.config.model_options.items():
+            if not hasattr(config, name):
+                close = difflib.get_close_matches(name, list(config.to_dict()), n=2)
+                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                raise UserError(f"model_options.{name}: {type(config).__name__} has no such option.{hint}")
+            setattr(config, name, value)
+
+
+class Collate:
+    """Stacks examples to a batch and adds what a model's forward needs besides.
+
+    Args:
+        extra: Arguments of the forward that are no tensors.
+    """
+
+    def __init__(self, extra: Mapping[str, Any]) -> None:
+        self.extra = dict(extra)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Stack tensors by name; `truth`, label maps of any size, stays a list."""
+        batch: dict[str, Any] = {}
+        for name in examples[0]:
+            values = [example[name] for example in examples]
+            if name == "truth":
+                batch[name] = values
+            elif len({value.shape for value in values}) > 1:
+                raise UserError(
+                    f"training.per_device_eval_batch_size={len(values)}: the images of a batch have the sizes "
+                    f"{sorted({tuple(value.shape[-2:]) for value in values})}, because evaluation keeps their aspect "
+                    "ratio. Set it to 1."
+                )
+            else:
+                batch[name] = torch.stack(values)
+        return batch | self.extra
+
+
+def forward_extras(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+    """Return the arguments that a model needs to take images of another size than it was trained on."""
+    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    if not accepts or getattr(model.config, "image_size", None) in (None, side(processor)):
+        return {}
+    return {"interpolate_pos_encoding": True}
+
+
+def side(processor: Any) -> int:
+    """Return the side in pixels of what an image processor gives: of its crop, its square, or its shorter edge."""
+    crop = getattr(processor, "crop_size", None)
+    size = crop if crop and getattr(processor, "do_center_crop", False) else processor.size
+    return int(size["shortest_edge"] if "shortest_edge" in size and size["shortest_edge"] else size["height"])
+
+
+def find_processor(model: str) -> Any:
+    """Return a model's image processor, None where it has none.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    try:
+        return AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
+
+
+def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
+    """Build an image processor; refuse options that it does not have.
+
+    Raises:
+        UserError: The image processor has no such option.
+    """
+    known = [name for name in cls().to_dict() if not name.startswith("_")]
+    for name in options:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=2)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(f"processor.{name}: {cls.__name__} has no such option.{hint}")
+    return cls(**options)
+
+
+def normalized(processor: Any) -> list[v2.Transform]:
+    """Return the transforms from an image to the tensor that the processor would give, without resizing."""
+    transforms: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    if processor.do_normalize:
+        transforms.append(v2.Normalize(list(processor.image_mean), list(processor.image_std)))
+    return transforms
+
+
+def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any) -> Any:
+    """Load pretrained weights, silently but for what matters: that the backbone is there.
+
+    Args:
+        cls: Class with `from_pretrained`.
+        source: Hub id or folder.
+        new: Beginnings of the names of modules that may start at random: head, output norms.
+        options: For `from_pretrained`.
+
+    Raises:
+        UserError: There is no such model, or weights of its backbone are missing.
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of new and unused heads is what is wanted here
+    try:
+        with _clear_errors(source):
+            model, report = cls.from_pretrained(
+                source, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(new))]
+    if missing:
+        raise UserError(
+            f"model={source!r}: has no weights for {len(missing)} parameters of its backbone, {sorted(missing)[:3]}, ..., "
+            "and a random backbone is not worth adapting. Choose a pretrained model."
+        )
+    return model
+
+
+@contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"model={source!r}: cannot be loaded ({reason}). Check the folder or Hub id; a private one needs "
+            "`hf auth login`."
+        ) from None

@@ -1,0 +1,99 @@
+"""Image classification: one class per image."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+
+from e3va_peft.training.metrics import accuracy_scores
+from e3va_peft.training.tasks.base import (
+    Task,
+    View,
+    find_processor,
+    load_weights,
+    make_processor,
+    normalized,
+    side,
+)
+
+
+class ImageClassification(Task):
+    """One class per image; scored by accuracy."""
+
+    with_masks = False
+    main_metric = "accuracy"
+    default_scale = (0.35, 1.0)
+    default_training = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
+
+    def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
+        """Load a classifier; a new linear head where the pretrained one has other classes."""
+        config = self.load_config(labels)
+        self.apply_options(config)
+        return load_weights(
+            AutoModelForImageClassification, self.config.model, new=("classifier", "cls_classifier"), config=config
+        )
+
+    def build_processor(self) -> Any:
+        """Return the model's image processor at the run's image size; ImageNet's mean and std where it has none."""
+        found = find_processor(self.config.model)
+        cls = type(found) if found is not None else ViTImageProcessor
+        options: dict[str, Any] = {} if found is None else dict(found.to_dict())
+        options = {key: value for key, value in options.items() if key in cls().to_dict()}
+        if found is None:
+            options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        size = self.config.image_size
+        if size is not None:
+            square = {"height": size, "width": size}
+            if found is not None and getattr(found, "do_center_crop", False):
+                ratio = _resized(found) / side(found)
+                options |= {"size": {"shortest_edge": round(size * ratio)}, "crop_size": square}
+            else:
+                options |= {"size": square}
+        return make_processor(cls, options | self.config.processor)
+
+    def training_view(self, processor: Any) -> View:
+        """Return a random crop, flips and colours as the run says; without augmentation, the evaluation view."""
+        if self.config.augment is None:
+            return self.evaluation_view(processor)
+        crop = v2.RandomResizedCrop(side(processor), self.scale(), interpolation=InterpolationMode.BICUBIC)
+        return _TrainingView(v2.Compose([crop, *self.flips(), *self.colors(), *normalized(processor)]))
+
+    def evaluation_view(self, processor: Any) -> View:
+        """Return what the image processor does."""
+        return _EvaluationView(processor)
+
+    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
+        """Return logits `(B, K)` and classes `(B,)`."""
+        return logits.float(), inputs["labels"]
+
+    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+        """Return accuracy, top-5 accuracy, and accuracy per class."""
+        return accuracy_scores(predictions, references)
+
+
+class _TrainingView:
+    def __init__(self, transform: v2.Transform) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image, label: int) -> dict[str, Tensor]:
+        return {"pixel_values": self.transform(image), "labels": torch.tensor(label)}
+
+
+class _EvaluationView:
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image, label: int) -> dict[str, Tensor]:
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixels, "labels": torch.tensor(label)}
+
+
+def _resized(processor: Any) -> int:
+    size = processor.size
+    return int(size["shortest_edge"] if "shortest_edge" in size and size["shortest_edge"] else size["height"])

@@ -1,0 +1,168 @@
+"""Semantic segmentation: one class per pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    SegformerImageProcessor,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_BACKBONE_MAPPING,
+    MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
+)
+
+from e3va_peft.training.batchnorm import allow_single_values
+from e3va_peft.training.config import UserError
+from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
+from e3va_peft.training.tasks.base import (
+    Task,
+    View,
+    find_processor,
+    load_weights,
+    make_processor,
+    normalized,
+    side,
+)
+
+_HEADS = ("decode_head", "auxiliary_head", "classifier", "head", "neck")
+_TRIES = 10  # crops to try until one has a labelled pixel: the loss of a batch without any is not a number
+
+
+class SemanticSegmentation(Task):
+    """One class per pixel; scored by intersection over union at the size of the label maps."""
+
+    with_masks = True
+    main_metric = "mean_iou"
+    default_scale = (0.5, 2.0)
+    default_training = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+
+    def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
+        """Load a segmenter, or put UperNet onto a backbone; its BatchNorms take a batch of one image."""
+        config = self.load_config(labels)
+        if type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+            self.apply_options(config)
+            self._set_ignore_index(config)
+            model = load_weights(AutoModelForSemanticSegmentation, self.config.model, new=_HEADS, config=config)
+        elif type(config) in MODEL_FOR_BACKBONE_MAPPING:
+            model = self._upernet(config, labels)
+        else:
+            raise UserError(
+                f"model={self.config.model!r}: is a {config.model_type}, which is neither a segmenter nor a backbone "
+                "with feature maps. Use Swin, DINOv2 or a UperNet, e.g. microsoft/swin-base-patch4-window7-224."
+            )
+        return allow_single_values(model)
+
+    def _upernet(self, backbone: Any, labels: Sequence[str]) -> PreTrainedModel:
+        """Put a new UperNet onto a pretrained backbone: at all stages of a pyramid, at four blocks of a plain ViT."""
+        names = backbone.stage_names[1:]
+        backbone.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
+        config = UperNetConfig(
+            backbone_config=backbone,
+            id2label=dict(enumerate(labels)),
+            label2id={name: i for i, name in enumerate(labels)},
+        )
+        self.apply_options(config)
+        self._set_ignore_index(config)
+        model = UperNetForSemanticSegmentation(config)
+        cls = MODEL_FOR_BACKBONE_MAPPING[type(backbone)]  # AutoBackbone asks the Hub first, for a folder too
+        # Swin's classifiers have no output norms: these are new in a backbone
+        new = ("hidden_states_norms",)
+        model.backbone = load_weights(cls, self.config.model, new=new, config=backbone)
+        return model
+
+    def _set_ignore_index(self, config: Any) -> None:
+        value = self.config.data.ignore_index
+        name = next((n for n in ("loss_ignore_index", "semantic_loss_ignore_index") if hasattr(config, n)), None)
+        if name is not None:
+            setattr(config, name, value)
+        elif value != 255:
+            raise UserError(f"data.ignore_index={value}: {config.model_type} ignores 255 only. Leave it out.")
+
+    def build_processor(self) -> Any:
+        """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
+        found = find_processor(self.config.model)
+        options: dict[str, Any] = {}
+        if found is not None:
+            options = {key: getattr(found, key) for key in ("image_mean", "image_std", "do_normalize", "resample")}
+        size = self.config.image_size or (side(found) if found is not None else 512)
+        options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
+        return make_processor(SegformerImageProcessor, options | self.config.processor)
+
+    def training_view(self, processor: Any) -> View:
+        """Return a random scale, crop, flips and colours as the run says; without augmentation, a centre crop."""
+        size, ignored = side(processor), self.config.data.ignore_index
+        fill = {tv_tensors.Image: _grey(processor), tv_tensors.Mask: ignored, "others": 0}
+        if self.config.augment is None:
+            steps: list[v2.Transform] = [v2.Resize(size), v2.CenterCrop(size)]
+        else:
+            low, high = (round(factor * size) for factor in self.scale())
+            resize = v2.RandomResize(low, high + 1) if high > low else v2.Resize(low)
+            crop = v2.RandomCrop(self.config.augment.crop or size, pad_if_needed=True, fill=fill)
+            steps = [resize, crop, *self.flips(), *self.colors()]
+        return _TrainingView(v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]]), ignored)
+
+    def evaluation_view(self, processor: Any) -> View:
+        """Return what the image processor does, and the label map in that size and in its own."""
+        return _EvaluationView(processor)
+
+    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
+        """Return confusion matrices `(B, K, K)` at the size of each label map, twice.
+
+        Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
+        """
+        counts = [
+            confusion_matrix(
+                F.interpolate(scores[None].float(), truth.shape, mode="bilinear").argmax(1)[0],
+                truth.to(scores.device),
+                num_labels,
+                self.config.data.ignore_index,
+            )
+            for scores, truth in zip(logits, inputs["truth"], strict=True)
+        ]
+        return torch.stack(counts), torch.stack(counts)
+
+    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+        """Return mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
+        return segmentation_scores(predictions.sum(0))
+
+
+class _TrainingView:
+    def __init__(self, transform: v2.Transform, ignore_index: int) -> None:
+        self.transform = transform
+        self.ignore_index = ignore_index
+
+    def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
+        for _ in range(_TRIES):
+            pixels, mask = self.transform(image, tv_tensors.Mask(label))
+            if (mask != self.ignore_index).any():
+                break
+        return {"pixel_values": pixels.as_subclass(torch.Tensor), "labels": mask.as_subclass(torch.Tensor).long()}
+
+
+class _EvaluationView:
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        truth = torch.from_numpy(label)
+        resized = v2.functional.resize(truth[None], list(pixels.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
+        return {"pixel_values": pixels, "labels": resized, "truth": truth}
+
+
+def _grey(processor: Any) -> list[int]:
+    """Return the colour that normalises to zero, 0 to 255."""
+    return [round(255 * value) for value in processor.image_mean]

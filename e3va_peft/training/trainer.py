@@ -1,0 +1,225 @@
+"""The Hugging Face `Trainer` with a task's scores, and with eyes for what goes wrong in a long run."""
+
+from __future__ import annotations
+
+import math
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalPrediction
+
+from e3va_peft.training.config import UserError
+from e3va_peft.training.curves import draw_curves
+from e3va_peft.training.tasks import Task
+
+
+class VisionTrainer(Trainer):
+    """`Trainer` that scores a task's evidence in place of keeping all logits, and stops at a loss that is no number.
+
+    Args:
+        task: What to score.
+        callbacks: In place of Trainer's own progress bar and printer.
+        kwargs: For `Trainer`.
+
+    Attributes:
+        scores: What the last evaluation gave, per-class scores included.
+    """
+
+    def __init__(self, task: Task, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+        self.task = task
+        self.scores: dict[str, Any] = {}
+        super().__init__(compute_metrics=self._score, **kwargs)
+        # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its loss
+        # by it, and would neither divide by the accumulation steps nor average over processes.
+        self.model_accepts_loss_kwargs = False
+        for default in (ProgressCallback, PrinterCallback):
+            self.remove_callback(default)
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Train on a batch.
+
+        Raises:
+            UserError: The loss is infinite or not a number.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            half = "fp16" if self.args.fp16 else "bf16" if self.args.bf16 else None
+            first = "train in bf16 or fp32, " if half == "fp16" else ""
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate "
+                f"{self._get_learning_rate():.2e}{f', {half}' if half else ''}: {first}lower training.learning_rate, or "
+                "clip harder (training.max_grad_norm). Checkpoints saved before are whole; the same command goes on "
+                "from the last one."
+            )
+        return loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, Any, Any]:
+        """Return the loss of a batch and what `Task.scores` needs of it."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**{name: value for name, value in inputs.items() if name != "truth"})
+        if prediction_loss_only:
+            return outputs.loss.detach(), None, None
+        num_labels = self.accelerator.unwrap_model(model).config.num_labels
+        predictions, references = self.task.evidence(outputs.logits, inputs, num_labels)
+        return outputs.loss.detach(), predictions, references
+
+    def _score(self, evidence: EvalPrediction) -> dict[str, float]:
+        self.scores = self.task.scores(torch.as_tensor(evidence.predictions), torch.as_tensor(evidence.label_ids))
+        return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
+
+
+class Progress(ProgressCallback):
+    """A bar over the steps, and above it a line for each evaluation.
+
+    Args:
+        main_metric: The metric to mark where it is the best so far.
+        quiet: Show the lines only.
+    """
+
+    def __init__(self, main_metric: str, quiet: bool = False) -> None:
+        super().__init__()
+        self.main_metric = main_metric
+        self.quiet = quiet
+        self.best = -math.inf
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar where the run stands."""
+        self.current_step = state.global_step
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(
+                total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=self.quiet, unit="step"
+            )
+        self.best = max((entry.get(f"eval_{self.main_metric}", -math.inf) for entry in state.log_history), default=-1)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Move the evaluation's bar."""
+        if not self.quiet:
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss on the bar, the metrics of an evaluation on a line of their own."""
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
+        if "eval_loss" in logs:
+            self.training_bar.write(self._line(state, logs))
+
+    def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
+        skipped = ("runtime", "per_second", "epoch")
+        shown = {
+            name.removeprefix("eval_"): value
+            for name, value in logs.items()
+            if name.startswith("eval_") and not name.endswith(skipped)
+        }
+        metric = shown.get(self.main_metric)
+        mark = ""
+        if metric is not None and metric > self.best:
+            self.best, mark = metric, "  best so far"
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        return f"epoch {state.epoch or 0:6.2f}  step {state.global_step:>6}  {values}{mark}"
+
+
+class Curves(TrainerCallback):
+    """Draws loss and metric over the steps after each evaluation and at the end.
+
+    Args:
+        path: The PNG.
+        main_metric: The metric to draw.
+    """
+
+    def __init__(self, path: Path, main_metric: str) -> None:
+        self.path = path
+        self.main_metric = main_metric
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw what there is."""
+        if state.is_world_process_zero:
+            draw_curves(state.log_history, self.path, self.main_metric)
+
+    on_train_end = on_evaluate
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Lets Ctrl-C end a run after the step it is in, with a checkpoint; pressed again, at once.
+
+    In a run of several processes Ctrl-C keeps its usual meaning: they would stop at different steps.
+
+    Attributes:
+        interrupted: Whether it was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen to Ctrl-C and to the signal that ends a job on a cluster."""
+        if args.world_size == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                try:
+                    self._before[number] = signal.signal(number, self._on_signal)
+                except ValueError:  # not in the main thread: somebody else listens
+                    return
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:
+            self.restore()
+            raise KeyboardInterrupt
+        self.interrupted = True
+        tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop where Ctrl-C was pressed."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save what the last step of an epoch gave, too."""
+        self.on_step_end(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give Ctrl-C back."""
+        self.restore()
+
+    def restore(self) -> None:
+        """Give Ctrl-C its former meaning."""
+        while self._before:
+            signal.signal(*self._before.popitem())

@@ -1,0 +1,366 @@
+"""Through the Hub and back: the real client over HTTP, against a Hub on loopback.
+
+huggingface_hub takes HF_ENDPOINT and HF_HOME when it is imported, and this process has imported it long before. So the
+fixture replaces what it made of them; one test leaves all of it to the environment of a fresh process.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers
+from huggingface_hub import HfApi, constants, file_download, hf_api, upload_folder
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import _http
+from peft import AutoPeftModel, PeftModel, get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
+from transformers import SwinForImageClassification as Swin
+
+import e3va_peft
+from e3va_peft import E3VAConfig, load_adapter
+from tests.hub_server import TOKEN, HubServer
+from tests.models import BY_NAME, train_steps
+from tests.test_laws import assert_same, outputs
+
+CASE = BY_NAME["swin-classifier"]
+LABELS = {0: "cat", 1: "dog", 2: "owl"}
+FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base_config.json"}
+MANY = 1000
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty Hub, and this process logged in to it with an empty cache."""
+    with HubServer() as server:
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_DISABLE_TELEMETRY": True,
+            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+            "HF_HUB_OFFLINE": False,
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # the client behind the bare functions
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # transformers' own, made at its first use
+        for module in (_http, file_download):  # waits between attempts; how many there are stays the client's affair
+            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        fresh_cache(tmp_path / "first", monkeypatch)
+        _http.close_session()
+        yield server
+        _http.close_session()
+
+
+def fresh_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def anonymous(monkeypatch):
+    """Call it to log out."""
+
+    def log_out() -> None:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
+
+    return log_out
+
+
+@pytest.fixture
+def base_id(hub):
+    """A base model on the Hub with an image processor and other class names than the adapter's."""
+    CASE.base().push_to_hub("me/base")
+    BitImageProcessor(size={"shortest_edge": 32}, image_mean=[0.1, 0.2, 0.3]).push_to_hub("me/base")
+    return "me/base"
+
+
+@pytest.fixture
+def model(base_id):
+    """What a user has before the push: base and processor from the Hub, a trained adapter, its results."""
+    AutoImageProcessor.from_pretrained(base_id)
+    base = Swin.from_pretrained(base_id, id2label=LABELS, label2id={name: i for i, name in LABELS.items()})
+    model = get_peft_model(base, E3VAConfig(r=4))
+    train_steps(model, CASE.training_batch())
+    e3va_peft.record_metrics(model, {"accuracy": 0.875})
+    return model
+
+
+@pytest.fixture
+def pushed(hub, model, tmp_path, monkeypatch):
+    """The model, after its push, with an empty cache."""
+    model.push_to_hub("me/adapter")
+    fresh_cache(tmp_path / "second", monkeypatch)
+    hub.requests.clear()
+    return model
+
+
+def assert_equal(again, model) -> None:
+    assert_same(outputs(again.eval(), CASE.batch()), outputs(model, CASE.batch()), rtol=0, atol=0)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# There
+
+
+def test_a_push_holds_all_that_loading_takes(hub, pushed):
+    files = hub.repos["me/adapter"].files()
+    assert set(files) == {*FILES, "preprocessor_config.json"}
+    assert b'"base_model_name_or_path": "me/base"' in files["adapter_config.json"]
+    assert b'"1": "dog"' in files["base_config.json"]
+    assert files["preprocessor_config.json"] == hub.repos["me/base"].files()["preprocessor_config.json"]
+    assert len(hub.repos["me/adapter"].commits) == 2  # the Hub's own first one, and the push: whole or not at all
+
+
+@pytest.mark.xfail(reason="transformers' push_to_hub writes its template over the card that save_pretrained wrote")
+def test_the_pushed_card_has_the_metrics_and_how_to_load(hub, pushed):
+    card = hub.repos["me/adapter"].files()["README.md"].decode()
+    for text in ("import e3va_peft", "load_adapter(", "| accuracy | 0.875 |", "cat, dog, owl", "library_name: peft"):
+        assert text in card
+    e3va_peft.record_metrics(pushed, {"accuracy": 0.9375})
+    pushed.push_to_hub("me/adapter")
+    assert "| accuracy | 0.9375 |" in hub.repos["me/adapter"].files()["README.md"].decode()
+
+
+def test_a_card_that_its_user_wrote_on_the_hub_is_kept(hub, pushed):
+    own = "---\nlicense: mit\n---\n# My own words\n"
+    HfApi().upload_file(path_or_fileobj=own.encode(), path_in_repo="README.md", repo_id="me/adapter")
+    pushed.push_to_hub("me/adapter")
+    assert hub.repos["me/adapter"].files()["README.md"].decode() == own
+
+
+def test_a_saved_folder_uploaded_as_it_is_keeps_its_card(hub, model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "adapter")
+    HfApi().create_repo("me/adapter")
+    upload_folder(repo_id="me/adapter", folder_path=tmp_path / "adapter")
+    assert hub.repos["me/adapter"].files() == contents(tmp_path / "adapter")
+    assert "| accuracy | 0.875 |" in hub.repos["me/adapter"].files()["README.md"].decode()
+    fresh_cache(tmp_path / "second", monkeypatch)
+    assert_equal(load_adapter("me/adapter")[0], model)
+
+
+def test_a_processor_pushed_beside_the_adapter_is_the_one_that_loads(hub, pushed):
+    before = hub.repos["me/adapter"].files()
+    BitImageProcessor(image_mean=[0.5, 0.6, 0.7]).push_to_hub("me/adapter")
+    after = hub.repos["me/adapter"].files()
+    assert {path for path in after if after[path] != before.get(path)} == {"preprocessor_config.json"}
+    again, processor = load_adapter("me/adapter")
+    assert list(processor.image_mean) == [0.5, 0.6, 0.7]
+    assert_equal(again, pushed)
+
+
+# And back
+
+
+def test_one_call_by_id_rebuilds_everything_equal_to_the_bit(hub, pushed):
+    again, processor = load_adapter("me/adapter")
+    assert_equal(again, pushed)
+    assert again.config.id2label == LABELS
+    assert list(processor.image_mean) == [0.1, 0.2, 0.3]
+    asked = [request for request in hub.requests if "me/adapter" in request]
+    commit = hub.repos["me/adapter"].branches["main"]
+    assert asked[0] == "GET /api/models/me/adapter/revision/main"
+    assert all(commit in request for request in asked[1:])  # a push in the meantime cannot mix two adapters
+    trainable, _ = load_adapter("me/adapter", is_trainable=True)
+    assert trainable.get_nb_trainable_parameters() == pushed.get_nb_trainable_parameters()
+
+
+LOADERS = {
+    "PeftModel": lambda: PeftModel.from_pretrained(Swin.from_pretrained("me/base"), "me/adapter"),
+    "AutoPeftModel": lambda: AutoPeftModel.from_pretrained("me/adapter"),
+    "AutoModel": lambda: AutoModelForImageClassification.from_pretrained("me/adapter"),
+    "transformers": lambda: load_by_transformers(Swin.from_pretrained("me/base")),
+}
+
+
+def load_by_transformers(base):
+    base.load_adapter("me/adapter")
+    return base
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_the_other_loaders_take_the_id_too(load, pushed):
+    assert_equal(load(), pushed)
+
+
+def test_a_fresh_process_needs_nothing_but_the_id(hub, pushed, tmp_path):
+    code = (
+        "import torch, e3va_peft; torch.set_num_threads(1)\n"
+        "model, processor = e3va_peft.load_adapter('me/adapter')\n"
+        "x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))\n"
+        "print(model.config.id2label[1], processor.image_mean[0], model(pixel_values=x).logits.sum().item())\n"
+        "model.push_to_hub('me/again')"
+    )
+    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "fresh"), "HF_HUB_DISABLE_XET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=os.environ | home, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    label, mean, logits = run.stdout.split()[-3:]
+    assert (label, mean) == ("dog", "0.1")
+    assert float(logits) == pytest.approx(outputs(pushed, CASE.batch())["logits"].sum().item(), rel=1e-6)
+    weights = "adapter_model.safetensors"
+    assert hub.repos["me/again"].files()[weights] == hub.repos["me/adapter"].files()[weights]
+
+
+def test_a_revision_pins_the_adapter(hub, pushed):
+    first, expected = hub.repos["me/adapter"].branches["main"], outputs(pushed, CASE.batch())
+    train_steps(pushed, CASE.training_batch(seed=2))
+    pushed.push_to_hub("me/adapter")
+    pushed.push_to_hub("me/adapter", revision="wide")
+    assert_equal(load_adapter("me/adapter")[0], pushed)
+    assert_equal(load_adapter("me/adapter", revision="wide")[0], pushed)
+    assert_same(outputs(load_adapter("me/adapter", revision=first)[0], CASE.batch()), expected, rtol=0, atol=0)
+
+
+def test_an_adapter_with_a_name_of_its_own_loads_from_its_subfolder(hub, base_id, tmp_path, monkeypatch):
+    model = get_peft_model(Swin.from_pretrained(base_id), E3VAConfig(r=4, init_weights=False), adapter_name="nuclei")
+    model.eval().push_to_hub("me/adapter")
+    fresh_cache(tmp_path / "second", monkeypatch)
+    assert_equal(load_adapter("me/adapter", subfolder="nuclei")[0], model)
+    with pytest.raises(FileNotFoundError, match=r"subfolder='': has no adapter_config\.json.*subfolder of their name"):
+        load_adapter("me/adapter")
+
+
+def test_what_was_loaded_once_loads_again_without_a_connection(hub, pushed, monkeypatch):
+    load_adapter("me/adapter")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub.requests.clear()
+    again, processor = load_adapter("me/adapter")
+    assert_equal(again, pushed)
+    assert processor is not None and not hub.requests
+
+
+# Refused
+
+
+def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pushed, anonymous):
+    anonymous()
+    hub.repos["me/adapter"].private = hub.repos["me/base"].private = True
+    with pytest.raises(FileNotFoundError, match=r"adapter='me/adapter'.*a private.*`hf auth login`, or pass token="):
+        load_adapter("me/adapter")
+    again, processor = load_adapter("me/adapter", token=TOKEN)
+    assert_equal(again, pushed)
+    assert processor is not None
+
+
+def test_a_refused_token_is_said_to_be_refused(hub, pushed, monkeypatch):
+    with pytest.raises(PermissionError, match=r"adapter='me/adapter': the Hub refuses token=.*expired"):
+        load_adapter("me/adapter", token="hf_wrong")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(PermissionError, match="the Hub refuses the token you are logged in with"):
+        load_adapter("me/adapter")
+    assert_equal(load_adapter("me/adapter", token=False)[0], pushed)
+
+
+@pytest.mark.parametrize("token", ["hf_wrong", False], ids=["refused", "none"])
+def test_a_push_without_a_right_token_changes_nothing(hub, pushed, token):
+    before = dict(hub.repos["me/adapter"].commits)
+    for repo in ("me/adapter", "me/new"):
+        with pytest.raises(HfHubHTTPError, match=r"401[\s\S]*Invalid (credentials|username or password)"):
+            pushed.push_to_hub(repo, token=token)
+    assert hub.repos["me/adapter"].commits == before and "me/new" not in hub.repos
+
+
+@pytest.mark.parametrize("logged_in", [True, False], ids=["logged-in", "logged-out"])
+@pytest.mark.parametrize("name", ["me/nothing", "nothing", "no id at all"])
+def test_a_repository_that_is_not_there_is_named(name, logged_in, hub, anonymous):
+    if not logged_in:
+        anonymous()
+    with pytest.raises(FileNotFoundError, match=f"adapter='{name}': no such folder, and no such repository"):
+        load_adapter(name)
+
+
+def test_a_revision_that_is_not_there_is_named(pushed):
+    with pytest.raises(FileNotFoundError, match="revision='v9': 'me/adapter' has no such branch, tag or commit"):
+        load_adapter("me/adapter", revision="v9")
+
+
+def test_a_repository_without_an_adapter_is_named(base_id):
+    with pytest.raises(FileNotFoundError, match=r"adapter='me/base'.*has no adapter_config\.json"):
+        load_adapter(base_id)
+
+
+def test_a_base_model_that_is_gone_is_named_with_its_adapter(hub, pushed):
+    del hub.repos["me/base"]
+    with pytest.raises(OSError, match=r"its base model 'me/base' cannot.*base_model_name_or_path"):
+        load_adapter("me/adapter")
+
+
+def test_a_base_model_in_a_folder_of_another_machine_is_named(base_id, tmp_path):
+    folder = tmp_path / "elsewhere"
+    Swin.from_pretrained(base_id).save_pretrained(folder)
+    get_peft_model(Swin.from_pretrained(folder), E3VAConfig(r=4)).push_to_hub("me/adapter")
+    folder.rename(tmp_path / "gone")
+    with pytest.raises(OSError, match=f"its base model '{folder}' cannot be loaded.*base_model_name_or_path"):
+        load_adapter("me/adapter")
+
+
+# Cut
+
+
+def test_a_push_goes_on_after_a_cut(hub, model):
+    hub.cuts["put_object"] = 1
+    model.push_to_hub("me/adapter")
+    assert sum(request.startswith("PUT") for request in hub.requests[-6:]) == 2
+    assert_equal(load_adapter("me/adapter")[0], model)
+
+
+@pytest.mark.parametrize("cut", ["put_object", "commit"])
+def test_a_push_that_stays_cut_leaves_both_sides_as_they_were(cut, hub, model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "adapter")
+    before = contents(tmp_path / "adapter")
+    hub.cuts[cut] = MANY
+    with pytest.raises(
+        (RuntimeError, HTTPError), match=r"uploading 'adapter_model.safetensors'|disconnected|reset|closed"
+    ):
+        model.push_to_hub("me/adapter")
+    with pytest.raises((RuntimeError, HTTPError)):
+        upload_folder(repo_id="me/adapter", folder_path=tmp_path / "adapter")
+    assert hub.repos["me/adapter"].files() == {}
+    assert contents(tmp_path / "adapter") == before
+    hub.cuts.clear()
+    upload_folder(repo_id="me/adapter", folder_path=tmp_path / "adapter")
+    assert hub.repos["me/adapter"].files() == before
+    fresh_cache(tmp_path / "second", monkeypatch)
+    assert_equal(load_adapter("me/adapter")[0], model)
+
+
+def test_a_load_goes_on_where_it_was_cut(hub, pushed):
+    hub.cuts["get_object"] = 1
+    assert_equal(load_adapter("me/adapter")[0], pushed)
+    assert sum(request.startswith("GET /store") for request in hub.requests) == 3  # base, adapter, and one's rest
+
+
+@pytest.mark.parametrize("loaded", [(), ("me/adapter",)], ids=["adapter", "base"])
+def test_a_load_that_stays_cut_keeps_nothing_half(loaded, hub, pushed, tmp_path):
+    for repo in loaded:
+        HfApi().snapshot_download(repo)
+    hub.cuts["get_object"] = MANY
+    message = r"base model 'me/base' cannot be loaded.*closed" if loaded else r"connection broke.*call again.*closed"
+    with pytest.raises(OSError if loaded else ConnectionError, match=rf"adapter='me/adapter': .*{message}"):
+        load_adapter("me/adapter")
+    cached = [path for path in (tmp_path / "second").rglob("*") if path.is_file()]
+    assert not [path for path in cached if path.suffix == ".incomplete"]
+    assert not [path for path in cached if path.name == "model.safetensors"]
+    assert len([path for path in cached if path.name == "adapter_model.safetensors"]) == len(loaded)
+    hub.cuts.clear()
+    assert_equal(load_adapter("me/adapter")[0], pushed)
+
+
+def test_a_hub_that_cannot_be_reached_is_named(hub, pushed):
+    hub.shutdown()
+    hub.server_close()
+    with pytest.raises(
+        ConnectionError, match=r"adapter='me/adapter': the Hub cannot be reached.*once there is a conn"
+    ):
+        load_adapter("me/adapter")
