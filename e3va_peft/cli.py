@@ -64,11 +64,11 @@ def train(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in output.")] = False,
 ) -> None:
-    """Fine-tune a model on your images: one YAML file, one command.
+    r"""Fine-tune a model on your images: one YAML file, one command.
 
     Writes into the config's [bold]output[/bold]: the adapter (or, for head-only and full, the model) with its image
-    processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same command goes on
-    from it. A finished run is never overwritten unasked.
+    processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same command goes
+    on from it. A finished run is never overwritten unasked.
 
     [bold]A config[/bold]
 
@@ -102,7 +102,7 @@ def evaluate(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the metrics to.")] = None,
 ) -> None:
-    """Score a trained model on a labelled split.
+    r"""Score a trained model on a labelled split.
 
     [bold]Examples[/bold]
 
@@ -136,7 +136,7 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to name per image, for a classifier.")] = 5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions there.")] = False,
 ) -> None:
-    """Predict images: class names and scores as JSON, label maps and overlays as PNG.
+    r"""Predict images: class names and scores as JSON, label maps and overlays as PNG.
 
     [bold]Examples[/bold]
 

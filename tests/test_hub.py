@@ -51,7 +51,8 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # transformers' own, made at its first use
         for module in (_http, file_download):  # waits between attempts; how many there are stays the client's affair
             monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.setenv(name, "127.0.0.1,localhost")
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         fresh_cache(tmp_path / "first", monkeypatch)
         _http.close_session()
@@ -59,20 +60,13 @@ def hub(tmp_path, monkeypatch):
         _http.close_session()
 
 
-def fresh_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fresh_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
-    return folder
 
 
-@pytest.fixture
-def anonymous(monkeypatch):
-    """Call it to log out."""
-
-    def log_out() -> None:
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-
-    return log_out
+def log_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -168,10 +162,9 @@ def test_one_call_by_id_rebuilds_everything_equal_to_the_bit(hub, pushed):
     assert_equal(again, pushed)
     assert again.config.id2label == LABELS
     assert list(processor.image_mean) == [0.1, 0.2, 0.3]
-    asked = [request for request in hub.requests if "me/adapter" in request]
-    commit = hub.repos["me/adapter"].branches["main"]
-    assert asked[0] == "GET /api/models/me/adapter/revision/main"
-    assert all(commit in request for request in asked[1:])  # a push in the meantime cannot mix two adapters
+    files = [request.split("/resolve/") for request in hub.requests if "me/adapter/resolve/" in request]
+    commits = {path.partition("/")[0] for _, path in files}
+    assert commits == {hub.repos["me/adapter"].branches["main"]}  # a push in the meantime cannot mix two adapters
     trainable, _ = load_adapter("me/adapter", is_trainable=True)
     assert trainable.get_nb_trainable_parameters() == pushed.get_nb_trainable_parameters()
 
@@ -202,8 +195,11 @@ def test_a_fresh_process_needs_nothing_but_the_id(hub, pushed, tmp_path):
         "print(model.config.id2label[1], processor.image_mean[0], model(pixel_values=x).logits.sum().item())\n"
         "model.push_to_hub('me/again')"
     )
-    home = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "fresh"), "HF_HUB_DISABLE_XET": "1"}
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | home, capture_output=True, text=True)
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING", "TRANSFORMERS"))
+    }
+    env |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "fresh"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     label, mean, logits = run.stdout.split()[-3:]
     assert (label, mean) == ("dog", "0.1")
@@ -243,8 +239,8 @@ def test_what_was_loaded_once_loads_again_without_a_connection(hub, pushed, monk
 # Refused
 
 
-def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pushed, anonymous):
-    anonymous()
+def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pushed, monkeypatch):
+    log_out(monkeypatch)
     hub.repos["me/adapter"].private = hub.repos["me/base"].private = True
     with pytest.raises(FileNotFoundError, match=r"adapter='me/adapter'.*a private.*`hf auth login`, or pass token="):
         load_adapter("me/adapter")
@@ -273,9 +269,9 @@ def test_a_push_without_a_right_token_changes_nothing(hub, pushed, token):
 
 @pytest.mark.parametrize("logged_in", [True, False], ids=["logged-in", "logged-out"])
 @pytest.mark.parametrize("name", ["me/nothing", "nothing", "no id at all"])
-def test_a_repository_that_is_not_there_is_named(name, logged_in, hub, anonymous):
+def test_a_repository_that_is_not_there_is_named(name, logged_in, hub, monkeypatch):
     if not logged_in:
-        anonymous()
+        log_out(monkeypatch)
     with pytest.raises(FileNotFoundError, match=f"adapter='{name}': no such folder, and no such repository"):
         load_adapter(name)
 
@@ -309,9 +305,10 @@ def test_a_base_model_in_a_folder_of_another_machine_is_named(base_id, tmp_path)
 
 
 def test_a_push_goes_on_after_a_cut(hub, model):
+    hub.requests.clear()
     hub.cuts["put_object"] = 1
     model.push_to_hub("me/adapter")
-    assert sum(request.startswith("PUT") for request in hub.requests[-6:]) == 2
+    assert sum(request.startswith("PUT") for request in hub.requests) == 2
     assert_equal(load_adapter("me/adapter")[0], model)
 
 
@@ -320,9 +317,7 @@ def test_a_push_that_stays_cut_leaves_both_sides_as_they_were(cut, hub, model, t
     model.save_pretrained(tmp_path / "adapter")
     before = contents(tmp_path / "adapter")
     hub.cuts[cut] = MANY
-    with pytest.raises(
-        (RuntimeError, HTTPError), match=r"uploading 'adapter_model.safetensors'|disconnected|reset|closed"
-    ):
+    with pytest.raises((RuntimeError, HTTPError), match=r"uploading 'adapter_model|isconnected|reset|closed|ipe"):
         model.push_to_hub("me/adapter")
     with pytest.raises((RuntimeError, HTTPError)):
         upload_folder(repo_id="me/adapter", folder_path=tmp_path / "adapter")
@@ -360,6 +355,7 @@ def test_a_load_that_stays_cut_keeps_nothing_half(loaded, hub, pushed, tmp_path)
 def test_a_hub_that_cannot_be_reached_is_named(hub, pushed):
     hub.shutdown()
     hub.server_close()
+    _http.close_session()  # a connection that stays open would still be answered
     with pytest.raises(
         ConnectionError, match=r"adapter='me/adapter': the Hub cannot be reached.*once there is a conn"
     ):

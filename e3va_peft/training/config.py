@@ -104,7 +104,7 @@ class RunConfig:
         model: Hub id or folder. A backbone alone gets a new head: a linear classifier, or UperNet.
         output: Folder of the run.
         data: Where images and labels are.
-        method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of the method's PEFT config.
+        method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of its PEFT config.
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
             None: what the model's image processor says.
         augment: How training images vary; false for not at all.
@@ -290,7 +290,7 @@ def _method(value: Any) -> dict[str, Any]:
     options = [key for key in method if key != "name"]
     known = {"e3va": E3VAConfig, "lora": LoraConfig}.get(method["name"])
     if known is not None:
-        _known("method", {key: None for key in options}, (f.name for f in dataclasses.fields(known)))
+        _known("method", dict.fromkeys(options), (f.name for f in dataclasses.fields(known)))
     elif options:
         raise UserError(f"method.{options[0]}: {method['name']} has no options. Leave it out.")
     return method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -80,9 +81,9 @@ class Split:
         if len(wrong):
             shift = 1 if self.reduce_labels else 0
             raise UserError(
-                f"{where_mask}: has the label {wrong[0] + shift}, but data.labels has {len(self.labels)} names, for the "
-                f"values {shift} to {len(self.labels) - 1 + shift}; data.ignore_index is {self.ignore_index}. Add the "
-                "missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
+                f"{where_mask}: has the label {wrong[0] + shift}, but data.labels has {len(self.labels)} names, for "
+                f"the values {shift} to {len(self.labels) - 1 + shift}; data.ignore_index is {self.ignore_index}. Add "
+                "the missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
             )
         return mask
 
@@ -156,7 +157,8 @@ def load_splits(config: DataConfig, with_masks: bool, seed: int = 0) -> tuple[Sp
     train_name = _choose("train_split", config.train_split, _TRAIN, found)
     if train_name is None:
         raise UserError(
-            f"data.train_split: {_source(config)} has no split named {' or '.join(_TRAIN)}, only {sorted(found)}. Set it."
+            f"data.train_split: {_source(config)} has no split named {' or '.join(_TRAIN)}, only {sorted(found)}. "
+            "Set it."
         )
     eval_name = None if config.eval_fraction else _choose("eval_split", config.eval_split, _EVAL, found)
     if eval_name == train_name:
@@ -202,10 +204,8 @@ def open_image(item: dict[str, Any], where: str) -> Image.Image:
         UserError: It cannot be read as an image.
     """
     image = _decoded(item, where)
-    try:
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
         image = ImageOps.exif_transpose(image)
-    except Exception:  # a broken EXIF block says nothing about the pixels
-        pass
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -306,9 +306,9 @@ def _pairs(images: Path, masks: Path) -> datasets.Dataset:
     for what, there, here, other in (("label map", pictures, maps, masks), ("image", maps, pictures, images)):
         lonely = sorted(set(there) - set(here))
         if lonely:
-            names = ", ".join(str(there[name]) for name in lonely[:3]) + (", ..." if len(lonely) > 3 else "")
+            shown = ", ".join(str(there[name]) for name in lonely[:3]) + (", ..." if len(lonely) > 3 else "")
             raise UserError(
-                f"{len(lonely)} of {len(there)} files have no {what} of the same name in {other}: {names}. Add or "
+                f"{len(lonely)} of {len(there)} files have no {what} of the same name in {other}: {shown}. Add or "
                 "remove them."
             )
     names = sorted(pictures)
@@ -369,9 +369,9 @@ def _labels(config: DataConfig, rows: datasets.Dataset, with_masks: bool) -> lis
     elif with_masks:
         values = sorted({int(v) for i in range(min(20, len(rows))) for v in _values(rows[i]["label"])})
         raise UserError(
-            f"data.labels: is missing. Label maps do not know the names of their classes; the first 20 of "
-            f"{_source(config)} hold the values {values}. Write labels: [first, second, ...], or a text file of names, "
-            "or their number; with reduce_labels: true if 0 means nothing."
+            "data.labels: is missing. Label maps do not know the names of their classes; the first 20 of "
+            f"{_source(config)} hold the values {values}. Write labels: [first, second, ...], or a text file of "
+            "names, or their number; with reduce_labels: true if 0 means nothing."
         )
     else:
         seen = {value for part in _parts(rows) for value in part}

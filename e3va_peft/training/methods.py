@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from e3va_peft.config import E3VAConfig
@@ -20,8 +20,9 @@ QUERIES_AND_VALUES = ("query", "value", "q_proj", "v_proj")
 def adapt(model: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     """Make a model trainable by a method; what is not trained is frozen.
 
-    *e3va*: the highway. *lora*: PEFT's, on queries and values of the backbone. *head-only*: nothing in the backbone but
-    its output norms. All three train everything outside the backbone, and its output norms, whole. *full*: everything.
+    *e3va*: the highway. *lora*: PEFT's, on queries and values of the backbone. *head-only*: nothing in the backbone
+    but its output norms. All three train everything outside the backbone, and its output norms, whole. *full*:
+    everything.
 
     Args:
         model: Base model with its head.
@@ -51,7 +52,12 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
     """
     exits = "|".join(re.escape(found.name) for found in find_exits(model))
     queries = f"({exits})\\..*\\.({'|'.join(QUERIES_AND_VALUES)})"
-    defaults = {"r": 8, "lora_alpha": 16, "target_modules": queries, "modules_to_save": trained_whole(model)}
+    defaults: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": queries,
+        "modules_to_save": trained_whole(model),
+    }
     return LoraConfig(**(defaults | options))
 
 
@@ -74,15 +80,10 @@ def trained_whole(model: nn.Module) -> list[str]:
     exits = find_exits(model)
     if not exits:
         raise UserError(
-            f"model={type(model).__name__}: holds no backbone that `e3va backbones` lists, so there is no telling head "
-            "from backbone. Choose another model, or method: full."
+            f"model={type(model).__name__}: holds no backbone that `e3va backbones` lists, so there is no telling "
+            "head from backbone. Choose another model, or method: full."
         )
     return everything_outside(model, exits)
-
-
-def is_adapter(model: nn.Module) -> bool:
-    """Whether a model is saved as an adapter, not whole."""
-    return isinstance(model, PeftModel)
 
 
 def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:

@@ -97,7 +97,7 @@ def load_trained(source: str) -> Trained:
     if processor is None:
         raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     names = base.config.id2label
     return Trained(model.to(device).eval(), processor, tuple(names[i] for i in sorted(names)), config)
 

@@ -27,6 +27,7 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from e3va_peft.config import E3VAConfig
+from e3va_peft.model import record_metrics
 from e3va_peft.training.config import RunConfig, UserError, parse_config, read_config
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.methods import LEARNING_RATES, adapt
@@ -101,8 +102,8 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     console.print(
-        f"{config.method_name} on {config.model}: {trained:,d} trained parameters, {len(split):,d} images to train on, "
-        f"{len(eval_split) if eval_split is not None else 0:,d} to evaluate on, on {arguments.device}"
+        f"{config.method_name} on {config.model}: {trained:,d} trained parameters, {len(split):,d} images to train "
+        f"on, {len(eval_split) if eval_split is not None else 0:,d} to evaluate on, on {arguments.device}"
         + (f", {arguments.world_size} processes" if arguments.world_size > 1 else "")
     )
     if checkpoint is not None:
@@ -348,8 +349,8 @@ def _check_disk(output: Path, model: nn.Module) -> None:
     free = shutil.disk_usage(output).free
     if free < needed:
         raise UserError(
-            f"output={str(output)!r}: {free / 1e6:.0f} MB are free, checkpoints take {needed / 1e6:.0f} MB. Free some, "
-            "choose another disk, or set training.save_total_limit: 1 and training.save_only_model: true."
+            f"output={str(output)!r}: {free / 1e6:.0f} MB are free, checkpoints take {needed / 1e6:.0f} MB. Free "
+            "some, or choose a folder on another disk."
         )
 
 
@@ -398,7 +399,7 @@ def _record(
     }
 
 
-def _save(output: Path, model: nn.Module, processor: Any, record: dict[str, Any]) -> Path:
+def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> Path:
     """Save model and image processor, then the metrics, whose presence marks the run as finished."""
     adapter = isinstance(model, PeftModel)
     folder = output / (ADAPTER if adapter else MODEL)
@@ -406,12 +407,10 @@ def _save(output: Path, model: nn.Module, processor: Any, record: dict[str, Any]
     shutil.rmtree(draft, ignore_errors=True)
     processor.save_pretrained(draft)
     if adapter and isinstance(model.peft_config["default"], E3VAConfig):
-        from e3va_peft import record_metrics
-
         record_metrics(model, record["metrics"])
     elif adapter:
         model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
-    model.save_pretrained(str(draft))  # type: ignore[operator]
+    model.save_pretrained(str(draft))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
     _write(output / METRICS, json.dumps(plain(record), indent=2) + "\n")

@@ -37,8 +37,8 @@ class VisionTrainer(Trainer):
         self.task = task
         self.scores: dict[str, Any] = {}
         super().__init__(compute_metrics=self._score, **kwargs)
-        # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its loss
-        # by it, and would neither divide by the accumulation steps nor average over processes.
+        # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
+        # loss by it, and would neither divide by the accumulation steps nor average over processes.
         self.model_accepts_loss_kwargs = False
         for default in (ProgressCallback, PrinterCallback):
             self.remove_callback(default)
@@ -57,9 +57,8 @@ class VisionTrainer(Trainer):
             first = "train in bf16 or fp32, " if half == "fp16" else ""
             raise UserError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, learning rate "
-                f"{self._get_learning_rate():.2e}{f', {half}' if half else ''}: {first}lower training.learning_rate, or "
-                "clip harder (training.max_grad_norm). Checkpoints saved before are whole; the same command goes on "
-                "from the last one."
+                f"{self._get_learning_rate():.2e}{f', {half}' if half else ''}: {first}lower training.learning_rate, "
+                "or clip harder (training.max_grad_norm). Checkpoints saved before are whole."
             )
         return loss
 

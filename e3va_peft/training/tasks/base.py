@@ -151,7 +151,7 @@ def side(processor: Any) -> int:
     """Return the side in pixels of what an image processor gives: of its crop, its square, or its shorter edge."""
     crop = getattr(processor, "crop_size", None)
     size = crop if crop and getattr(processor, "do_center_crop", False) else processor.size
-    return int(size["shortest_edge"] if "shortest_edge" in size and size["shortest_edge"] else size["height"])
+    return int(size.get("shortest_edge") or size["height"])
 
 
 def find_processor(model: str) -> Any:
@@ -213,8 +213,8 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
     missing = [name for name in report["missing_keys"] if not name.startswith(tuple(new))]
     if missing:
         raise UserError(
-            f"model={source!r}: has no weights for {len(missing)} parameters of its backbone, {sorted(missing)[:3]}, ..., "
-            "and a random backbone is not worth adapting. Choose a pretrained model."
+            f"model={source!r}: has no weights for {len(missing)} parameters of its backbone, {sorted(missing)[:3]}, "
+            "..., and a random backbone is not worth adapting. Choose a pretrained model."
         )
     return model
 

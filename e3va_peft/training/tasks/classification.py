@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -29,7 +29,7 @@ class ImageClassification(Task):
     with_masks = False
     main_metric = "accuracy"
     default_scale = (0.35, 1.0)
-    default_training = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
+    default_training: ClassVar = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a classifier; a new linear head where the pretrained one has other classes."""
@@ -96,4 +96,4 @@ class _EvaluationView:
 
 def _resized(processor: Any) -> int:
     size = processor.size
-    return int(size["shortest_edge"] if "shortest_edge" in size and size["shortest_edge"] else size["height"])
+    return int(size.get("shortest_edge") or size["height"])

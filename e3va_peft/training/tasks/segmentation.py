@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ class SemanticSegmentation(Task):
     with_masks = True
     main_metric = "mean_iou"
     default_scale = (0.5, 2.0)
-    default_training = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+    default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a segmenter, or put UperNet onto a backbone; its BatchNorms take a batch of one image."""

@@ -1,0 +1,199 @@
+"""Train e3va, head-only, lora and full side by side on real data with `e3va train`, and record what came out.
+
+python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS  # parquet with image and label; a ViT
+python benchmarks/training.py nuclei  --data DATA --model MODEL --runs RUNS  # dsb2018/{images,semantic}; a Swin
+python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS --measure  # on a quiet machine
+
+Each method gets the same head, data order and epochs, and the best of its own learning rates, judged on a part of the
+*training* images that is set aside; the evaluation images are seen once per seed, at the end. Without `--measure` it
+trains, and a run that is finished already is not trained again; with it, it measures one training step of each method,
+interleaved, and writes `results/NAME.json` together with what the runs gave.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import save
+from transformers import set_seed
+from transformers.utils import logging
+
+from e3va_peft.measure import measure_step
+from e3va_peft.training.config import RunConfig, read_config
+from e3va_peft.training.data import Examples, load_splits
+from e3va_peft.training.methods import adapt
+from e3va_peft.training.run import METRICS, train
+from e3va_peft.training.tasks import task_of
+from e3va_peft.training.tasks.base import Collate, forward_extras
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A comparison: the recipe it takes, the fields it changes, and each method's learning rates."""
+
+    recipe: str
+    metric: str
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...]
+    search: tuple[str, ...]
+    grid: dict[str, tuple[float, ...]]
+
+
+SETTINGS = {
+    "cifar10": Setting(
+        recipe="cifar10-focus-vit",
+        metric="accuracy",
+        seeds=(0,),
+        overrides=("training.num_train_epochs=2",),
+        search=("training.num_train_epochs=1", "data.train_samples=1000", "data.eval_fraction=0.1"),
+        grid={
+            "e3va": (5e-4, 1e-3, 2e-3, 4e-3),
+            "head-only": (1e-3, 3e-3, 1e-2),
+            "lora": (5e-4, 1e-3, 3e-3),
+            "full": (3e-5, 1e-4, 3e-4),
+        },
+    ),
+    "nuclei": Setting(
+        recipe="nuclei-upernet-swin",
+        metric="mean_iou",
+        seeds=(0, 1, 2),
+        overrides=("training.num_train_epochs=6",),
+        search=("training.num_train_epochs=3", "data.eval_fraction=0.15"),
+        grid={
+            "e3va": (1e-3, 2e-3, 4e-3, 8e-3),
+            "head-only": (1e-3, 2e-3, 4e-3, 8e-3),
+            "lora": (1e-3, 2e-3, 4e-3, 8e-3),
+            "full": (3e-4, 1e-3, 2e-3, 4e-3),
+        },
+    ),
+}
+
+
+def configure(args: argparse.Namespace, method: str, rate: float, seed: int, search: bool) -> RunConfig:
+    """Return the config of one run."""
+    setting = SETTINGS[args.setting]
+    name = f"{method}-{rate:g}-{'search' if search else seed}"
+    data = (
+        [f"data.images={args.data}/images", f"data.masks={args.data}/semantic"]
+        if args.setting == "nuclei"
+        else [f"data.source={args.data}"]
+    )
+    common = [
+        f"model={args.model}",
+        f"output={args.runs}/{args.setting}/{name}",
+        f"method={method}",
+        f"training.learning_rate={rate}",
+        f"training.seed={seed}",
+        "training.eval_strategy=no",  # scored once, at the end: nothing is chosen by the evaluation images
+        "training.save_strategy=epoch",
+        "training.save_total_limit=1",
+        "training.dataloader_num_workers=0",
+        "training.disable_tqdm=true",
+        f"data.verify={str(not search).lower()}",
+    ]
+    return read_config(setting.recipe, [*data, *common, *setting.overrides, *(setting.search if search else ())])
+
+
+def result(config: RunConfig) -> dict[str, Any]:
+    """Train, or read what an earlier call trained."""
+    done = Path(config.output) / METRICS
+    return json.loads(done.read_text()) if done.is_file() else train(config)
+
+
+def best_rate(args: argparse.Namespace, method: str) -> tuple[float, dict[str, float]]:
+    """Search a method's learning rate on a part of the training images that is set aside."""
+    setting = SETTINGS[args.setting]
+    found = {}
+    for rate in setting.grid[method]:
+        found[rate] = result(configure(args, method, rate, 0, search=True))["metrics"][setting.metric]
+        print(f"search {method} {rate:g}: {setting.metric} {found[rate]:.4f}", flush=True)
+    return max(found, key=lambda rate: found[rate]), {f"{rate:g}": score for rate, score in found.items()}
+
+
+def train_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train every method, and return a row for each."""
+    setting = SETTINGS[args.setting]
+    rates = {method: best_rate(args, method) for method in setting.grid}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in setting.grid}
+    for seed in setting.seeds:
+        for method, (rate, _) in rates.items():
+            runs[method].append(result(configure(args, method, rate, seed, search=False)))
+            print(f"{method}, seed {seed}: {runs[method][-1]['metrics']}", flush=True)
+    rows = []
+    for method, done in runs.items():
+        scores = [run["metrics"][setting.metric] for run in done]
+        rows.append(
+            {
+                "method": method,
+                "metric": setting.metric,
+                "scores": scores,
+                "mean": statistics.fmean(scores),
+                "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+                "learning_rate": rates[method][0],
+                "searched": rates[method][1],
+                "trained_parameters": done[0]["trained_parameters"],
+                "steps": done[0]["steps"],
+                "epochs": done[0]["epochs"],
+            }
+        )
+    return rows
+
+
+def measure_all(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Measure one training step of each method, interleaved, and add it to the rows."""
+    torch.set_num_threads(2)
+    steps = {}
+    for row in rows:
+        config = configure(args, row["method"], row["learning_rate"], 0, search=False)
+        task = task_of(config)
+        split, _ = load_splits(config.data, task.with_masks)
+        set_seed(0)
+        base = task.build_model(split.labels)
+        processor = task.build_processor()
+        examples = Examples(split, task.training_view(processor))
+        size = config.training["per_device_train_batch_size"]
+        batch = Collate(forward_extras(base, processor))([examples[i] for i in range(size)])
+        model = adapt(base, config.method)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        steps[row["method"]] = (model, batch, optimizer, [])
+    for _ in range(ROUNDS):
+        for model, batch, optimizer, reports in steps.values():
+            reports.append(measure_step(model, batch, optimizer, repeats=1))
+    for row in rows:
+        reports = steps[row["method"]][3]
+        row["saved_bytes"], row["peak_bytes"] = reports[0].saved_bytes, reports[0].peak_bytes
+        row["step_seconds"] = statistics.median(report.step_ms for report in reports) / 1000
+        row["step_rounds"] = [report.step_ms / 1000 for report in reports]
+
+
+def main() -> None:
+    """Train, or measure and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--runs", required=True)
+    parser.add_argument("--measure", action="store_true")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    rows = train_all(args)
+    if args.measure:
+        measure_all(args, rows)
+        save(args.setting, rows)
+    for row in rows:
+        print({key: value for key, value in row.items() if key not in ("searched", "step_rounds")})
+
+
+if __name__ == "__main__":
+    main()
