@@ -15,6 +15,11 @@ BASE_CONFIG = "base_config.json"
 PROCESSOR = "preprocessor_config.json"
 GENERATED = "<!-- written by e3va_peft at each save; delete this line to keep your own edits -->"
 
+# What transformers' push_to_hub puts into its template.
+_TEMPLATE = (
+    "This is the model card of a 🤗 transformers model that has been pushed on the Hub. This model card has been "
+    "automatically generated."
+)
 _PIPELINES = {
     "ForImageClassification": "image-classification",
     "ForSemanticSegmentation": "image-segmentation",
@@ -97,8 +102,10 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
     if path.exists():
         old = ModelCard.load(path, ignore_metadata_errors=True)
         text, kept = old.text, old.data.to_dict()
-        untouched = ModelCard.from_template(ModelCardData()).text.strip()
-        if GENERATED not in text and untouched not in text:
+        templates = (
+            ModelCard.from_template(ModelCardData(), **values) for values in ({}, {"model_description": _TEMPLATE})
+        )
+        if GENERATED not in text and not any(template.text.strip() in text for template in templates):
             return  # somebody's own words
     name = adapter.get("base_model_name_or_path") or ", ".join(base.backbones.values()) or base.class_name
     task = next((task for ending, task in _PIPELINES.items() if base.class_name.endswith(ending)), None)

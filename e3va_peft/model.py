@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,6 +18,7 @@ from peft.utils import register_peft_method
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
+from e3va_peft.card import write_companions
 from e3va_peft.config import E3VAConfig, peft_type
 from e3va_peft.layer import E3VALayer, FrozenGuard, cannot_merge, remove_hooks
 from e3va_peft.resolve import find_exits, resolve
@@ -198,11 +201,29 @@ def _restore_input_gradients(model: nn.Module) -> None:
         model.enable_input_require_grads()  # type: ignore[operator]
 
 
+def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `push_to_hub` upload the adapter's own model card.
+
+    Between saving and uploading, transformers writes its template, or the repository's card, over the one that
+    `save_pretrained` wrote.
+    """
+
+    @functools.wraps(upload)
+    def wrapped(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        config = self.peft_config.get("default")  # adapters of other names are saved, with their cards, in subfolders
+        if isinstance(config, E3VAConfig):
+            write_companions(Path(working_dir), config.to_dict(), config.base)
+        return upload(self, working_dir, *args, **kwargs)
+
+    return wrapped
+
+
 def register() -> None:
     """Register E3VA with PEFT, once. Where PEFT ships the method itself, leave PEFT's in place and say so."""
     known = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type())
     if known is None:
         register_peft_method(name="e3va", config_cls=E3VAConfig, model_cls=E3VAModel)
+        PeftModel._upload_modified_files = _with_card(PeftModel._upload_modified_files)
     elif known.__module__ != __name__:
         warnings.warn(
             f"PEFT registers E3VA itself ({known.__module__}). Use its classes; e3va_peft's stay unregistered.",

@@ -44,6 +44,7 @@ ORDER = [
     {"detection", "training", "measure"},
     {"demo"},
     {"cli"},
+    {"__main__"},
 ]
 TORCH_ONLY = {"highway": {"torch"}, "backbones": {"torch"}}
 

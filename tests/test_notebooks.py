@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import nbformat
-import numpy as np
 import pytest
-import torch
 from nbclient import NotebookClient
-from PIL import Image
-from transformers import BitImageProcessor, SwinForImageClassification
+from nbclient.exceptions import CellExecutionError
 
-from tests.models import BY_NAME
+from tests.inputs import save_colors, save_discs, save_swin
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
 
-@pytest.fixture
-def tiny_inputs(tmp_path):
-    """A tiny pretrained model and a picture folder of two classes that differ in colour."""
-    torch.manual_seed(0)
-    config = BY_NAME["swin-classifier"].base().config
-    SwinForImageClassification(config).save_pretrained(tmp_path / "model")
-    size = {"shortest_edge": 32}
-    BitImageProcessor(size=size, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 6), ("test", 3)):
-        for channel, name in enumerate(("red", "green")):
-            folder = tmp_path / "data" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 80, (40, 36, 3), dtype=np.uint8)
-                pixels[..., channel] += 150
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path
+@pytest.fixture(autouse=True)
+def offline(tmp_path, monkeypatch):
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def run(name: str, parameters: str, folder: Path) -> nbformat.NotebookNode:
@@ -45,23 +31,53 @@ def run(name: str, parameters: str, folder: Path) -> nbformat.NotebookNode:
     return NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
 
 
-def test_quickstart_goes_from_base_model_to_reloaded_adapter(tiny_inputs, monkeypatch):
-    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.setenv(variable, "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tiny_inputs / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    parameters = (
-        f"MODEL, DATASET = {str(tiny_inputs / 'model')!r}, {str(tiny_inputs / 'data')!r}\nEPOCHS, BATCH = 2, 4"
+def text_of(notebook: nbformat.NotebookNode) -> str:
+    return "\n".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
+
+
+def pictures_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [out for cell in notebook.cells for out in cell.get("outputs", ()) if "image/png" in out.get("data", {})]
+
+
+def test_quickstart_goes_from_base_model_to_reloaded_adapter(tmp_path):
+    model, data = save_swin(tmp_path / "model"), save_colors(tmp_path / "data", test=3)
+    notebook = run(
+        "01_quickstart.ipynb", f"MODEL, DATASET = {str(model)!r}, {str(data)!r}\nEPOCHS, BATCH = 2, 4", tmp_path
     )
-    notebook = run("01_quickstart.ipynb", parameters, tiny_inputs)
-    text = "\n".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
+    text = text_of(notebook)
     assert "saved for backward" in text and "trainable params" in text
-    pictures = [
-        out for cell in notebook.cells for out in cell.get("outputs", ()) if "image/png" in out.get("data", {})
-    ]
-    assert len(pictures) == 2
-    card = (tiny_inputs / "quickstart" / "adapter" / "README.md").read_text()
+    assert len(pictures_of(notebook)) == 2
+    card = (tmp_path / "quickstart" / "adapter" / "README.md").read_text()
     assert "| eval_accuracy |" in card and "green, red" in card
+
+
+def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
+    model, data = save_swin(tmp_path / "model"), save_discs(tmp_path / "my-data", train=8, val=4)
+    parameters = (
+        f"MODEL, IMAGES, MASKS = {str(model)!r}, {str(data / 'images')!r}, {str(data / 'masks')!r}\n"
+        "LABELS, REDUCE_LABELS = ['ground', 'disc'], True\n"
+        "IMAGE_SIZE, HEAD_WIDTH, EPOCHS, BATCH = 32, 16, 3, 4"
+    )
+    notebook = run("02_train_your_own.ipynb", parameters, tmp_path)
+    runs = tmp_path / "runs"
+    assert (runs / "e3va" / "adapter" / "adapter_model.safetensors").is_file()
+    records = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("e3va", "head-only")}
+    for name, record in records.items():
+        assert record["method"] == name and record["steps"] == 6
+        assert f"{record['trained_parameters']:,}" in text_of(notebook)
+    assert records["e3va"]["trained_parameters"] > records["head-only"]["trained_parameters"]
+    found = json.loads((runs / "predictions" / "predictions.json").read_text())
+    assert [Path(entry["file"]).name for entry in found] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert all(sum(entry["shares"].values()) == pytest.approx(1) for entry in found)
+    assert len(pictures_of(notebook)) == 4  # the data, the curves, the overlays, the prediction by hand
+    assert "100.0% of the pixels as `e3va predict` says" in text_of(notebook)
+
+
+def test_train_your_own_stops_where_a_command_fails(tmp_path):
+    data = save_discs(tmp_path / "my-data", train=3, val=1)
+    parameters = f"MODEL, IMAGES, MASKS = 'nothing-there', {str(data / 'images')!r}, {str(data / 'masks')!r}"
+    with pytest.raises(CellExecutionError, match="non-zero exit status 1"):
+        run("02_train_your_own.ipynb", parameters, tmp_path)
 
 
 def test_notebooks_are_committed_without_outputs():

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from peft import LoraConfig
@@ -136,23 +137,32 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """Return the config as YAML that `read_config` reads back to an equal config."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """YAML that quotes the text `1e3`, which `_Loader` would read as a number."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+0123456789."),
+    )
 
 
 def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
         key = loader.construct_object(key_node, deep=True)
         if key in seen:
             raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
@@ -191,7 +201,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(source)
     if path.is_file():
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     elif str(source) in recipes():
         text = recipe_text(str(source))
     else:
@@ -205,6 +215,18 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(values, override)
     return parse_config(values)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file, UTF-8 with or without a byte order mark.
+
+    Raises:
+        UserError: It is in another encoding, or cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error}). Save it as UTF-8.") from None
 
 
 def _parse(text: str, where: str) -> Any:
@@ -223,8 +245,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place = values
     for i, section in enumerate(sections):
         inner = place.get(section)
-        if section == "method" and isinstance(inner, str):
-            inner = {"name": inner}
+        if section == "method" and (inner is None or isinstance(inner, str)):
+            inner = {"name": inner or "e3va"}
         if inner is None or isinstance(inner, bool):
             inner = {}
         if not isinstance(inner, dict):
@@ -245,6 +267,9 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     for name in ("task", "model", "output", "data"):
         if values.get(name) in (None, "", {}):
             raise UserError(f"{name}: is missing. {_REQUIRED[name]}")
+    for name in ("model", "output"):
+        if isinstance(values[name], bool | list | Mapping):
+            raise UserError(f"{name}={values[name]!r}: must be text. {_REQUIRED[name]}")
     _choice("task", values["task"], TASKS)
     values["data"] = _section("data", values["data"], DataConfig)
     values["augment"] = _augment(values.get("augment", True))
@@ -258,8 +283,20 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     config = RunConfig(**values)
     config.training = _training(config.training)
     _check_data(config)
+    _check_augment(config)
     return config
 
+
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+}
 
 _REQUIRED = {
     "task": f"Write task: {TASKS[0]}, or one of {TASKS[1:]}.",
@@ -270,15 +307,22 @@ _REQUIRED = {
 
 
 def _training(training: dict[str, Any]) -> dict[str, Any]:
-    """Check the names of training arguments; turn what YAML made of `no` back into text."""
-    names = {f.name for f in dataclasses.fields(TrainingArguments) if f.init}
+    """Check names and simple types of training arguments; turn what YAML made of `no` back into text."""
+    types = {f.name: set(get_args(f.type) or (f.type,)) for f in dataclasses.fields(TrainingArguments) if f.init}
     for name in training:
         if name in _RESERVED:
             raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
-    _known("training", training, names)
+    _known("training", training, types)
     for name, value in training.items():
         if name.endswith("_strategy") and value is False:
             training[name] = "no"  # YAML 1.1 reads a bare `no` as false
+            continue
+        kinds = types[name]
+        if kinds <= {int, float, str, bool, NoneType} and not any(_is(value, kind.__name__) for kind in kinds):
+            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
+            raise UserError(f"training.{name}={value!r}: must be {wanted}. Leave it out for the default.")
+        if name in _LEAST and not value >= _LEAST[name]:
+            raise UserError(f"training.{name}={value!r}: must be at least {_LEAST[name]}.")
     return training
 
 
@@ -302,8 +346,8 @@ def _augment(value: Any) -> AugmentConfig | None:
     augment: AugmentConfig = _section("augment", {} if value is True or value is None else value, AugmentConfig)
     scale = augment.scale
     if scale is not None:
-        numbers = isinstance(scale, list) and len(scale) == 2 and all(isinstance(v, int | float) for v in scale)
-        if not numbers or not 0 < scale[0] <= scale[1]:
+        numbers = len(scale) == 2 and all(_is(value, "float") for value in scale)
+        if not numbers or not 0 < scale[0] <= scale[1] < float("inf"):
             raise UserError(f"augment.scale={scale!r}: must be two numbers, 0 < low <= high, e.g. [0.5, 2].")
     if augment.crop is not None and augment.crop < 1:
         raise UserError(f"augment.crop={augment.crop}: must be a positive number of pixels.")
@@ -320,6 +364,10 @@ def _check_data(config: RunConfig) -> None:
         raise UserError("data: images: and masks: go together; one of them is missing.")
     if data.masks is not None and config.task != "semantic-segmentation":
         raise UserError(f"data.masks={data.masks!r}: {config.task} has no masks. Use source: an image folder.")
+    if data.reduce_labels and config.task != "semantic-segmentation":
+        raise UserError(f"data.reduce_labels=True: {config.task} has no label maps. Leave it out.")
+    if isinstance(data.labels, list) and not all(_is(name, "str") or _is(name, "int") for name in data.labels):
+        raise UserError(f"data.labels={data.labels!r}: holds what is no name. Quote it: YAML reads no as false.")
     if not 0 <= data.ignore_index <= 65535:
         raise UserError(f"data.ignore_index={data.ignore_index}: must be a value that a mask can hold, 0 to 65535.")
     if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
@@ -330,6 +378,16 @@ def _check_data(config: RunConfig) -> None:
         value = getattr(data, name)
         if value is not None and value < 1:
             raise UserError(f"data.{name}={value}: must be at least 1, or left out for all.")
+
+
+def _check_augment(config: RunConfig) -> None:
+    augment = config.augment
+    if augment is None or config.task != "image-classification":
+        return
+    if augment.scale is not None and augment.scale[1] > 1:
+        raise UserError(f"augment.scale={augment.scale}: a crop covers at most 1, all of the image, e.g. [0.35, 1].")
+    if augment.crop is not None:
+        raise UserError(f"augment.crop={augment.crop}: {config.task} crops to image_size. Leave it out, or set that.")
 
 
 def _section(name: str, value: Any, cls: type[Any]) -> Any:
@@ -351,6 +409,7 @@ def _is(value: Any, kind: str) -> bool:
         "bool": (bool,),
         "int": (int,),
         "float": (int, float),
+        "NoneType": (NoneType,),
     }
     return isinstance(value, types.get(kind, ())) and (kind == "bool" or not isinstance(value, bool))
 

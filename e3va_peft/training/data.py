@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from e3va_peft.training.config import DataConfig, UserError
+from e3va_peft.training.config import DataConfig, UserError, read_text
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -57,6 +57,9 @@ class Split:
             UserError: A file is broken, a label is out of range, or image and label map differ in size.
         """
         row = self.rows[index]
+        for name, value in row.items():
+            if value is None or (isinstance(value, dict) and value.get("bytes") is None and value.get("path") is None):
+                raise UserError(f"{self.name}, row {index}: has no {name}. Remove the row.")
         where = self._where(row["image"], index)
         image = open_image(row["image"], where)
         if not isinstance(row["label"], dict):
@@ -67,7 +70,8 @@ class Split:
     def _label_map(self, row: dict[str, Any], where: str, where_mask: str, image: Image.Image) -> np.ndarray:
         mask = open_label_map(row["label"], where_mask)
         if mask.shape != image.size[::-1]:
-            raw = _open(row["image"], where).size[::-1]
+            with _open(row["image"], where) as file:
+                raw = file.size[::-1]
             why = "Export the label map in the size of its image."
             if mask.shape == raw:
                 why = "The image is rotated by its EXIF tag, the label map is not: rotate the pixels, drop the tag."
@@ -75,17 +79,17 @@ class Split:
                 f"{where_mask}: is {mask.shape[1]} x {mask.shape[0]} pixels, its image {where} "
                 f"{image.width} x {image.height}. {why}"
             )
-        if self.reduce_labels:
-            mask = np.where((mask == 0) | (mask == self.ignore_index), self.ignore_index, mask - 1)
-        wrong = np.unique(mask[(mask != self.ignore_index) & ((mask < 0) | (mask >= len(self.labels)))])
+        shift = 1 if self.reduce_labels else 0
+        ignored = (mask == self.ignore_index) | ((mask == 0) & self.reduce_labels)
+        ids = mask - shift
+        wrong = np.unique(mask[~ignored & ((ids < 0) | (ids >= len(self.labels)))])
         if len(wrong):
-            shift = 1 if self.reduce_labels else 0
             raise UserError(
-                f"{where_mask}: has the label {wrong[0] + shift}, but data.labels has {len(self.labels)} names, for "
+                f"{where_mask}: has the label {wrong[0]}, but data.labels has {len(self.labels)} names, for "
                 f"the values {shift} to {len(self.labels) - 1 + shift}; data.ignore_index is {self.ignore_index}. Add "
                 "the missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
             )
-        return mask
+        return np.where(ignored, self.ignore_index, ids)
 
     def _where(self, item: dict[str, Any], index: int) -> str:
         path = item.get("path")
@@ -108,7 +112,8 @@ class Split:
                 label = np.atleast_1d(self[index][1])
             except UserError as error:
                 return error
-            return np.bincount(label[label != self.ignore_index].ravel(), minlength=len(self.labels))
+            counted = label[label != self.ignore_index] if label.ndim == 2 else label  # 255 is a class of ImageNet
+            return np.bincount(counted, minlength=len(self.labels))
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for found in pool.map(check, range(len(self))):
@@ -171,11 +176,22 @@ def load_splits(config: DataConfig, with_masks: bool, seed: int = 0) -> tuple[Sp
             raise UserError(f"{_source(config)}: split {name!r} is empty. Put images there or choose another split.")
     rows = {name: _columns(config, name, rows, with_masks) for name, rows in chosen.items()}
     labels = _labels(config, rows[train_name], with_masks)
+    if with_masks and config.reduce_labels and config.ignore_index < len(labels):
+        raise UserError(
+            f"data.ignore_index={config.ignore_index}: is one of the {len(labels)} classes, once data.reduce_labels "
+            "has subtracted one from the label maps. Set it higher, e.g. 255 or 65535."
+        )
     if not with_masks:
         rows = {name: _class_ids(config, name, part, labels) for name, part in rows.items()}
     if config.eval_fraction is not None:
         eval_name = f"{train_name} (set aside)"
-        parts = rows[train_name].train_test_split(config.eval_fraction, seed=0)
+        try:
+            parts = rows[train_name].train_test_split(config.eval_fraction, seed=0)
+        except ValueError:
+            raise UserError(
+                f"data.eval_fraction={config.eval_fraction}: leaves nothing to train on of {len(rows[train_name])} "
+                "examples. Lower it, or use data.eval_split."
+            ) from None
         rows = {train_name: parts["train"], eval_name: parts["test"]}
     options: dict[str, Any] = {"reduce_labels": config.reduce_labels, "ignore_index": config.ignore_index}
     limits = {train_name: config.train_samples, eval_name: config.eval_samples}
@@ -250,6 +266,7 @@ def _decoded(item: dict[str, Any], where: str) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:
+        image.close()
         raise UserError(f"{where}: is cut short or corrupt ({error}). Replace it, or remove it.") from None
     return image
 
@@ -273,6 +290,8 @@ def _dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
             return dict(datasets.load_dataset("parquet", data_files=str(path)))
         if (path / "dataset_dict.json").is_file():
             return dict(datasets.load_from_disk(str(path)))
+        if (path / "state.json").is_file():
+            return {"train": datasets.load_from_disk(str(path))}
         if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
             raise UserError(f"data.source={source!r}: no such file or folder (from {Path.cwd()}).")
         place = str(path) if path.exists() else source
@@ -294,15 +313,15 @@ def _folder_pair(config: DataConfig) -> dict[str, datasets.Dataset]:
     for name, folder in (("images", images), ("masks", masks)):
         if not folder.is_dir():
             raise UserError(f"data.{name}={str(folder)!r}: no such folder (from {Path.cwd()}).")
-    found = {part.name: _pairs(part, masks / part.name) for part in sorted(images.iterdir()) if part.is_dir()}
-    if not found:
-        found = {"train": _pairs(images, masks)}
-    return found
+    splits = [part.name for part in sorted(images.iterdir()) if part.is_dir()]
+    needed = (*_TRAIN, *_EVAL[:3], config.train_split, config.eval_split)  # others, as test, often have no label maps
+    if not splits:
+        return {"train": _pairs(images, masks)}
+    return {name: _pairs(images / name, masks / name) for name in splits if name in needed or (masks / name).is_dir()}
 
 
 def _pairs(images: Path, masks: Path) -> datasets.Dataset:
-    pictures = {path.relative_to(images).with_suffix(""): path for path in _pictures(images)}
-    maps = {path.relative_to(masks).with_suffix(""): path for path in _pictures(masks)} if masks.is_dir() else {}
+    pictures, maps = _by_name(images), _by_name(masks)
     for what, there, here, other in (("label map", pictures, maps, masks), ("image", maps, pictures, images)):
         lonely = sorted(set(there) - set(here))
         if lonely:
@@ -317,6 +336,20 @@ def _pairs(images: Path, masks: Path) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=features)
 
 
+def _by_name(folder: Path) -> dict[Path, Path]:
+    """Find images by their path below a folder, without suffix."""
+    found: dict[Path, Path] = {}
+    for path in sorted(_pictures(folder)):
+        name = path.relative_to(folder).with_suffix("")
+        if name in found:
+            raise UserError(
+                f"{path}: has the name of {found[name].name}, and images find their label maps by name. Rename or "
+                "remove one."
+            )
+        found[name] = path
+    return found
+
+
 def _pictures(folder: Path) -> Iterator[Path]:
     return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
@@ -325,7 +358,7 @@ def _columns(config: DataConfig, split: str, rows: datasets.Dataset, with_masks:
     """Keep two columns, `image` and `label`, with images not decoded."""
     pictures = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
     usual = _MASK_COLUMNS if with_masks else _CLASS_COLUMNS
-    candidates = [name for name in pictures if name not in usual] or pictures
+    candidates = [name for name in pictures if name not in (*usual, config.label_column)] or pictures
     image = _column("image_column", config.image_column, candidates, rows, split)
     if with_masks:
         others = [name for name in pictures if name != image]
@@ -374,10 +407,11 @@ def _labels(config: DataConfig, rows: datasets.Dataset, with_masks: bool) -> lis
             "names, or their number; with reduce_labels: true if 0 means nothing."
         )
     else:
-        seen = {value for part in _parts(rows) for value in part}
-        if all(isinstance(value, str) for value in seen):
+        plain = isinstance(kind, datasets.Value)  # no list of several labels
+        seen = {value for part in _parts(rows) for value in part if value is not None} if plain else set()
+        if plain and all(isinstance(value, str) for value in seen):
             labels = sorted(seen)
-        elif all(isinstance(value, int) for value in seen):
+        elif plain and all(isinstance(value, int) for value in seen):
             labels = [str(i) for i in range(max(seen) + 1)]
         else:
             raise UserError(f"data.label_column: holds {kind}, no class ids or names. Name another, or clean it.")
@@ -400,7 +434,7 @@ def _given_labels(given: list[str] | str | int) -> list[str]:
         raise UserError(
             f"data.labels={given!r}: no such file. Write the names as a list, or a file of one name a line."
         )
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     header = lines[0].split("\t") if lines else []
     if "Name" in header:  # ADE20K's objectInfo150.txt
         return [line.split("\t")[header.index("Name")].strip() for line in lines[1:]]
@@ -429,9 +463,8 @@ def _class_ids(config: DataConfig, split: str, rows: datasets.Dataset, labels: l
                     f"{len(labels)} classes {labels[:20]}. Add it to data.labels, or remove the row; -1 means that "
                     "the split has no labels."
                 )
-            ids.append(number)
-    features = rows.features | {"label": datasets.Value("int64")}
-    return rows.remove_columns("label").add_column("label", ids).cast(datasets.Features(features))
+            ids.append(int(number))
+    return rows.remove_columns("label").add_column("label", ids)  # a cast would write a copy of all images
 
 
 def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:

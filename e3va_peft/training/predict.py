@@ -84,9 +84,7 @@ def load_trained(source: str) -> Trained:
     if config is not None:
         part = folder / (ADAPTER if config.method_name in ("e3va", "lora") else MODEL)
         if not part.is_dir():
-            raise UserError(
-                f"{source}: holds a run that is not finished. `e3va train` with its config goes on with it."
-            )
+            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config goes on.")
         folder = part
     try:
         model, processor = _load(folder if folder.is_dir() else None, source, config)
@@ -139,7 +137,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    _, split = load_splits(config.data, task.with_masks)
+    _, split = load_splits(config.data, task.with_masks, int(config.training.get("seed", 42)))
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if split.labels != trained.labels:
@@ -180,12 +178,15 @@ def predict(
         What is in `predictions.json`: one entry per image.
 
     Raises:
-        FileExistsError: `output` holds predictions already.
+        FileExistsError: `output` holds predictions already, or other label maps.
         UserError: There are no images, or nothing that can be loaded.
     """
     files = _files(images)
-    if (output / "predictions.json").exists() and not overwrite:
-        raise FileExistsError(f"output={str(output)!r}: holds predictions. Choose another folder, or --overwrite.")
+    there = [name for name in ("predictions.json", "masks", "overlays") if (output / name).exists()]
+    if there and not overwrite:
+        raise FileExistsError(
+            f"output={str(output)!r}: holds {', '.join(there)} already. Choose another folder, or --overwrite."
+        )
     trained = load_trained(source)
     output.mkdir(parents=True, exist_ok=True)
     entries = []

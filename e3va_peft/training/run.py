@@ -41,7 +41,9 @@ CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
 ADAPTER, MODEL = "adapter", "model"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_FULL_DISK = ("No space left", "os error 28", "File too large", "os error 27", "file write failed", "failed writing")
+_FULL_DISK = (  # what Python, safetensors and torch.save say
+    "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
+)  # fmt: skip
 
 
 class Interrupted(Exception):
@@ -297,7 +299,8 @@ def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     """Make the run's folder and write its config; refuse a folder that holds another or a finished run."""
     if output.exists() and not output.is_dir():
         raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
-    if overwrite and (output / CONFIG).is_file():
+    ours = (output / CONFIG).is_file()
+    if overwrite and ours:
         _clear(output)
     if (output / CONFIG).is_file():
         before = read_run(output)
@@ -313,7 +316,7 @@ def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
                 f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
                 "again."
             )
-    elif output.is_dir() and any(output.iterdir()):
+    elif not ours and output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"output={str(output)!r}: is not empty and holds no run. Choose another folder.")
     try:
         output.mkdir(parents=True, exist_ok=True)

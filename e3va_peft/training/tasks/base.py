@@ -7,6 +7,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -82,8 +83,11 @@ class Task(ABC):
         return flips
 
     def colors(self) -> list[v2.Transform]:
-        """Return the colour jitter that the run asks for."""
-        return [v2.RandomPhotometricDistort()] if self.config.augment and self.config.augment.color else []
+        """Return the colour jitter that the run asks for: that of SSD, without its swap of channels."""
+        if not (self.config.augment and self.config.augment.color):
+            return []
+        ranges = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+        return [v2.RandomApply([v2.ColorJitter(**{name: bounds})]) for name, bounds in ranges.items()]
 
     def load_config(self, labels: Sequence[str]) -> Any:
         """Load the model's config, with class names and the run's options.
@@ -158,11 +162,16 @@ def find_processor(model: str) -> Any:
     """Return a model's image processor, None where it has none.
 
     Raises:
-        UserError: There is no such model.
+        UserError: Its file is there and broken.
     """
     try:
         return AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        file = Path(model).expanduser() / "preprocessor_config.json"
+        if file.is_file():
+            raise UserError(
+                f"{file}: cannot be read ({error}). Mend it, or remove it for ImageNet's values."
+            ) from None
         return None
 
 
@@ -184,8 +193,10 @@ def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
 def normalized(processor: Any) -> list[v2.Transform]:
     """Return the transforms from an image to the tensor that the processor would give, without resizing."""
     transforms: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    if processor.do_normalize:
-        transforms.append(v2.Normalize(list(processor.image_mean), list(processor.image_std)))
+    factor = 255 * processor.rescale_factor if processor.do_rescale else 255  # on top of the scale above
+    mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
+    if processor.do_normalize or factor != 1:
+        transforms.append(v2.Normalize([value / factor for value in mean], [value / factor for value in std]))
     return transforms
 
 
@@ -210,11 +221,13 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
             )
     finally:
         logging.set_verbosity(verbosity)
-    missing = [name for name in report["missing_keys"] if not name.startswith(tuple(new))]
+    absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    missing = [name for name in absent if not name.startswith(tuple(new))]
     if missing:
         raise UserError(
             f"model={source!r}: has no weights for {len(missing)} parameters of its backbone, {sorted(missing)[:3]}, "
-            "..., and a random backbone is not worth adapting. Choose a pretrained model."
+            "..., or in other sizes, and a random backbone is not worth adapting. Choose a pretrained model, and no "
+            "model_options that change its sizes."
         )
     return model
 

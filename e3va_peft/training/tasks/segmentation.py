@@ -38,6 +38,7 @@ from e3va_peft.training.tasks.base import (
 )
 
 _HEADS = ("decode_head", "auxiliary_head", "classifier", "head", "neck")
+_KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 _TRIES = 10  # crops to try until one has a labelled pixel: the loss of a batch without any is not a number
 
 
@@ -96,7 +97,7 @@ class SemanticSegmentation(Task):
         found = find_processor(self.config.model)
         options: dict[str, Any] = {}
         if found is not None:
-            options = {key: getattr(found, key) for key in ("image_mean", "image_std", "do_normalize", "resample")}
+            options = {key: getattr(found, key) for key in _KEPT}
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
         return make_processor(SegformerImageProcessor, options | self.config.processor)
@@ -165,4 +166,5 @@ class _EvaluationView:
 
 def _grey(processor: Any) -> list[int]:
     """Return the colour that normalises to zero, 0 to 255."""
-    return [round(255 * value) for value in processor.image_mean]
+    unit = 1 / processor.rescale_factor if processor.do_rescale else 1
+    return [round(unit * value) for value in processor.image_mean]

@@ -1,0 +1,314 @@
+"""`e3va predict` and `e3va eval` from an adapter alone: what is written for each image, and what cannot be loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from PIL import Image
+from transformers import BitImageProcessor, SegformerImageProcessor
+from typer.testing import CliRunner
+
+from e3va_peft import E3VAConfig
+from e3va_peft.cli import app
+from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.data import open_label_map
+from e3va_peft.training.methods import adapt
+from e3va_peft.training.predict import evaluate, load_trained, palette, predict
+from tests.models import BY_NAME
+
+LABELS = {0: "ground", 1: "disc", 2: "edge"}
+MODELS = {"classifier": "swin-classifier", "segmenter": "swin-upernet"}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> Path:
+    """A folder with a base model, and an untrained adapter with its image processor, for each task."""
+    root = tmp_path_factory.mktemp("adapters")
+    for name, case in MODELS.items():
+        base = BY_NAME[case].base()
+        base.config.id2label, base.config.label2id = LABELS, {v: k for k, v in LABELS.items()}
+        base.save_pretrained(root / f"{name}-base")
+        model = get_peft_model(type(base).from_pretrained(root / f"{name}-base"), E3VAConfig(r=2))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.dim() > 1:
+                    parameter.add_(0.5 * torch.randn(parameter.shape))
+        model.save_pretrained(root / name)
+    square = {"height": 32, "width": 32}
+    BitImageProcessor(size={"shortest_edge": 36}, crop_size=square).save_pretrained(root / "classifier")
+    SegformerImageProcessor(size={"shortest_edge": 32}, do_reduce_labels=True).save_pretrained(root / "segmenter")
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Pictures in a folder and in one below it, of two sizes, and one in a format that is no 8-bit RGB."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name, (height, width) in (("a.jpg", (40, 60)), ("b.v2.png", (50, 36)), ("below/a.png", (64, 48))):
+        Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(folder / name)
+    Image.fromarray(generator.integers(0, 65536, (33, 34)).astype(np.uint16)).save(folder / "below" / "grey.tif")
+    (folder / "notes.txt").write_text("no image")
+    return folder
+
+
+def read(output: Path) -> Any:
+    return json.loads((output / "predictions.json").read_text())
+
+
+# --- predict ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_names_the_most_probable_classes_of_each_image(adapters, pictures, tmp_path):
+    output = tmp_path / "found"
+    entries = predict(str(adapters / "classifier"), [str(pictures)], output, top=2)
+    assert entries == read(output)
+    expected = [str(pictures / name) for name in ("a.jpg", "b.v2.png", "below/a.png", "below/grey.tif")]
+    assert [entry["file"] for entry in entries] == expected
+    trained = load_trained(str(adapters / "classifier"))
+    for entry in entries[:3]:
+        with torch.no_grad():
+            pixels = trained.processor(Image.open(entry["file"]), return_tensors="pt")
+            scores = trained.model(**pixels).logits[0].softmax(0)
+        found = entry["predictions"]
+        assert [item["label"] for item in found] == [LABELS[i] for i in scores.argsort(descending=True)[:2].tolist()]
+        np.testing.assert_allclose([item["score"] for item in found], scores.sort(descending=True)[0][:2], rtol=1e-5)
+    assert not (output / "masks").exists() and not (output / "overlays").exists()
+    every = predict(str(adapters / "classifier"), [str(pictures)], output, top=9, overwrite=True)
+    assert all(len(entry["predictions"]) == 3 for entry in every)
+    assert all(sum(item["score"] for item in entry["predictions"]) == pytest.approx(1) for entry in every)
+
+
+def test_a_segmenter_writes_label_maps_and_overlays_of_the_size_of_each_image(adapters, pictures, tmp_path):
+    output = tmp_path / "found"
+    entries = predict(str(adapters / "segmenter"), [str(pictures)], output)
+    assert entries == read(output) and len(entries) == 4
+    names = {p.relative_to(output / "masks").as_posix() for p in (output / "masks").rglob("*.png")}
+    assert names == {"a.png", "b.v2.png", "below/a.png", "below/grey.png"}
+    trained = load_trained(str(adapters / "segmenter"))
+    seen = set()
+    for entry in entries:
+        mask, overlay = Image.open(entry["mask"]), Image.open(entry["overlay"])
+        image = Image.open(entry["file"])
+        assert mask.size == overlay.size == image.size and overlay.mode == "RGB"
+        ids = open_label_map({"path": entry["mask"]}, "mask")
+        if image.mode == "RGB":
+            expected = F.interpolate(trained.logits(image)[None], image.size[::-1], mode="bilinear")[0].argmax(0)
+            assert np.array_equal(ids, expected)
+            blend = (np.asarray(image).astype(float) + palette(3)[ids]) / 2
+            assert np.abs(np.asarray(overlay) - blend).max() <= 1
+        assert np.array_equal(np.asarray(mask.convert("RGB")), palette(3)[ids])
+        shares = {LABELS[i]: float((ids == i).mean()) for i in range(3) if (ids == i).any()}
+        assert entry["shares"] == pytest.approx(shares)
+        seen |= set(np.unique(ids).tolist())
+    assert len(seen) > 1  # else the comparisons above say little
+
+
+def test_files_and_folders_can_be_given_together(adapters, pictures, tmp_path):
+    given = [str(pictures / "a.jpg"), str(pictures / "below" / "grey.tif")]
+    entries = predict(str(adapters / "classifier"), given, tmp_path / "found")
+    assert [entry["file"] for entry in entries] == given
+    entries = predict(
+        str(adapters / "classifier"), [str(pictures / "b.v2.png"), str(pictures / "below")], tmp_path / "2"
+    )
+    assert [Path(entry["file"]).name for entry in entries] == ["b.v2.png", "a.png", "grey.tif"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_broken_image_is_named_in_its_entry_and_the_others_are_predicted(name, adapters, pictures, tmp_path):
+    (pictures / "b.v2.png").write_bytes((pictures / "b.v2.png").read_bytes()[:200])
+    entries = predict(str(adapters / name), [str(pictures)], tmp_path / "found")
+    broken = [entry for entry in entries if "error" in entry]
+    assert [entry["file"] for entry in broken] == [str(pictures / "b.v2.png")]
+    assert str(pictures / "b.v2.png") in broken[0]["error"] and "Replace it" in broken[0]["error"]
+    assert all("predictions" in entry or "mask" in entry for entry in entries if entry not in broken)
+    assert len(entries) == 4 and read(tmp_path / "found") == entries
+
+
+def test_the_command_ends_with_an_error_where_an_image_is_broken_and_without_where_none_is(
+    adapters, pictures, tmp_path
+):
+    command = ["predict", str(adapters / "classifier"), str(pictures), "--output"]
+    whole = CliRunner().invoke(app, [*command, str(tmp_path / "whole")])
+    assert whole.exit_code == 0 and "4 images" in whole.output, whole.output
+    (pictures / "a.jpg").write_bytes(b"junk")
+    broken = CliRunner().invoke(app, [*command, str(tmp_path / "broken")])
+    assert broken.exit_code == 1 and "1 images could not be read" in broken.output
+    assert len(read(tmp_path / "broken")) == 4
+
+
+def test_images_of_one_name_are_refused_before_anything_is_loaded(pictures, tmp_path):
+    given = [str(pictures / "a.jpg"), str(pictures / "below" / "a.png")]
+    with pytest.raises(UserError, match=r"below/a\.png.*has the name of .*a\.jpg.*two folders"):
+        predict("./not-looked-at", given, tmp_path / "found")
+
+
+def test_nothing_to_predict_is_refused_before_anything_is_loaded(pictures, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no images there \(\.bmp, .*\.webp\)"):
+        predict("./not-looked-at", [str(tmp_path / "empty")], tmp_path / "found")
+    with pytest.raises(UserError, match=r"nowhere.*no such file or folder"):
+        predict("./not-looked-at", [str(pictures), str(tmp_path / "nowhere")], tmp_path / "found")
+
+
+def test_earlier_predictions_are_kept_unless_overwrite_is_said(adapters, pictures, tmp_path):
+    output = tmp_path / "found"
+    predict(str(adapters / "segmenter"), [str(pictures / "a.jpg")], output)
+    before = (output / "predictions.json").read_bytes()
+    with pytest.raises(FileExistsError, match=r"found.*holds predictions\.json.*--overwrite"):
+        predict(str(adapters / "segmenter"), [str(pictures)], output)
+    assert (output / "predictions.json").read_bytes() == before
+    predict(str(adapters / "segmenter"), [str(pictures)], output, overwrite=True)
+    assert len(read(output)) == 4
+
+
+def test_the_label_maps_of_a_dataset_are_not_overwritten(adapters, pictures, tmp_path):
+    truth = tmp_path / "dataset" / "masks" / "a.png"
+    truth.parent.mkdir(parents=True)
+    truth.write_bytes(b"drawn by hand")
+    with pytest.raises(FileExistsError, match="holds masks already"):
+        predict(str(adapters / "segmenter"), [str(pictures)], tmp_path / "dataset")
+    assert truth.read_bytes() == b"drawn by hand"
+
+
+@pytest.mark.parametrize(
+    ("count", "colors"),
+    [(1, [[0, 0, 0]]), (4, [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]])],
+)
+def test_the_palette_is_that_of_pascal_voc(count, colors):
+    assert palette(count).tolist() == colors
+
+
+def test_the_palette_has_a_colour_for_each_of_many_classes():
+    assert palette(21)[20].tolist() == [0, 64, 128]  # tvmonitor
+    assert len(np.unique(palette(300), axis=0)) == 300
+
+
+# --- load_trained ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "task"), [("classifier", "image-classification"), ("segmenter", "semantic-segmentation")]
+)
+def test_an_adapter_alone_knows_its_labels_and_its_task(name, task, adapters):
+    trained = load_trained(str(adapters / name))
+    assert trained.labels == tuple(LABELS.values()) and trained.task == task and trained.config is None
+    assert not trained.model.training
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_folder_of_a_whole_model_works_like_an_adapter(name, adapters, pictures, tmp_path):
+    model = BY_NAME[MODELS[name]].base()
+    model.save_pretrained(tmp_path / "model")
+    for file in (adapters / name).glob("preprocessor_config.json"):
+        (tmp_path / "model" / file.name).write_text(file.read_text())
+    assert len(load_trained(str(tmp_path / "model")).labels) == 3
+    assert len(predict(str(tmp_path / "model"), [str(pictures)], tmp_path / "found")) == 4
+
+
+def test_a_folder_without_anything_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="is no run, adapter or model"):
+        load_trained(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="no such folder"):
+        load_trained(str(tmp_path / "nowhere"))
+
+
+def test_an_adapter_without_image_processor_is_refused(adapters, tmp_path):
+    for file in (adapters / "classifier").iterdir():
+        if file.name != "preprocessor_config.json":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match=r"has no image processor \(preprocessor_config\.json\)\. Save one beside"):
+        load_trained(str(tmp_path))
+
+
+def test_an_adapter_whose_base_model_is_gone_is_explained(adapters, tmp_path):
+    for file in (adapters / "classifier").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    gone = str(tmp_path / "gone")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": gone}))
+    with pytest.raises(UserError, match=r"cannot be loaded: .*base_model_name_or_path"):
+        load_trained(str(tmp_path))
+
+
+def test_a_lora_adapter_without_its_run_is_refused(adapters, tmp_path):
+    adapt(BY_NAME["vit-classifier"].base(), {"name": "lora"}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"holds .*LORA"):
+        load_trained(str(tmp_path))
+
+
+def run_folder(tmp_path: Path, method: str = "e3va", **data: Any) -> Path:
+    (tmp_path / "run").mkdir()
+    values = {"task": "image-classification", "model": "m", "output": str(tmp_path / "run"), "method": method}
+    values |= {"training": {"use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True, "seed": 3}}
+    config = parse_config(values | {"data": {"source": str(tmp_path / "data")} | data})
+    (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("method", ["e3va", "lora", "head-only", "full"])
+def test_a_run_that_is_not_finished_is_refused_with_how_to_go_on(method, tmp_path):
+    run = run_folder(tmp_path, method)
+    (run / "checkpoint-5").mkdir()
+    with pytest.raises(UserError, match=r"run: holds a run that is not finished.*e3va train"):
+        load_trained(str(run))
+
+
+def test_a_run_whose_config_is_broken_is_named(tmp_path):
+    run = run_folder(tmp_path)
+    (run / "config.yaml").write_text("task: [")
+    with pytest.raises(UserError, match=r"config\.yaml: is no valid YAML"):
+        load_trained(str(run))
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(adapters, tmp_path, monkeypatch) -> Path:
+    """The folder of a run with an untrained adapter, and its data."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for i in range(12):
+        for split in ("train", "test"):
+            place = tmp_path / "data" / split / sorted(LABELS.values())[i % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    run = run_folder(tmp_path, labels=list(LABELS.values()), eval_samples=4)
+    (run / "adapter").symlink_to(adapters / "classifier")
+    return run
+
+
+def test_a_run_is_scored_on_the_samples_that_it_was_scored_on_in_training(finished, monkeypatch):
+    seen = []
+    load = evaluate.__globals__["load_splits"]
+    monkeypatch.setitem(evaluate.__globals__, "load_splits", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1])
+    scores, labels = evaluate(str(finished))
+    assert labels == tuple(LABELS.values()) and 0 <= scores["accuracy"] <= 1 and scores["loss"] > 0
+    config = load_trained(str(finished)).config
+    assert config is not None
+    _, in_training = load(config.data, False, 3)  # as `train` draws them: by training.seed
+    drawn = [[row["image"]["path"] for row in split.rows] for split in (seen[0][1], in_training)]
+    assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
+
+
+def test_an_adapter_alone_needs_a_config_to_be_scored_and_its_classes_must_be_the_models(finished, adapters):
+    with pytest.raises(UserError, match="knows no data"):
+        evaluate(str(adapters / "classifier"))
+    config = load_trained(str(finished)).config
+    assert config is not None
+    config.data.labels = ["disc", "edge", "ground"]
+    with pytest.raises(UserError, match=r"data\.labels: .*\['disc', 'edge', 'ground'\].*in the model's order"):
+        evaluate(str(adapters / "classifier"), config)
+    with pytest.raises(UserError, match=r"task=image-classification: .*for semantic-segmentation"):
+        evaluate(str(adapters / "segmenter"), config)

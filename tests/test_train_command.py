@@ -1,0 +1,331 @@
+"""`e3va train` from config to adapter: what it writes, how it stops and goes on, what it says when something breaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+from typer.testing import CliRunner
+
+import e3va_peft
+from e3va_peft.cli import app
+from e3va_peft.training import run as run_module
+from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.predict import evaluate, load_trained
+from e3va_peft.training.run import train
+from e3va_peft.training.trainer import VisionTrainer
+from tests.inputs import classify, segment, write
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def losses(record: dict[str, Any]) -> list[float]:
+    return [entry["loss"] for entry in record["history"] if "loss" in entry]
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(file)
+
+
+def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "e3va_peft", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | environment,
+    )
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only", "lora", "full"])
+@pytest.mark.parametrize("task", [classify, segment], ids=lambda task: task.__name__)
+def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, tmp_path):
+    values = task(tmp_path, num_train_epochs=6, load_best_model_at_end=False) | {"method": method}
+    record = train(parse_config(values))
+    assert losses(record)[-1] < losses(record)[0]
+    written = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert written["metrics"] == record["metrics"] and written["method"] == method
+    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
+    scores, labels = evaluate(str(tmp_path / "run"))
+    name = "accuracy" if task is classify else "mean_iou"
+    assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-6)
+    assert labels == (("green", "red") if task is classify else ("ground", "disc"))
+    folder = tmp_path / "run" / ("adapter" if method in ("e3va", "lora") else "model")
+    assert (folder / "preprocessor_config.json").is_file()
+
+
+def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
+    record = train(parse_config(classify(tmp_path, num_train_epochs=15)))
+    assert record["metrics"]["accuracy"] == 1.0
+    assert record["per_class"]["accuracy_per_class"] == {"green": 1.0, "red": 1.0}
+
+
+def test_an_e3va_adapter_is_complete_by_itself(tmp_path):
+    record = train(parse_config(classify(tmp_path)))
+    model, processor = e3va_peft.load_adapter(tmp_path / "run" / "adapter")
+    assert model.get_base_model().config.id2label == {0: "green", 1: "red"}
+    assert processor.crop_size["height"] == 32
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| accuracy | {record['metrics']['accuracy']:.4g} |" in card and "green, red" in card
+
+
+def test_a_head_only_model_loads_with_transformers_alone(tmp_path):
+    train(parse_config(classify(tmp_path) | {"method": "head-only"}))
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.label2id == {"green": 0, "red": 1}
+
+
+def test_a_finished_run_is_not_trained_again_unless_told(tmp_path):
+    config = parse_config(classify(tmp_path))
+    first = train(config)
+    with pytest.raises(FileExistsError, match="finished.*--overwrite"):
+        train(config)
+    again = train(config, overwrite=True)
+    assert again["metrics"] == first["metrics"] and not again["resumed"]
+
+
+def test_other_settings_do_not_go_into_the_folder_of_a_run(tmp_path):
+    train(parse_config(classify(tmp_path)))
+    other = parse_config(classify(tmp_path, learning_rate=1e-4))
+    with pytest.raises(FileExistsError, match=r"training.learning_rate: 0.005 there, 0.0001 now"):
+        train(other)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="not empty"):
+        train(parse_config(classify(tmp_path, "notes")), overwrite=True)
+    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
+
+
+def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path):
+    config = parse_config(classify(tmp_path))
+    train(config)
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    train(config, overwrite=True)
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step: int, monkeypatch, error: Exception | None = None) -> None:
+    """Let training die in the step after `step`, as a power cut would."""
+    original = VisionTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise error or Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize("method", ["e3va", "full"])
+def test_the_same_command_goes_on_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
+    arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
+    whole = train(parse_config(classify(tmp_path, "whole", **arguments) | {"method": method}))
+    config = parse_config(classify(tmp_path, "cut", **arguments) | {"method": method})
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(Stop):
+            train(config)
+    resumed = train(config)
+    assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 12
+    first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7, msg=name)
+
+
+def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path, monkeypatch, capsys):
+    config = parse_config(classify(tmp_path, num_train_epochs=4, save_total_limit=3))
+    with monkeypatch.context() as patch:
+        stop_after(10, patch)
+        with pytest.raises(Stop):
+            train(config)
+    newest = tmp_path / "run" / "checkpoint-9"
+    for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
+        data = (newest / name).read_bytes()
+        (newest / name).write_bytes(data[: len(data) // 2])
+        assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
+        assert re.search(rf"cut\s+short\s+\({name}\)", capsys.readouterr().out)
+        (tmp_path / "run" / "broken-checkpoint-9").rename(newest)
+        (newest / name).write_bytes(data)
+    (newest / "optimizer.pt").write_bytes(b"half")
+    assert train(config)["resumed"]
+    assert (tmp_path / "run" / "broken-checkpoint-9").is_dir()
+
+
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
+    values = classify(tmp_path, num_train_epochs=4000, logging_steps=1, eval_strategy="no", save_strategy="no")
+    config = write(tmp_path / "config.yaml", values)
+    command = [sys.executable, "-m", "e3va_peft", "train", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    while line and "trained parameters" not in line:
+        line = process.stdout.readline()
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    step = int(re.search(r"stopped at step (\d+) of 12000", errors)[1])
+    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == f"checkpoint-{step}"
+    assert "Traceback" not in errors
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=4))
+    original = VisionTrainer.compute_loss
+
+    def compute_loss(self, *args, **kwargs):
+        loss = original(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == 7 else loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTrainer, "compute_loss", compute_loss)
+        with pytest.raises(UserError, match=r"loss is nan at step 8.*learning rate.*lower training.learning_rate"):
+            train(config)
+    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
+    assert train(config)["steps"] == 12
+
+
+def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp_path):
+    # a real failure to write: files may not grow beyond a limit that the second file of a checkpoint exceeds
+    config = write(tmp_path / "config.yaml", classify(tmp_path))
+    code = (
+        "import resource, signal, sys\n"
+        "from e3va_peft.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "import transformers.trainer as t\n"
+        "save = t.Trainer._save_optimizer_and_scheduler\n"
+        "def limited(self, folder):\n"
+        "    if self.state.global_step > 3:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY))\n"
+        "    return save(self, folder)\n"
+        "t.Trainer._save_optimizer_and_scheduler = limited\n"
+        f"sys.argv = ['e3va', 'train', {str(config)!r}]\n"
+        "main()\n"
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert "the disk is full" in done.stderr and "same command goes on" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
+    assert train(parse_config(classify(tmp_path)))["resumed"]
+
+
+def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(UserError, match="are free, checkpoints take"):
+        train(parse_config(classify(tmp_path)))
+
+
+def test_a_broken_image_is_named_before_training_starts(tmp_path):
+    config = parse_config(classify(tmp_path))
+    broken = tmp_path / "colors" / "train" / "red" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"1 of 12 examples:\n.*train/red/3.png: is cut short"):
+        train(config)
+
+
+def test_bf16_follows_fp32(tmp_path):
+    curves = {}
+    for name in ("fp32", "bf16"):
+        values = segment(tmp_path, name, num_train_epochs=4, logging_steps=1, bf16=name == "bf16") | {"augment": False}
+        curves[name] = torch.tensor(losses(train(parse_config(values))))
+    assert len(curves["fp32"]) == 12
+    assert not torch.equal(curves["bf16"], curves["fp32"])
+    torch.testing.assert_close(curves["bf16"], curves["fp32"], rtol=0.05, atol=0.02)
+
+
+def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
+    # layer norms only: the batch norms of UperNet see each part by itself
+    common = {"num_train_epochs": 2, "logging_steps": 1, "load_best_model_at_end": False}
+    whole = train(parse_config(classify(tmp_path, "whole", **common)))
+    values = classify(
+        tmp_path, "parts", **common, per_device_train_batch_size=2, gradient_accumulation_steps=2
+    )
+    parts = train(parse_config(values))
+    torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
+    common = {"logging_steps": 1, "load_best_model_at_end": False}
+    train(parse_config(classify(tmp_path, "one", **common)))
+    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2)
+    config = write(tmp_path / "two.yaml", values)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*launcher, "-m", "e3va_peft", "train", str(config)], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 processes") == 1  # one of them speaks
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert len(losses(two)) == 9
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=1e-5)
+    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
+    first, second = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_command_line_trains_scores_and_predicts(tmp_path):
+    config = write(tmp_path / "config.yaml", segment(tmp_path))
+    done = e3va("train", config, "--set", "training.num_train_epochs=1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert "mean_iou" in done.stdout and "disc" in done.stdout and "Traceback" not in done.stderr
+    runner = CliRunner()
+    scored = runner.invoke(app, ["eval", str(tmp_path / "run"), "--output", str(tmp_path / "scores.json")])
+    assert scored.exit_code == 0, scored.output
+    assert 0 <= json.loads((tmp_path / "scores.json").read_text())["mean_iou"] <= 1
+    images = str(tmp_path / "discs" / "images" / "val")
+    found = runner.invoke(app, ["predict", str(tmp_path / "run"), images, "--output", str(tmp_path / "found")])
+    assert found.exit_code == 0, found.output
+    assert len(list((tmp_path / "found" / "overlays").glob("*.png"))) == 3
+
+
+def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
+    runner = CliRunner()
+    for arguments, words in (
+        (["train", "nothing.yaml"], "no such file, and no recipe"),
+        (["train", str(write(tmp_path / "a.yaml", classify(tmp_path, learning_rte=1)))], "Did you mean learning_rate"),
+        (["eval", str(tmp_path)], "--data"),
+        (["predict", str(tmp_path), "nothing.jpg"], "no such file"),
+        (["recipes", "dinov2"], "Did you mean dinov2-image-folder"),
+    ):
+        done = runner.invoke(app, arguments)
+        assert done.exit_code == 1 and words in done.output.replace("\n", " "), (arguments, done.output)
+
+
+def test_help_teaches_by_examples():
+    runner = CliRunner()
+    for command in ("train", "eval", "predict", "recipes"):
+        text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "160"}).output
+        assert f"e3va {command}" in text.split("Usage")[1].split("\n", 1)[1], text
+
+
+def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path))
+    stop_after(4, monkeypatch)
+    with pytest.raises(Stop):
+        train(config)
+    with pytest.raises(UserError, match="not finished"):
+        load_trained(str(tmp_path / "run"))
