@@ -148,10 +148,9 @@ class Stage(nn.Module):
 
     def reduce(self, index: int, tap: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, r): adapter `index` up to its last factor, for when no gradient is wanted."""
+        dtype = _compute_dtype(self.u1)  # outside: inside, autocast is off and has no say
         with _no_autocast(tap):
-            return _reduce(
-                tap, _compute_dtype(self.u1), self.u1[index], self.v1[index], self.bias1[index], self.u2[index]
-            )
+            return _reduce(tap, dtype, self.u1[index], self.v1[index], self.bias1[index], self.u2[index])
 
     def forward(self, start: int, reads: Sequence[Tensor], reduced: bool = False) -> Tensor:
         """N x (B, N, C) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... of these taps.

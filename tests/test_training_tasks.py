@@ -540,7 +540,6 @@ def test_the_backbone_of_head_only_runs_as_in_inference_while_it_trains(name):
     assert_forwards_differ(adapt(case.base(), {"name": "e3va"}), case, False)
 
 
-@pytest.mark.xfail(reason="head_only leaves the dropout of Swin's embeddings on, which E3VA switches off")
 def test_the_embeddings_of_head_only_run_as_in_inference_while_it_trains():
     case = BY_NAME["swin-classifier"]
     assert_forwards_differ(adapt(case.base(), {"name": "e3va"}), case, False)

@@ -67,7 +67,8 @@ def head_only(model: nn.Module) -> nn.Module:
     for name in trained_whole(model):
         model.get_submodule(name).requires_grad_(True)
     for found in find_exits(model):
-        found.module.register_forward_pre_hook(_stay_in_eval_mode)
+        for module in (found.module, *map(model.get_submodule, found.site.frozen)):
+            module.register_forward_pre_hook(_stay_in_eval_mode)
     return model
 
 

@@ -43,6 +43,7 @@ ADAPTER, MODEL = "adapter", "model"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FULL_DISK = (  # what Python, safetensors and torch.save say
     "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
+    "inline_container",
 )  # fmt: skip
 
 
@@ -166,7 +167,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         **task.default_training,
     }
     if evaluation == save == "steps":
-        defaults["save_steps"] = given.get("eval_steps", given.get("logging_steps", 500))
+        defaults["save_steps"] = given.get("eval_steps", 500)
         defaults["eval_steps"] = given.get("save_steps", 500)
     if evaluation == save != "no":
         defaults["load_best_model_at_end"] = True
@@ -179,7 +180,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     try:
         # the run pushes the adapter itself, when it is finished
         arguments = training_arguments(config.output, **(defaults | given | {"push_to_hub": False}))
-    except (ImportError, TypeError, ValueError) as error:
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
     arguments.push_to_hub = bool(given.get("push_to_hub", False))
     arguments.label_names = ["labels"]
