@@ -57,11 +57,32 @@ def memory() -> str:
     return markdown(["one training step", "method", "kept for backward", "backbone share"], body)
 
 
+def training() -> str:
+    """Table of `training.py`: both settings, one row per method."""
+    titles = {"nuclei": "nuclei, mean IoU", "cifar10": "CIFAR-10, accuracy"}
+    body = []
+    for name, title in titles.items():
+        for row in rows(name):
+            spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
+            body.append(
+                [
+                    title,
+                    row["method"],
+                    f"{row['mean']:.3f}{spread}",
+                    f"{row['trained_parameters'] / 1e6:.2f} M",
+                    f"{row['saved_bytes'] / MIB:.0f} MiB",
+                    f"{row['step_seconds']:.2f}",
+                ]
+            )
+            title = ""
+    return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
+
+
 def main() -> None:
     """Fill in, or check, the marked places."""
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in (("demo", demo), ("memory", memory)):
+    for name, table in (("demo", demo), ("memory", memory), ("training", training)):
         place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
         text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
     if "--check" in sys.argv:

@@ -56,10 +56,10 @@ SETTINGS = {
         overrides=("training.num_train_epochs=2",),
         search=("training.num_train_epochs=1", "data.train_samples=1000", "data.eval_fraction=0.1"),
         grid={
-            "e3va": (5e-4, 1e-3, 2e-3, 4e-3),
-            "head-only": (1e-3, 3e-3, 1e-2),
-            "lora": (5e-4, 1e-3, 3e-3),
-            "full": (3e-5, 1e-4, 3e-4),
+            "e3va": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+            "head-only": (1e-3, 3e-3, 1e-2, 3e-2),
+            "lora": (5e-4, 1e-3, 3e-3, 1e-2),
+            "full": (1e-5, 3e-5, 1e-4, 3e-4),
         },
     ),
     "nuclei": Setting(

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import transformers
 from huggingface_hub import HfApi, constants, file_download, hf_api, upload_folder
@@ -23,7 +24,10 @@ from transformers import SwinForImageClassification as Swin
 
 import e3va_peft
 from e3va_peft import E3VAConfig, load_adapter
+from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.run import train
 from tests.hub_server import TOKEN, HubServer
+from tests.inputs import classify
 from tests.models import BY_NAME, train_steps
 from tests.test_laws import assert_same, outputs
 
@@ -359,3 +363,39 @@ def test_a_hub_that_cannot_be_reached_is_named(hub, pushed):
         ConnectionError, match=r"adapter='me/adapter': the Hub cannot be reached.*once there is a conn"
     ):
         load_adapter("me/adapter")
+
+
+def run_config(root: Path, **training):
+    return parse_config(classify(root, num_train_epochs=1, push_to_hub=True, **training))
+
+
+def test_e3va_train_pushes_its_adapter_when_it_is_finished(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    record = train(run_config(tmp_path, hub_model_id="me/colors", hub_private_repo=True))
+    files = hub.repos["me/colors"].files()
+    local = contents(tmp_path / "run" / "adapter")
+    assert {name: files[name] for name in local} == local
+    assert f"| accuracy | {record['metrics']['accuracy']:.4g} |" in files["README.md"].decode()
+    assert not any("checkpoint" in name for name in files)
+
+
+def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    with pytest.raises(UserError, match=r"hub_model_id='me/colors': the Hub does not let you write.*`hf auth login`"):
+        train(run_config(tmp_path, hub_model_id="me/colors", hub_token="hf_wrong"))
+    with pytest.raises(UserError, match=r"needs training.hub_model_id"):
+        train(run_config(tmp_path))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_push_that_fails_after_training_leaves_the_finished_run_whole(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+    def upload_folder(self, **kwargs):
+        raise HTTPError("connection reset")
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    with pytest.raises(UserError, match=r"could not be pushed.*whole in .*adapter; push it again with `hf upload"):
+        train(run_config(tmp_path, hub_model_id="me/colors"))
+    assert (tmp_path / "run" / "metrics.json").is_file()
+    load_adapter(tmp_path / "run" / "adapter")

@@ -103,7 +103,7 @@ class RunConfig:
     Attributes:
         task: `image-classification` or `semantic-segmentation`.
         model: Hub id or folder. A backbone alone gets a new head: a linear classifier, or UperNet.
-        output: Folder of the run.
+        output: Folder of the run; `{method}` in it stands for the method's name.
         data: Where images and labels are.
         method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of its PEFT config.
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
@@ -276,7 +276,8 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     values["method"] = _method(values.get("method", "e3va"))
     for name in ("processor", "model_options", "training"):
         values[name] = dict(_mapping(name, values.get(name)))
-    values["model"], values["output"] = str(values["model"]), str(values["output"])
+    values["model"] = str(values["model"])
+    values["output"] = str(values["output"]).replace("{method}", values["method"]["name"])
     size = values.get("image_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise UserError(f"image_size={size!r}: must be a positive number of pixels, e.g. image_size: 224.")

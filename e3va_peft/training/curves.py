@@ -33,12 +33,15 @@ def draw_curves(history: Sequence[Mapping[str, Any]], path: Path, metric: str) -
         right.set_ylabel(metric)
         lines = [*lines, *right.plot(steps, values, "s--", color="tab:green", label=metric, markersize=4)]
     if lines:
-        axes.legend(lines, [str(line.get_label()) for line in lines], loc="center right")
+        figure.legend(lines, [str(line.get_label()) for line in lines], loc="outside upper center", ncols=3)
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, format="png", dpi=120)
     draft.replace(path)
 
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    points = [(entry["step"], entry[key]) for entry in history if key in entry]
-    return [step for step, _ in points], [value for _, value in points]
+    points: dict[float, float] = {}
+    for entry in history:
+        if key in entry:
+            points.setdefault(entry["step"], entry[key])  # the best model is scored again at the last step
+    return list(points), list(points.values())

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
@@ -32,7 +33,7 @@ from e3va_peft.training.config import RunConfig, UserError, parse_config, read_c
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.methods import LEARNING_RATES, adapt
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
-from e3va_peft.training.tables import metrics_table
+from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import Collate, forward_extras
 from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
@@ -71,7 +72,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     """
     output = Path(config.output)
     state = PartialState()
-    console = Console(quiet=not state.is_main_process, highlight=False)
+    console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if state.is_main_process:
         _open_output(output, config, overwrite)
         last_checkpoint(output, console)  # puts a broken one aside before the other processes look
@@ -135,7 +136,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
             console.print(metrics_table(trainer.scores, split.labels))
         console.print(f"saved: {folder}, {output / METRICS}, {output / CURVES}")
         if hub is not None:
-            push(folder, hub, token=arguments.hub_token, private=arguments.hub_private_repo, console=console)
+            push(folder, hub, arguments.hub_token, console)
     state.wait_for_everyone()
     return record
 
@@ -161,6 +162,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         "save_strategy": save,
         "save_total_limit": 2,
         "logging_steps": 0.01,
+        "disable_tqdm": not sys.stderr.isatty(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
@@ -258,17 +260,16 @@ def read_run(run: Path) -> RunConfig:
     return read_config(run / CONFIG)
 
 
-def push(folder: Path, repo_id: str, token: str | None, private: bool | None, console: Console) -> None:
-    """Upload an adapter's folder to the Hub.
+def push(folder: Path, repo_id: str, token: str | None, console: Console) -> None:
+    """Upload an adapter's folder to a repository on the Hub, in one commit.
 
     Raises:
         UserError: The Hub refuses; the folder stays as it is.
     """
     try:
         api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"hub_model_id={repo_id!r}: could not be pushed ({_first_line(error)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."
@@ -282,14 +283,15 @@ def _check_hub(arguments: TrainingArguments) -> str | None:
         return None
     if not arguments.hub_model_id:
         raise UserError("training.push_to_hub=True: needs training.hub_model_id, e.g. hub_model_id: me/my-adapter.")
+    repo_id = str(arguments.hub_model_id)
     try:
-        HfApi(token=arguments.hub_token).whoami()
-    except (HfHubHTTPError, OSError, ValueError) as error:
+        HfApi(token=arguments.hub_token).create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True)
+    except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"training.push_to_hub=True: the Hub does not know you ({_first_line(error)}). Log in with `hf auth "
-            "login`, or leave it out."
+            f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({_first_line(error)}). Log in "
+            "with `hf auth login`, or set training.push_to_hub: false."
         ) from None
-    return str(arguments.hub_model_id)
+    return repo_id
 
 
 def _first_line(error: Exception) -> str:
@@ -383,7 +385,7 @@ def _record(
     """Put together what is written to `metrics.json`."""
     packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate")
     scores = dict(trainer.scores)
-    per_class = {name: scores.pop(name) for name in list(scores) if isinstance(scores[name], list)}
+    per_class = {class_metric(name): scores.pop(name) for name in list(scores) if isinstance(scores[name], list)}
     return {
         "task": config.task,
         "method": config.method_name,
@@ -411,6 +413,7 @@ def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> P
     shutil.rmtree(draft, ignore_errors=True)
     processor.save_pretrained(draft)
     if adapter and isinstance(model.peft_config["default"], E3VAConfig):
+        model.peft_config["default"].base.metrics.clear()  # what single evaluations gave
         record_metrics(model, record["metrics"])
     elif adapter:
         model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep

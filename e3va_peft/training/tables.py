@@ -12,6 +12,11 @@ from rich.table import Table
 _SHOWN = 30  # classes
 
 
+def class_metric(name: str) -> str:
+    """`accuracy_per_class` -> `accuracy`, `per_class_iou` -> `iou`."""
+    return name.replace("_per_class", "").replace("per_class_", "")
+
+
 def metrics_table(scores: Mapping[str, Any], labels: Sequence[str]) -> Group:
     """Lay out scores: the overall ones on top, one row per class below.
 
@@ -22,7 +27,7 @@ def metrics_table(scores: Mapping[str, Any], labels: Sequence[str]) -> Group:
     per_class = {name: values for name, values in scores.items() if isinstance(values, list)}
     table = Table("class")
     for name in per_class:
-        table.add_column(name.replace("_per_class", "").replace("per_class_", ""), justify="right")
+        table.add_column(class_metric(name), justify="right")
     for i, label in enumerate(labels[:_SHOWN]):
         cells = ["-" if math.isnan(values[i]) else f"{values[i]:.4f}" for values in per_class.values()]
         table.add_row(label, *cells)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -179,6 +181,7 @@ class StopOnInterrupt(TrainerCallback):
     def __init__(self) -> None:
         self.interrupted = False
         self._before: dict[int, Any] = {}
+        self._process = os.getpid()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -192,11 +195,16 @@ class StopOnInterrupt(TrainerCallback):
                     return
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a data loader's worker, which inherits this; its parent ends it
+            if number == signal.SIGTERM:
+                os._exit(0)
+            return
         if self.interrupted:
             self.restore()
             raise KeyboardInterrupt
         self.interrupted = True
-        tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
