@@ -377,6 +377,16 @@ def test_e3va_train_pushes_its_adapter_when_it_is_finished(hub, tmp_path, monkey
     assert {name: files[name] for name in local} == local
     assert f"| accuracy | {record['metrics']['accuracy']:.4g} |" in files["README.md"].decode()
     assert not any("checkpoint" in name for name in files)
+    assert len(hub.repos["me/colors"].commits) == 2  # the Hub's own first one, and the adapter
+
+
+def test_a_token_in_a_config_is_not_written_down(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    train(run_config(tmp_path, hub_model_id="me/colors", hub_token=TOKEN))
+    written = [
+        path for path in (tmp_path / "run").rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()
+    ]
+    assert not written
 
 
 def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkeypatch):
@@ -384,7 +394,7 @@ def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkey
     with pytest.raises(UserError, match=r"hub_model_id='me/colors': the Hub does not let you write.*`hf auth login`"):
         train(run_config(tmp_path, hub_model_id="me/colors", hub_token="hf_wrong"))
     with pytest.raises(UserError, match=r"needs training.hub_model_id"):
-        train(run_config(tmp_path))
+        train(run_config(tmp_path))  # nothing is there yet to lose, so the settings may change
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 

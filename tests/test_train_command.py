@@ -1,4 +1,4 @@
-"""`e3va train` from config to adapter: what it writes, how it stops and goes on, what it says when something breaks."""
+"""`e3va train` from config to adapter: what it writes, how it stops and goes on, and what it says when it cannot."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import e3va_peft
 from e3va_peft.cli import app
 from e3va_peft.training import run as run_module
-from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.config import UserError, parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer
@@ -93,10 +93,17 @@ def test_a_head_only_model_loads_with_transformers_alone(tmp_path):
 def test_a_finished_run_is_not_trained_again_unless_told(tmp_path):
     config = parse_config(classify(tmp_path))
     first = train(config)
-    with pytest.raises(FileExistsError, match="finished.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"finished.*--overwrite"):
         train(config)
     again = train(config, overwrite=True)
     assert again["metrics"] == first["metrics"] and not again["resumed"]
+
+
+def test_the_method_can_be_part_of_the_output_so_that_a_comparison_is_one_word(tmp_path):
+    values = classify(tmp_path, "run-{method}")
+    config = write(tmp_path / "config.yaml", values)
+    outputs = [read_config(config, [f"method={name}"]).output for name in ("lora", "full")]
+    assert outputs == [str(tmp_path / "run-lora"), str(tmp_path / "run-full")]
 
 
 def test_other_settings_do_not_go_into_the_folder_of_a_run(tmp_path):
@@ -138,8 +145,9 @@ def stop_after(step: int, monkeypatch, error: Exception | None = None) -> None:
 @pytest.mark.parametrize("method", ["e3va", "full"])
 def test_the_same_command_goes_on_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
     arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
-    whole = train(parse_config(classify(tmp_path, "whole", **arguments) | {"method": method}))
-    config = parse_config(classify(tmp_path, "cut", **arguments) | {"method": method})
+    options = {"method": method, "model_options": {"drop_path_rate": 0.0}}
+    whole = train(parse_config(classify(tmp_path, "whole", **arguments) | options))
+    config = parse_config(classify(tmp_path, "cut", **arguments) | options)
     with monkeypatch.context() as patch:
         stop_after(7, patch)
         with pytest.raises(Stop):
@@ -148,7 +156,7 @@ def test_the_same_command_goes_on_and_ends_where_an_uninterrupted_run_does(metho
     assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 12
     first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
     for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7, msg=name)
+        torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7)
 
 
 def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path, monkeypatch, capsys):
@@ -269,7 +277,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
     train(parse_config(classify(tmp_path, "one", **common)))
     values = classify(tmp_path, "two", **common, per_device_train_batch_size=2)
     config = write(tmp_path / "two.yaml", values)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         [*launcher, "-m", "e3va_peft", "train", str(config)], capture_output=True, text=True, env=environment
@@ -304,10 +312,10 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
     runner = CliRunner()
     for arguments, words in (
         (["train", "nothing.yaml"], "no such file, and no recipe"),
-        (["train", str(write(tmp_path / "a.yaml", classify(tmp_path, learning_rte=1)))], "Did you mean learning_rate"),
+        (["train", str(write(tmp_path / "a.yaml", classify(tmp_path, learning_rte=1)))], "mean learning_rate"),
         (["eval", str(tmp_path)], "--data"),
         (["predict", str(tmp_path), "nothing.jpg"], "no such file"),
-        (["recipes", "dinov2"], "Did you mean dinov2-image-folder"),
+        (["recipes", "dinov2-folder"], "Did you mean dinov2-image-folder"),
     ):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 1 and words in done.output.replace("\n", " "), (arguments, done.output)

@@ -131,8 +131,9 @@ class RunConfig:
         return str(self.method["name"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the config as it is written to `config.yaml`: every field, defaults included."""
+        """Return the config as it is written to `config.yaml`: every field, defaults included, but no token."""
         values = dataclasses.asdict(self)
+        values["training"].pop("hub_token", None)
         return values | {"augment": False if self.augment is None else values["augment"]}
 
     def to_yaml(self) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's
 from peft import PeftModel
 from rich.console import Console
 from rich.progress import track
@@ -71,7 +71,8 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         Interrupted: Ctrl-C was pressed; the checkpoint is saved.
     """
     output = Path(config.output)
-    state = PartialState()
+    # as TrainingArguments will set it up: a launcher's processes without accelerator find each other by gloo
+    state = PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if state.is_main_process:
         _open_output(output, config, overwrite)
@@ -85,7 +86,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         verify((split, eval_split), console)
     state.wait_for_everyone()
     arguments = build_arguments(config, task, has_eval=eval_split is not None)
-    hub = _check_hub(arguments) if state.is_main_process else None
+    hub = _check_hub(config, arguments) if state.is_main_process else None
     set_seed(arguments.seed)
     model = task.build_model(split.labels)
     processor = task.build_processor()
@@ -136,7 +137,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
             console.print(metrics_table(trainer.scores, split.labels))
         console.print(f"saved: {folder}, {output / METRICS}, {output / CURVES}")
         if hub is not None:
-            push(folder, hub, arguments.hub_token, console)
+            push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
     return record
 
@@ -180,11 +181,11 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
             f"training.hub_strategy={given['hub_strategy']}: only the finished adapter is pushed. Leave it."
         )
     try:
-        # the run pushes the adapter itself, when it is finished
-        arguments = training_arguments(config.output, **(defaults | given | {"push_to_hub": False}))
+        # the run pushes the adapter itself, when it is finished, and no checkpoint shall hold the token
+        own = {"push_to_hub": False, "hub_token": None}
+        arguments = training_arguments(config.output, **(defaults | given | own))
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
-    arguments.push_to_hub = bool(given.get("push_to_hub", False))
     arguments.label_names = ["labels"]
     arguments.remove_unused_columns = False
     if arguments.fp16 and arguments.device.type == "cpu":
@@ -277,15 +278,17 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
     console.print(f"pushed to {api.endpoint}/{repo_id}")
 
 
-def _check_hub(arguments: TrainingArguments) -> str | None:
+def _check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
     """Find out before training whether the adapter can be pushed after it."""
-    if not arguments.push_to_hub:
+    if not config.training.get("push_to_hub"):
         return None
     if not arguments.hub_model_id:
         raise UserError("training.push_to_hub=True: needs training.hub_model_id, e.g. hub_model_id: me/my-adapter.")
     repo_id = str(arguments.hub_model_id)
     try:
-        HfApi(token=arguments.hub_token).create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True)
+        HfApi(token=config.training.get("hub_token")).create_repo(
+            repo_id, private=arguments.hub_private_repo, exist_ok=True
+        )
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({_first_line(error)}). Log in "
@@ -308,7 +311,7 @@ def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     if (output / CONFIG).is_file():
         before = read_run(output)
         changed = _differences(before.to_dict(), config.to_dict())
-        if changed:
+        if changed and ((output / METRICS).is_file() or any(output.glob("checkpoint-*"))):
             raise FileExistsError(
                 f"output={str(output)!r}: holds a run with other settings:\n  "
                 + "\n  ".join(changed)

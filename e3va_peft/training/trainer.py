@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalPrediction
 
@@ -81,9 +89,31 @@ class VisionTrainer(Trainer):
         predictions, references = self.task.evidence(outputs.logits, inputs, num_labels)
         return outputs.loss.detach(), predictions, references
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        target = self.model if model is None else model
+        if isinstance(target, PreTrainedModel):
+            _load_saved(target, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            _load_saved(self.model, str(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
     def _score(self, evidence: EvalPrediction) -> dict[str, float]:
         self.scores = self.task.scores(torch.as_tensor(evidence.predictions), torch.as_tensor(evidence.label_ids))
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
+
+
+def _load_saved(model: PreTrainedModel, folder: str) -> None:
+    """Load a whole model's weights from a checkpoint.
+
+    transformers 5 saves Swin under the key names of version 4, and only `from_pretrained` translates them back. Trainer
+    loads the file as it is and lets missing keys pass: a resumed run would go on with the backbone it began with.
+    """
+    model.load_state_dict(type(model).from_pretrained(folder, config=model.config).state_dict())
 
 
 class Progress(ProgressCallback):
