@@ -110,8 +110,9 @@ class VisionTrainer(Trainer):
 def _load_saved(model: PreTrainedModel, folder: str) -> None:
     """Load a whole model's weights from a checkpoint.
 
-    transformers 5 saves Swin under the key names of version 4, and only `from_pretrained` translates them back. Trainer
-    loads the file as it is and lets missing keys pass: a resumed run would go on with the backbone it began with.
+    transformers 5 saves Swin under the key names of version 4, and only `from_pretrained` translates them back.
+    Trainer loads the file as it is and lets missing keys pass: a resumed run would go on with the backbone it began
+    with.
     """
     model.load_state_dict(type(model).from_pretrained(folder, config=model.config).state_dict())
 
