@@ -52,8 +52,11 @@ def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
-@pytest.mark.parametrize("method", ["e3va", "head-only", "lora", "full"])
-@pytest.mark.parametrize("task", [classify, segment], ids=lambda task: task.__name__)
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [(segment, "e3va"), (segment, "head-only"), (segment, "lora"), (segment, "full"), (classify, "lora")],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, tmp_path):
     values = task(tmp_path, num_train_epochs=6, load_best_model_at_end=False) | {"method": method}
     record = train(parse_config(values))

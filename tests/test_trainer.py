@@ -139,3 +139,32 @@ def test_gradient_accumulation_and_clipping_work(tmp_path):
     run = trainer(case, tmp_path, gradient_accumulation_steps=3, per_device_train_batch_size=2, max_grad_norm=0.1)
     run.train()
     assert run.state.global_step == 8
+
+
+def test_fp16_with_a_gradient_scaler_follows_fp32():
+    """What Accelerate does for `fp16=True`, by hand, because Accelerate refuses fp16 without a GPU."""
+    case = BY_NAME["swin-classifier"]
+    batch = case.training_batch(4)
+    curves = {}
+    for half in (False, True):
+        torch.manual_seed(0)
+        model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=100, enabled=half)
+        curves[half], scales = [], []
+        for _ in range(16):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                loss = model(**batch).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            curves[half].append(loss.item())
+            scales.append(scaler.get_scale())
+        if half:
+            skipped = sum(later < earlier for earlier, later in zip([2.0**20, *scales], scales, strict=False))
+            assert skipped < 8  # an overflow halves the scale and skips the step, as it shall
+            curves[True] = curves[True][skipped:]
+    steps = len(curves[True])
+    torch.testing.assert_close(curves[True], curves[False][:steps], rtol=0.05, atol=0.02)
+    assert curves[True][-1] < curves[True][0]
