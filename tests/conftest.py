@@ -1,5 +1,9 @@
 """Settings that every test shares."""
 
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: without network they would wait and try again
+
 import pytest
 import torch
 
