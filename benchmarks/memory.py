@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from record import save
 from torch import nn
 from transformers import (
@@ -28,6 +28,7 @@ from transformers import (
 from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
+from e3va_peft.training.methods import head_only, lora_config
 
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -78,18 +79,12 @@ def prepare(method: str, build: Callable[[], nn.Module]) -> nn.Module:
     model = build()
     if method == "full":
         return model
-    saved = get_peft_model(build(), E3VAConfig()).peft_config["default"].modules_to_save
     if method == "E3VA":
         return get_peft_model(model, E3VAConfig())
     if method == "head only":
-        model.requires_grad_(False)
-        for name in saved:
-            model.get_submodule(name).requires_grad_(True)
-        return model
-    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=saved)
-    if method == "LoRA + checkpointing":
-        return checkpointed(get_peft_model(model, config))
-    return get_peft_model(model, config)
+        return head_only(model)
+    adapted = get_peft_model(model, lora_config(model, lora_alpha=8))
+    return checkpointed(adapted) if method == "LoRA + checkpointing" else adapted
 
 
 def checkpointed(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -151,15 +151,21 @@ def predict(
         entries = run(source, images, output, overwrite=overwrite, top=top)
         console = Console()
         for entry in entries[:20]:
-            found = entry.get("predictions") or entry.get("shares") or {}
-            best = [f"{e['label']} {e['score']:.3f}" for e in found] if isinstance(found, list) else []
-            best = best or [f"{name} {100 * share:.1f} %" for name, share in found.items()] if found else best
-            console.print(f"{entry['file']}: {', '.join(best) or '[red]' + entry.get('error', '') + '[/red]'}")
+            console.print(f"{entry['file']}: {_in_a_line(entry)}")
         console.print(f"{len(entries)} images: {output / 'predictions.json'}")
         broken = [entry for entry in entries if "error" in entry]
         if broken:
             typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)
             raise typer.Exit(1)
+
+
+def _in_a_line(entry: dict[str, Any]) -> str:
+    """Return what was found in an image: its best classes, the shares of its regions, or why it was not read."""
+    if "error" in entry:
+        return f"[red]{entry['error']}[/red]"
+    if "shares" in entry:
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items())
+    return ", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"])
 
 
 @app.command()

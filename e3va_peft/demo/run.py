@@ -15,7 +15,7 @@ from typing import cast
 import matplotlib
 import numpy as np
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -31,9 +31,9 @@ from e3va_peft.demo.weights import focus_vit
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
 from e3va_peft.training import training_arguments
+from e3va_peft.training.methods import head_only, lora_config
 
 MAPS = ["stage3", "stage6", "stage9", "stage12"]
-HEAD = ["decode_head", "backbone.layernorm"]
 BATCH = 2
 
 
@@ -65,17 +65,9 @@ class Result:
     training_seconds: float
 
 
-def head_only(model: nn.Module) -> nn.Module:
-    """Freeze the backbone but its output norm: what a frozen backbone gives without a highway."""
-    model.requires_grad_(False)
-    for name in HEAD:
-        model.get_submodule(name).requires_grad_(True)
-    return model
-
-
 def lora(model: nn.Module) -> nn.Module:
-    """Adapt with PEFT's LoRA, rank 8 on queries and values, the head and the output norm trained whole."""
-    return get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"], modules_to_save=HEAD))
+    """Adapt with PEFT's LoRA, rank 8 on queries and values at PEFT's own scale, the head and output norm whole."""
+    return get_peft_model(model, lora_config(model, lora_alpha=8))
 
 
 def e3va(model: nn.Module) -> nn.Module:

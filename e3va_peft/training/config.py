@@ -33,6 +33,17 @@ class UserError(ValueError):
     """What a user can mend: the message names the argument or file, its value and the remedy."""
 
 
+def reason(error: Exception) -> str:
+    """Return the first line of what another library's error says, to be quoted in a `UserError`."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def nearest(value: str, names: Iterable[str]) -> str:
+    """Return ` Did you mean ...?` with the names most like a mistyped one; nothing where none is."""
+    close = difflib.get_close_matches(value, list(names), n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
 @dataclass
 class DataConfig:
     """Where images and labels are.
@@ -130,6 +141,11 @@ class RunConfig:
         """Name of the method alone."""
         return str(self.method["name"])
 
+    @property
+    def seed(self) -> int:
+        """Seed of the run, before there are `TrainingArguments` to ask."""
+        return int(self.training.get("seed", TrainingArguments.seed))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the config as it is written to `config.yaml`: every field, defaults included, but no token."""
         values = dataclasses.asdict(self)
@@ -186,7 +202,7 @@ def recipe_text(name: str) -> str:
         UserError: There is no recipe of that name.
     """
     if name not in recipes():
-        raise UserError(f"recipe={name!r}: there is none of that name.{_nearest(name, recipes())}")
+        raise UserError(f"recipe={name!r}: there is none of that name.{nearest(name, recipes())}")
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
@@ -207,7 +223,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         text = recipe_text(str(source))
     else:
         raise UserError(
-            f"config={str(source)!r}: no such file, and no recipe of that name.{_nearest(str(source), recipes())} "
+            f"config={str(source)!r}: no such file, and no recipe of that name.{nearest(str(source), recipes())} "
             f"Recipes: {', '.join(recipes())}. `e3va recipes NAME > my.yaml` gives you one to edit."
         )
     values = _parse(text, str(source))
@@ -426,7 +442,7 @@ def _mapping(name: str, value: Any) -> Mapping[str, Any]:
 
 def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.{_nearest(str(value), choices)}")
+        raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}")
 
 
 def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -434,9 +450,4 @@ def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> Non
     for key in values:
         if key not in names:
             where = f"{section}.{key}" if section else str(key)
-            raise UserError(f"{where}: no such field.{_nearest(str(key), names)}")
-
-
-def _nearest(value: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(value, list(names), n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
+            raise UserError(f"{where}: no such field.{nearest(str(key), names)}")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from e3va_peft.training.config import DataConfig, UserError, read_text
+from e3va_peft.training.config import DataConfig, UserError, read_text, reason
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
@@ -299,10 +299,9 @@ def _dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UserError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"data.source={source!r}: cannot be loaded as a Hub dataset, image folder or parquet ({reason}). An image "
-            "folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg; a Hub id needs the network and, if private, "
+            f"data.source={source!r}: cannot be loaded as a Hub dataset, image folder or parquet ({reason(error)}). "
+            "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg; a Hub id needs the network and, if private, "
             "`hf auth login`."
         ) from None
 

@@ -53,13 +53,12 @@ class Trained:
     @property
     def base(self) -> Any:
         """The transformers model inside PEFT's wrapper."""
-        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return _base(self.model)
 
     @property
     def task(self) -> str:
         """Name of the task that the model's head is for."""
-        classifies = type(self.base).__name__.endswith("ForImageClassification")
-        return "image-classification" if classifies else "semantic-segmentation"
+        return "image-classification" if _classifies(type(self.base).__name__) else "semantic-segmentation"
 
     def logits(self, image: Image.Image) -> torch.Tensor:
         """Run the model on one image, RGB: (K,) for a classifier, (K, h, w) for a segmenter."""
@@ -95,15 +94,24 @@ def load_trained(source: str) -> Trained:
     if processor is None:
         raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    names = base.config.id2label
-    return Trained(model.to(device).eval(), processor, tuple(names[i] for i in sorted(names)), config)
+    return Trained(model.to(device).eval(), processor, _class_names(_base(model).config), config)
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _classifies(class_name: str) -> bool:
+    return class_name.endswith("ForImageClassification")
+
+
+def _class_names(config: Any) -> tuple[str, ...]:
+    return tuple(config.id2label[i] for i in sorted(config.id2label))
 
 
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
     if folder is not None and config is not None and config.method_name == "lora":
-        names = AutoConfig.from_pretrained(folder).id2label
-        base = task_of(config).build_model([names[i] for i in sorted(names)])
+        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder)))
         return PeftModel.from_pretrained(base, folder), AutoImageProcessor.from_pretrained(folder)
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
@@ -112,8 +120,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
             f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
     architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
-    classifies = architecture.endswith("ForImageClassification")
-    cls: Any = AutoModelForImageClassification if classifies else AutoModelForSemanticSegmentation
+    cls: Any = AutoModelForImageClassification if _classifies(architecture) else AutoModelForSemanticSegmentation
     return cls.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 
 
@@ -137,7 +144,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    _, split = load_splits(config.data, task.with_masks, int(config.training.get("seed", 42)))
+    _, split = load_splits(config.data, task.with_masks, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if split.labels != trained.labels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -33,6 +34,11 @@ def training_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> 
     return TrainingArguments(output_dir=os.fspath(output_dir), **(RECIPE | overrides))
 
 
+def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an evaluation measured, without how long it took and when."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "epoch"))}
+
+
 class MetricsToCard(TrainerCallback):
     """Notes the results of each evaluation, so that every later save shows them in the model card."""
 
@@ -40,6 +46,4 @@ class MetricsToCard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Take the evaluation's metrics; timings stay out."""
-        skipped = ("runtime", "per_second", "epoch")
-        metrics = {name: value for name, value in kwargs["metrics"].items() if not name.endswith(skipped)}
-        record_metrics(kwargs["model"], metrics)
+        record_metrics(kwargs["model"], without_timings(kwargs["metrics"]))

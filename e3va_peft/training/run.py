@@ -13,6 +13,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,15 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's
 from peft import PeftModel
+from rich import progress
 from rich.console import Console
-from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.model import record_metrics
-from e3va_peft.training.config import RunConfig, UserError, parse_config, read_config
+from e3va_peft.training.config import RunConfig, UserError, read_config, reason
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.methods import LEARNING_RATES, adapt
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
@@ -44,7 +45,6 @@ ADAPTER, MODEL = "adapter", "model"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FULL_DISK = (  # what Python, safetensors and torch.save say
     "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
-    "inline_container",
 )  # fmt: skip
 
 
@@ -76,12 +76,11 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
     if state.is_main_process:
         _open_output(output, config, overwrite)
-        last_checkpoint(output, console)  # puts a broken one aside before the other processes look
-    state.wait_for_everyone()
-    checkpoint = last_checkpoint(output, console)
+    with state.main_process_first():  # it puts broken ones aside before the others look
+        checkpoint = last_checkpoint(output, console)
     task = task_of(config)
     with state.main_process_first():
-        split, eval_split = load_splits(config.data, task.with_masks, int(config.training.get("seed", 42)))
+        split, eval_split = load_splits(config.data, task.with_masks, config.seed)
     if config.data.verify and checkpoint is None and state.is_main_process:
         verify((split, eval_split), console)
     state.wait_for_everyone()
@@ -202,10 +201,8 @@ def verify(splits: Sequence[Split | None], console: Console) -> None:
     for split in splits:
         if split is None:
             continue
-        steps = track(range(len(split)), f"checking {split.name}", console=console, transient=True)
-        ticks = iter(steps)
-        counts = split.verify(lambda ticks=ticks: next(ticks, None))  # type: ignore[misc]
-        next(ticks, None)
+        with progress.Progress(console=console, transient=True) as bars:
+            counts = split.verify(partial(bars.advance, bars.add_task(f"checking {split.name}", total=len(split))))
         for name in missing_classes(counts, split.labels):
             console.print(f"[yellow]warning[/yellow]: the class {name!r} never occurs in {split.name}.")
 
@@ -272,7 +269,7 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"hub_model_id={repo_id!r}: could not be pushed ({_first_line(error)}). The adapter is whole in {folder}; "
+            f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."
         ) from None
     console.print(f"pushed to {api.endpoint}/{repo_id}")
@@ -291,14 +288,10 @@ def _check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
         )
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
-            f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({_first_line(error)}). Log in "
+            f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({reason(error)}). Log in "
             "with `hf auth login`, or set training.push_to_hub: false."
         ) from None
     return repo_id
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
@@ -369,7 +362,7 @@ def _full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not any(sign in str(error) for sign in _FULL_DISK):
+        if not _is_full_disk(error):
             raise
         if state.is_main_process:
             for path in output.glob("checkpoint-*"):
@@ -377,9 +370,18 @@ def _full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
                     shutil.rmtree(path, ignore_errors=True)
         free = shutil.disk_usage(output).free / 1e6
         raise UserError(
-            f"output={str(output)!r}: the disk is full ({_first_line(error)}; {free:.0f} MB free now). Free some; the "
+            f"output={str(output)!r}: the disk is full ({reason(error)}; {free:.0f} MB free now). Free some; the "
             "same command goes on from the last whole checkpoint."
         ) from error
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is of a full disk: torch.save fails again while it closes."""
+    while error is not None:
+        if any(sign in str(error) for sign in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _record(
@@ -445,6 +447,3 @@ def _write(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}")
     draft.write_text(text, encoding="utf-8")
     draft.replace(path)
-
-
-__all__ = ["Interrupted", "build_arguments", "last_checkpoint", "parse_config", "push", "read_run", "train", "verify"]

@@ -28,6 +28,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from e3va_peft.training.config import UserError
 from e3va_peft.training.curves import draw_curves
+from e3va_peft.training.recipe import without_timings
 from e3va_peft.training.tasks import Task
 
 
@@ -164,11 +165,10 @@ class Progress(ProgressCallback):
             self.training_bar.write(self._line(state, logs))
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
-        skipped = ("runtime", "per_second", "epoch")
         shown = {
             name.removeprefix("eval_"): value
-            for name, value in logs.items()
-            if name.startswith("eval_") and not name.endswith(skipped)
+            for name, value in without_timings(logs).items()
+            if name.startswith("eval_")
         }
         metric = shown.get(self.main_metric)
         mark = ""

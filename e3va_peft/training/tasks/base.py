@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from e3va_peft.training.config import RunConfig, UserError
+from e3va_peft.training.config import RunConfig, UserError, nearest, reason
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
@@ -97,8 +96,7 @@ class Task(ABC):
         """
         with _clear_errors(self.config.model):
             config = AutoConfig.from_pretrained(self.config.model)
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {name: i for i, name in enumerate(labels)}
+        name_classes(config, labels)
         return config
 
     def apply_options(self, config: Any) -> None:
@@ -109,10 +107,15 @@ class Task(ABC):
         """
         for name, value in self.config.model_options.items():
             if not hasattr(config, name):
-                close = difflib.get_close_matches(name, list(config.to_dict()), n=2)
-                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                hint = nearest(name, config.to_dict())
                 raise UserError(f"model_options.{name}: {type(config).__name__} has no such option.{hint}")
             setattr(config, name, value)
+
+
+def name_classes(config: Any, labels: Sequence[str]) -> None:
+    """Set the class names of a model's config, and with them their number."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: i for i, name in enumerate(labels)}
 
 
 class Collate:
@@ -154,7 +157,11 @@ def forward_extras(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
 def side(processor: Any) -> int:
     """Return the side in pixels of what an image processor gives: of its crop, its square, or its shorter edge."""
     crop = getattr(processor, "crop_size", None)
-    size = crop if crop and getattr(processor, "do_center_crop", False) else processor.size
+    return edge(crop if crop and getattr(processor, "do_center_crop", False) else processor.size)
+
+
+def edge(size: Any) -> int:
+    """Return the shorter edge in pixels that a processor's `size` or `crop_size` asks for."""
     return int(size.get("shortest_edge") or size["height"])
 
 
@@ -184,9 +191,7 @@ def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
     known = [name for name in cls().to_dict() if not name.startswith("_")]
     for name in options:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"processor.{name}: {cls.__name__} has no such option.{hint}")
+            raise UserError(f"processor.{name}: {cls.__name__} has no such option.{nearest(name, known)}")
     return cls(**options)
 
 
@@ -239,8 +244,7 @@ def _clear_errors(source: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"model={source!r}: cannot be loaded ({reason}). Check the folder or Hub id; a private one needs "
+            f"model={source!r}: cannot be loaded ({reason(error)}). Check the folder or Hub id; a private one needs "
             "`hf auth login`."
         ) from None

@@ -15,6 +15,7 @@ from e3va_peft.training.metrics import accuracy_scores
 from e3va_peft.training.tasks.base import (
     Task,
     View,
+    edge,
     find_processor,
     load_weights,
     make_processor,
@@ -43,15 +44,16 @@ class ImageClassification(Task):
         """Return the model's image processor at the run's image size; ImageNet's mean and std where it has none."""
         found = find_processor(self.config.model)
         cls = type(found) if found is not None else ViTImageProcessor
-        options: dict[str, Any] = {} if found is None else dict(found.to_dict())
-        options = {key: value for key, value in options.items() if key in cls().to_dict()}
         if found is None:
-            options |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+            options: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        else:
+            known = cls().to_dict()
+            options = {key: value for key, value in found.to_dict().items() if key in known}
         size = self.config.image_size
         if size is not None:
             square = {"height": size, "width": size}
             if found is not None and getattr(found, "do_center_crop", False):
-                ratio = _resized(found) / side(found)
+                ratio = edge(found.size) / side(found)
                 options |= {"size": {"shortest_edge": round(size * ratio)}, "crop_size": square}
             else:
                 options |= {"size": square}
@@ -92,8 +94,3 @@ class _EvaluationView:
     def __call__(self, image: Image.Image, label: int) -> dict[str, Tensor]:
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "labels": torch.tensor(label)}
-
-
-def _resized(processor: Any) -> int:
-    size = processor.size
-    return int(size.get("shortest_edge") or size["height"])

@@ -33,6 +33,7 @@ from e3va_peft.training.tasks.base import (
     find_processor,
     load_weights,
     make_processor,
+    name_classes,
     normalized,
     side,
 )
@@ -70,11 +71,8 @@ class SemanticSegmentation(Task):
         """Put a new UperNet onto a pretrained backbone: at all stages of a pyramid, at four blocks of a plain ViT."""
         names = backbone.stage_names[1:]
         backbone.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
-        config = UperNetConfig(
-            backbone_config=backbone,
-            id2label=dict(enumerate(labels)),
-            label2id={name: i for i, name in enumerate(labels)},
-        )
+        config = UperNetConfig(backbone_config=backbone)
+        name_classes(config, labels)
         self.apply_options(config)
         self._set_ignore_index(config)
         model = UperNetForSemanticSegmentation(config)
@@ -124,16 +122,18 @@ class SemanticSegmentation(Task):
 
         Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
         """
-        counts = [
-            confusion_matrix(
-                F.interpolate(scores[None].float(), truth.shape, mode="bilinear").argmax(1)[0],
-                truth.to(scores.device),
-                num_labels,
-                self.config.data.ignore_index,
-            )
-            for scores, truth in zip(logits, inputs["truth"], strict=True)
-        ]
-        return torch.stack(counts), torch.stack(counts)
+        counts = torch.stack(
+            [
+                confusion_matrix(
+                    F.interpolate(scores[None].float(), truth.shape, mode="bilinear").argmax(1)[0],
+                    truth.to(scores.device),
+                    num_labels,
+                    self.config.data.ignore_index,
+                )
+                for scores, truth in zip(logits, inputs["truth"], strict=True)
+            ]
+        )
+        return counts, counts
 
     def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
         """Return mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
