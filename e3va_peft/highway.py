@@ -4,7 +4,7 @@ Notation of the paper (arXiv 2306.09729): `C` width of a stage, `r` rank, `k` bo
 residual stream, `z` the lane:
 
     adapter   A(t) = GELU(t U1 V1 + b1) U2 V2 + b2          dual low-rank
-    lane      z_l  = z_{l-1} + A(attention_l) + A'(mlp_l)
+    lane      z_l  = z_{l-1} + A(attention_l) + A'(mlp_l)   or, with one tap per block, + A(attention_l + mlp_l)
     merging   z    = PM(x + z) - PM(x)                      PM: the backbone's own frozen patch merging
 
 *Inferred*, because the paper gives neither code nor these details: k = C/2, the place of GELU, no LayerNorm inside the
@@ -15,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from e3va_peft.storage import STORAGES, pack, unpack
 
 
 def _compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -49,28 +52,16 @@ class _SumOfAdapters(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        dtype: torch.dtype,
-        u1: Tensor,
-        v1: Tensor,
-        b1: Tensor,
-        u2: Tensor,
-        v2: Tensor,
-        b2: Tensor,
-        *taps: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(u1, v1, b1, u2, v2, b2, *taps)
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
         ctx.dtype = dtype
-        with _no_autocast(u1):
-            reduced = [_reduce(tap, dtype, u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
-            return _expand(reduced, dtype, v2, b2)
+        return _sum_of_adapters(dtype, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: each access unpacks them again
-        parameters, taps = saved[:6], saved[6:]
+        parameters, taps = _split(saved)
         dtype = ctx.dtype
         with _no_autocast(grad):
             u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])
@@ -79,21 +70,43 @@ class _SumOfAdapters(torch.autograd.Function):
             grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
             reduced, grad_u1, grad_v1, grad_b1, grad_u2 = [], [], [], [], []
             for i, tap in enumerate(taps):
-                t = tap.to(dtype).reshape(-1, width)
+                t = unpack(tap, width, dtype).reshape(-1, width)
                 grad_q = grad_reduced[:, i * r : (i + 1) * r]
                 p, h = _bottleneck(t, u1[i], v1[i], b1[i])
                 activated = F.gelu(h)
                 reduced.append(activated @ u2[i])
-                grad_u2.append(activated.T @ grad_q)
+                grad_u2.append(grad_q.T @ activated)  # transposed: a third faster with the thin factor on the left
                 grad_h = torch.ops.aten.gelu_backward(grad_q @ u2[i].T, h)
                 grad_b1.append(grad_h.sum(0))
                 grad_v1.append(p.T @ grad_h)
-                grad_u1.append(t.T @ (grad_h @ v1[i].T))
+                grad_u1.append((grad_h @ v1[i].T).T @ t)  # transposed
             grad_v2 = (torch.cat(reduced, dim=1).T @ grad).reshape(n, r, width)
             grad_b2 = grad.sum(0).expand(n, width)
-            grads = [torch.stack(g) for g in (grad_u1, grad_v1, grad_b1, grad_u2)] + [grad_v2, grad_b2]
+            grads = [
+                torch.stack(grad_u1).mT,
+                torch.stack(grad_v1),
+                torch.stack(grad_b1),
+                torch.stack(grad_u2).mT,
+                grad_v2,
+                grad_b2,
+            ]
         kept = [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-        return (None, *kept, *(None for _ in taps))
+        return (None, *kept, *(None for _ in saved[len(kept) :]))
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:
+    """Split what a `_SumOfAdapters` works on: the six stacked factors, and what is kept of each tap."""
+    parameters, kept = tensors[:6], tensors[6:]
+    per_tap = len(kept) // len(parameters[0])
+    return parameters, [kept[i : i + per_tap] for i in range(0, len(kept), per_tap)]
+
+
+def _sum_of_adapters(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
+    (u1, v1, b1, u2, v2, b2), taps = _split(tensors)
+    width = u1.shape[1]
+    with _no_autocast(u1):
+        reduced = [_reduce(unpack(tap, width, dtype), dtype, u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
+        return _expand(reduced, dtype, v2, b2)
 
 
 def _reduce(tap: Tensor, dtype: torch.dtype, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
@@ -152,23 +165,27 @@ class Stage(nn.Module):
         with _no_autocast(tap):
             return _reduce(tap, dtype, self.u1[index], self.v1[index], self.bias1[index], self.u2[index])
 
-    def forward(self, start: int, reads: Sequence[Tensor], reduced: bool = False) -> Tensor:
+    def expand(self, start: int, reduced: Sequence[Tensor]) -> Tensor:
+        """N x (B, N, r) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... from what `reduce` made."""
+        v2, bias2 = (p[start : start + len(reduced)] for p in (self.v2, self.bias2))
+        with _no_autocast(v2):
+            return _expand(reduced, _compute_dtype(v2), v2, bias2)
+
+    def forward(self, start: int, taps: Sequence[Sequence[Tensor]]) -> Tensor:
         """N x (B, N, C) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... of these taps.
 
         Args:
             start: Index of the first adapter.
-            reads: The taps, or with `reduced` what `reduce` made of them.
-            reduced: See `reads`.
+            taps: What is kept of each tap (`storage.pack`).
         """
-        dtype = _compute_dtype(self.u1)
-        stop = start + len(reads)
+        return _SumOfAdapters.apply(*self.arguments(start, taps))
+
+    def arguments(self, start: int, taps: Sequence[Sequence[Tensor]]) -> tuple[Any, ...]:
+        """Return what the sum over these taps is computed from: dtype, stacked factors, kept tensors."""
         parameters: tuple[Tensor, ...] = (self.u1, self.v1, self.bias1, self.u2, self.v2, self.bias2)
-        if stop - start < len(self.u1):
-            parameters = tuple(p[start:stop] for p in parameters)
-        if reduced:
-            with _no_autocast(self.v2):
-                return _expand(reads, dtype, *parameters[4:])
-        return _SumOfAdapters.apply(dtype, *parameters, *reads)
+        if len(taps) < len(self.u1):
+            parameters = tuple(p[start : start + len(taps)] for p in parameters)
+        return (_compute_dtype(self.u1), *parameters, *(tensor for tap in taps for tensor in tap))
 
 
 class Highway(nn.Module):
@@ -180,6 +197,7 @@ class Highway(nn.Module):
         r: Rank of both projections.
         bottleneck_ratio: k / C.
         init_weights: See `Stage`.
+        tap_storage: How its taps are kept for backward, see `storage.pack`.
     """
 
     def __init__(
@@ -189,8 +207,10 @@ class Highway(nn.Module):
         r: int = 16,
         bottleneck_ratio: float = 0.5,
         init_weights: bool = True,
+        tap_storage: str = "exact",
     ) -> None:
         super().__init__()
+        self.tap_storage = tap_storage
         self.stages = nn.ModuleList(
             Stage(width, n, r, max(1, int(width * bottleneck_ratio)), init_weights)
             for width, n in zip(widths, num_adapters, strict=True)
@@ -207,29 +227,63 @@ class Highway(nn.Module):
         return cast(Stage, self.stages[index])
 
 
+@dataclass(frozen=True)
+class Merging:
+    """One call of frozen patch merging in the backbone.
+
+    Attributes:
+        x: What is kept of the stream (B, N, C) that entered it.
+        rest: Its other arguments.
+        frozen: What it returned.
+    """
+
+    x: tuple[Tensor, ...]
+    rest: tuple[Any, ...]
+    frozen: Tensor
+
+
 class Taps:
     """What one forward of the frozen backbone leaves for the highway.
 
     With `keep` it holds each tap until the lane has used it. Without, when no gradient is wanted, it reduces each tap
-    to (B, N, r) at once, so that inference never holds more than one.
+    to (B, N, r) at once, so that inference never holds more than one, and rounds nothing.
     """
 
     def __init__(self, highways: Sequence[Highway], taps_per_block: int, keep: bool) -> None:
         self.highways = highways
         self.taps_per_block = taps_per_block
         self.keep = keep
-        self.reads: dict[tuple[int, int], list[Tensor]] = {}
-        self.streams: dict[int | str, tuple[Any, ...]] = {}
+        # Highways that are active together read the same taps: the one that wants most decides.
+        wanted = [STORAGES.index(highway.tap_storage) for highway in highways] if keep else [0]
+        self.storage = STORAGES[min(wanted, default=0)]
+        self.parts: dict[tuple[int, int], Tensor] = {}
+        self.reads: dict[tuple[int, int], Sequence[Tensor]] = {}
+        self.mergings: dict[int, Merging] = {}
+        self.tail: Tensor | None = None
 
-    def read(self, stage: int, index: int, tap: Tensor) -> None:
-        """Take the tap (B, N, C) that adapter `index` of `stage` reads."""
+    def read(self, stage: int, index: int, tap: Tensor, more: bool = False) -> None:
+        """Take the tap (B, N, C) of adapter `index` of `stage`; with `more`, the first of two parts that add up."""
+        key = (stage, index)
+        if more:
+            self.parts[key] = tap
+            return
+        if key in self.parts:
+            tap = self.parts.pop(key) + tap
         if self.keep:
-            self.reads[stage, index] = [tap]
+            self.reads[key] = pack(tap, self.storage)
         else:
-            self.reads[stage, index] = [highway.stage(stage).reduce(index, tap) for highway in self.highways]
+            self.reads[key] = [highway.stage(stage).reduce(index, tap) for highway in self.highways]
 
-    def increment(self, stage: int, first_block: int, last_block: int) -> Tensor:
-        """(B, N, C): what the blocks from `first_block` up to `last_block` (exclusive) add to the lane."""
+    def read_merging(self, stage: int, x: Tensor, rest: tuple[Any, ...], frozen: Tensor) -> None:
+        """Take what entered the patch merging behind `stage`, and what left it."""
+        self.mergings[stage] = Merging(pack(x, self.storage), rest, frozen)
+
+    def take(self, stage: int, first_block: int, last_block: int) -> tuple[int, list[Sequence[Tensor]]]:
+        """Return and forget what was read in the blocks from `first_block` up to `last_block` (exclusive).
+
+        Returns:
+            Index of the first adapter, and for it and each that follows what is kept of its tap.
+        """
         indices = range(first_block * self.taps_per_block, last_block * self.taps_per_block)
         missing = [index for index in indices if (stage, index) not in self.reads]
         if missing:
@@ -238,12 +292,7 @@ class Taps:
                 "E3VA needs every block's forward to run: remove what skips or replaces blocks (layer pruning, graph "
                 "capture, a patched forward)."
             )
-        reads = [self.reads.pop((stage, index)) for index in indices]
-        parts = [
-            highway.stage(stage)(indices.start, [read[0 if self.keep else which] for read in reads], not self.keep)
-            for which, highway in enumerate(self.highways)
-        ]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return indices.start, [self.reads.pop((stage, index)) for index in indices]
 
 
 class Lane:
@@ -262,17 +311,28 @@ class Lane:
         self.stage = 0
         self.block = 0
         self.z: Tensor | None = None
+        self.start: Tensor | None = None  # z where the stage begins
+        self.sums: list[tuple[Any, ...]] = []  # what has been added to it since
 
     def advance(self, block: int) -> Tensor:
         """Return the lane (B, N, C) behind the first `block` blocks of the current stage."""
         if block > self.block:
-            step = self.taps.increment(self.stage, self.block, block)
-            step = step.to(torch.promote_types(step.dtype, torch.float32))
-            self.z = step if self.z is None else self.z + step
+            first, reads = self.taps.take(self.stage, self.block, block)
+            for which, highway in enumerate(self.taps.highways):
+                stage = highway.stage(self.stage)
+                if self.taps.keep:
+                    self.sums.append(stage.arguments(first, reads))
+                    self._add(_SumOfAdapters.apply(*self.sums[-1]))
+                else:
+                    self._add(stage.expand(first, [read[which] for read in reads]))
             self.block = block
         if self.z is None:
             raise RuntimeError("the lane was asked for before its first block")
         return self.z
+
+    def _add(self, step: Tensor) -> None:
+        step = step.to(torch.promote_types(step.dtype, torch.float32))
+        self.z = step if self.z is None else self.z + step
 
     def merge(self) -> Tensor:
         """(B, N, C) -> (B, N', C'): carry the lane through frozen patch merging into the next stage.
@@ -280,22 +340,67 @@ class Lane:
         `PM(x + z) - PM(x)`, both terms by the same function, in fp32 and without autocast: a zero lane stays exactly
         zero, and over a bf16 base the difference is not drowned by rounding.
         """
-        merging = self.mergings[self.stage]
-        if self.z is None or merging is None:
+        module = self.mergings[self.stage]
+        if self.z is None or module is None:
             raise RuntimeError(
                 f"the lane cannot leave stage {self.stage}: it has no patch merging, or no block was run"
             )
-        x, *rest = self.taps.streams.pop(self.stage)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        call = _in_dtype(merging, dtype)
-        with _no_autocast(x):
-            x = x.to(dtype)
-            with torch.no_grad():
-                frozen = call(x, *rest)
-            self.z = call(x + self.z, *rest) - frozen
+        merging = self.taps.mergings.pop(self.stage)
+        call = _in_dtype(module, self.z.dtype)
+        if self.taps.storage == "exact":
+            x = merging.x[0].to(self.z.dtype)
+            with _no_autocast(x):
+                frozen = merging.frozen
+                if frozen.dtype != self.z.dtype:
+                    with torch.no_grad():
+                        frozen = call(x, *merging.rest)
+                self.z = call(x + self.z, *merging.rest) - frozen
+        else:
+            lengths = tuple(len(arguments) for arguments in self.sums)
+            sums = (item for arguments in self.sums for item in arguments)
+            self.z = _LeanMerging.apply(call, merging.rest, lengths, self.z, self.start, *merging.x, *sums)
         self.stage += 1
         self.block = 0
+        self.start, self.sums = self.z, []
         return self.z
+
+
+class _LeanMerging(torch.autograd.Function):
+    """`PM(x + z) - PM(x)` over a rounded `x`, that keeps neither sum nor lane: backward adds the lane up again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Callable[..., Tensor],
+        rest: tuple[Any, ...],
+        lengths: tuple[int, ...],
+        z: Tensor,
+        start: Tensor | None,
+        codes: Tensor,
+        scale: Tensor,
+        *sums: Any,
+    ) -> Tensor:
+        ctx.call, ctx.rest, ctx.lengths = call, rest, lengths
+        ctx.dtypes = [item for item in sums if not isinstance(item, Tensor)]
+        ctx.save_for_backward(start, codes, scale, *(item for item in sums if isinstance(item, Tensor)))
+        with _no_autocast(z):
+            x = unpack((codes, scale), z.shape[-1], z.dtype)
+            return call(x + z, *rest) - call(x, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        z, codes, scale, *tensors = ctx.saved_tensors
+        dtype = grad.dtype
+        for length, compute in zip(ctx.lengths, ctx.dtypes, strict=True):
+            mine, tensors = tensors[: length - 1], tensors[length - 1 :]
+            step = _sum_of_adapters(compute, mine).to(dtype)
+            z = step if z is None else z + step
+        x = unpack((codes, scale), z.shape[-1], dtype)
+        with _no_autocast(z):
+            vjp = torch.func.vjp(lambda y: ctx.call(y, *ctx.rest), x + z)[1]
+            (grad_z,) = vjp(grad)
+        return (None, None, None, grad_z, *(None for _ in range(3 + sum(ctx.lengths))))
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
