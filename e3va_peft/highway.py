@@ -14,7 +14,7 @@ adapter, the lane starting at zero, the initialisation.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,7 +35,8 @@ def _compute_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _bottleneck(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
