@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.highway import Highway, Lane, Stage, Taps
-from e3va_peft.storage import STORAGES, pack, unpack
+from e3va_peft.storage import STORAGES
 from tests.models import BY_NAME
 
 
