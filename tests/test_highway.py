@@ -115,6 +115,24 @@ def test_highway_on_vit_matches_a_ten_line_reference_at_every_hidden_state():
         torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_tap_per_block_reads_the_sum_of_its_branches(grad):
+    case = BY_NAME["vit-classifier"]
+    base, batch = case.base(), case.batch()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, taps=("block",))).eval()
+    with torch.set_grad_enabled(grad):
+        states = model(**batch, output_hidden_states=True).hidden_states
+    reads = branches(
+        base, batch, [(part, False) for block in base.vit.layers for part in (block.attention, block.mlp)]
+    )
+    with torch.no_grad():
+        frozen = base(**batch, output_hidden_states=True).hidden_states
+    stage, z = highway_of(model).stages[0], 0
+    for j in range(len(base.vit.layers)):
+        z = z + adapter(reads[2 * j] + reads[2 * j + 1], stage, j)
+        torch.testing.assert_close(states[j + 1], frozen[j + 1] + z)
+
+
 def test_sum_of_adapters_passes_gradcheck():
     stage = Stage(width=6, num_adapters=3, r=2, bottleneck=3, init_weights=False).double()
     taps = [torch.randn(2, 5, 6, dtype=torch.double) for _ in range(3)]

@@ -64,13 +64,15 @@ def test_forwards_in_threads_do_not_mix_their_taps(name):
             assert_same(result, expected[i], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
-def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name):
+@pytest.mark.parametrize("name, options", [("swin-classifier", {"tap_storage": "int8"}), ("vit-classifier", {})])
+def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, options, monkeypatch):
     case = BY_NAME[name]
-    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False)).train()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **options)).train()
     twin = copy.deepcopy(model)
     compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
-    for seed in range(2):
+    for seed in range(3):
+        if seed == 2:  # in the first step transformers notes the problem's type in the config, which compiles once more
+            monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
         batch = case.training_batch(seed=seed)
         left, right = compiled(**batch), model(**batch)
         torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-5)
