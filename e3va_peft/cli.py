@@ -38,6 +38,8 @@ def _errors_in_plain_words() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # checkpointed blocks inside of a checkpointed stage, whose first forward keeps nothing
+    warnings.filterwarnings("ignore", "None of the inputs have requires_grad", module="torch.utils.checkpoint")
 
     try:
         yield

@@ -123,7 +123,7 @@ def markdown(rows: Sequence[Row], config: RunConfig) -> str:
     seeds = f"{len(first.seeds)} seeds, ± one standard deviation" if len(first.seeds) > 1 else "one seed"
     notes = (
         f"{config.task}, {config.model}: {first.epochs:g} epochs ({first.steps} steps), {seeds}. Same head, data "
-        "order and epochs for all; parameters include the head. *Kept for backward* and *peak*: bytes of one training step, "
-        "counted from its tensors. *Backbone share*: (method - head only) / (full - head only) of what is kept."
+        "order and epochs for all; parameters include the head. *Kept for backward* and *peak*: bytes of one training "
+        "step, counted from its tensors. *Backbone share*: (method - head only) / (full - head only) of what is kept."
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"
