@@ -109,6 +109,9 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     Seeds are the outer loop, so that a comparison that is cut short has whole rounds. A run that is finished is not
     trained again; the measurement and the report are made anew by every call.
 
+    Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn anew:
+    they come from the random state that dropout and drop-path use, too.
+
     Args:
         comparison: What is compared.
         overwrite: Train all runs again.
