@@ -54,7 +54,7 @@ def _errors_in_plain_words() -> Iterator[None]:
 Config = Annotated[str, typer.Argument(help="YAML file of the run, or the name of a recipe.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one field, e.g. training.learning_rate=1e-3. Repeat for more.", metavar="K=V"),
+    typer.Option("--set", help="Change one field, e.g. training.num_train_epochs=3. Repeat for more.", metavar="K=V"),
 ]
 Source = Annotated[
     str, typer.Argument(help="Folder of a run, or folder or Hub id of an E3VA adapter.", metavar="RUN_OR_ADAPTER")
