@@ -149,9 +149,9 @@ def adaptformer(model: nn.Module) -> nn.Module:
 def lorand(model: nn.Module) -> nn.Module:
     """Put a LoRand adapter behind attention and another behind the MLP, each with a residual: `t + A(t)`.
 
-    Source: Yin et al., CVPR 2023, "1% VS 100%: Parameter-Efficient Low Rank Adapter for Dense Predictions", section 3;
-    two branches of rank 8, width C / 2, as its standard variant. Initialised as in the authors' code, which does *not*
-    start at zero: the adapted model begins near the pretrained one, not at it.
+    Source: Yin et al., CVPR 2023, "1% VS 100%: Parameter-Efficient Low Rank Adapter for Dense Predictions": two
+    branches of rank 8. The width C / 2 is inferred from the published count. Placed and initialised as in the authors'
+    code, which does *not* start at zero: the adapted model begins near the pretrained one, not at it.
     """
     return _sequential(model, LoRand)
 
