@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
 from e3va_peft import E3VAConfig
-from e3va_peft.measure.step import peak_of
+from e3va_peft.measure import live_bytes
 
 ROUNDS = 5
 BATCHES = (1, 2, 4, 8, 16, 32)
@@ -132,7 +132,7 @@ def inference_rows() -> list[dict[str, Any]]:
                     "method": name,
                     "seconds": statistics.median(rounds[name]),
                     "rounds": rounds[name],
-                    "peak_bytes": peak_of(lambda m=model, p=predict: p(m), model),
+                    "peak_bytes": max(live_bytes(lambda m=model, p=predict: p(m), model)),
                 }
             )
     return rows

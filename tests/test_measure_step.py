@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from e3va_peft.measure import StepReport, measure_step
-from e3va_peft.measure.step import peak_of
+from e3va_peft.measure import StepReport, live_bytes, measure_step
 
 # Sizes of every test: a batch of 32 rows of 8 features, 16 hidden, 4 out, in float32.
 X = 32 * 8 * 4
@@ -452,8 +451,16 @@ def test_the_peak_of_inference_is_its_widest_moment_beyond_the_weights():
     x = batch()
     model = mlp()
     with torch.no_grad():
-        peak = peak_of(lambda: model(x), model)
-    assert peak == X + 2 * HIDDEN  # the batch, the hidden layer, and it again behind GELU
+        alive = live_bytes(lambda: model(x), model)
+    assert max(alive) == X + 2 * HIDDEN  # the batch, the hidden layer, and it again behind GELU
+
+
+def test_live_bytes_rise_in_forward_and_fall_in_backward():
+    x, model = batch(), mlp()
+    alive = live_bytes(lambda: model(x).sum().backward(), model)
+    kept = X + 2 * HIDDEN + 32 * 4 * 4 + 4  # the batch, the hidden layer twice, the output and its sum
+    assert kept in alive and alive[-1] < kept
+    assert alive.index(max(alive)) > alive.index(kept)
 
 
 def test_cuda_reports_its_own_peak_of_the_timed_steps(monkeypatch):

@@ -1,6 +1,6 @@
 """Meters: what one training step costs in memory and time, and how much of a backbone is trained."""
 
 from e3va_peft.measure.parameters import BackboneShare, backbone_share
-from e3va_peft.measure.step import StepReport, measure_step
+from e3va_peft.measure.step import StepReport, live_bytes, measure_step
 
-__all__ = ["BackboneShare", "StepReport", "backbone_share", "measure_step"]
+__all__ = ["BackboneShare", "StepReport", "backbone_share", "live_bytes", "measure_step"]

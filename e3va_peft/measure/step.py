@@ -333,20 +333,22 @@ def _saved_bytes(forward: Callable[[], Tensor], fixed: list[Tensor]) -> int:
     return sum(storage.nbytes() for key, storage in storages.items() if key not in excluded)
 
 
-def peak_of(function: Callable[[], object], model: nn.Module) -> int:
-    """Return the peak of live tensor bytes while a function runs, beyond the parameters and buffers of a model.
+def live_bytes(function: Callable[[], object], model: nn.Module) -> list[int]:
+    """Run a function once and return how many bytes of tensors are alive after each operation of it.
+
+    The parameters and buffers of `model` are left out. The maximum is the peak; as a curve it shows what a training
+    step holds, and when it lets go.
 
     Args:
-        function: What to run, once; inference, say.
+        function: What to run: inference, or a training step.
         model: Module that it uses.
     """
-    fixed = [*model.parameters(), *model.buffers()]
     meter = _LiveBytes()
-    meter.track(fixed, "parameters")
+    meter.track([*model.parameters(), *model.buffers()], "parameters")
+    weights = meter.totals.pop()
     with _collector_off(), meter:
         function()
-    split = meter.split()
-    return sum(split.values()) - split["parameters"]
+    return [total - weights for total in meter.totals]
 
 
 @contextmanager
@@ -409,6 +411,7 @@ class _LiveBytes(TorchDispatchMode):
         self._total = 0
         self._peak = 0
         self._at_peak: list[_Entry] = []
+        self.totals: list[int] = []
 
     def track(self, leaves: Iterable[object], kind: Kind) -> None:
         """Count the tensors among `leaves` whose storage is new."""
@@ -417,6 +420,7 @@ class _LiveBytes(TorchDispatchMode):
                 reference = weakref.ref(storage, partial(self._forget, key))
                 self._live[key] = _Entry(storage.nbytes(), kind, reference)
                 self._total += storage.nbytes()
+        self.totals.append(self._total)
         if self._total > self._peak:
             self._peak = self._total
             self._at_peak = list(self._live.values())
