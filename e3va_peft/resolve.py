@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of, registered_backbones
 from e3va_peft.card import BaseModel
@@ -100,6 +100,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         config.modules_to_save = everything_outside(model, present, exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
+    _check_quantized(model, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
     _check_nesting(model, config.modules_to_save)
     config.base = _describe_base(model, exits)
@@ -302,6 +303,23 @@ def _check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None
         parts = [child(name, key) for key, _ in module.named_children()]
         raise ValueError(
             f"modules_to_save={name!r}: is a {type(module).__name__}, which PEFT cannot wrap. Name {parts}."
+        )
+
+
+def _check_quantized(model: nn.Module, names: list[str]) -> None:
+    """Refuse to train quantised weights: they take no gradient, or no optimizer step, or cannot be saved."""
+    modules = dict(base_modules(model))
+    quantized = {
+        name: f"{child(name, key)} is a {type(parameter).__name__} of {parameter.dtype}"
+        for name in names
+        for key, parameter in modules[name].named_parameters()
+        if type(parameter).dequantize is not Tensor.dequantize or not parameter.is_floating_point()
+    }
+    if quantized:
+        raise ValueError(
+            f"modules_to_save={list(quantized)}: hold quantised weights ({'; '.join(quantized.values())}), but what is "
+            f"saved is trained whole. Leave them out of quantisation: {list(quantized)} as modules_to_not_convert of "
+            "TorchAoConfig, or llm_int8_skip_modules of BitsAndBytesConfig; or leave them out of modules_to_save."
         )
 
 

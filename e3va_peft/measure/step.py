@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 MIB = 2**20
@@ -292,8 +292,17 @@ def _untouched(
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """Return the unique storages by `id`: torch keeps one Python object per storage for as long as it lives."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
+    storages = (plain.untyped_storage() for tensor in tensors for plain in _plain_tensors(tensor))
     return {id(storage): storage for storage in storages}
+
+
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Iterate over the tensors inside one that wraps others (quantised, say), whose own storage is empty or made up."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
 
 
 @dataclass(eq=False)
