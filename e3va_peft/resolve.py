@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -167,6 +168,16 @@ def _check_exit(found: Exit) -> None:
                 f"{found.name}.{name} is already adapted by {type(module).__name__}. E3VA sends no gradient into the "
                 "backbone, so that adapter would never train. unload() or merge it first."
             )
+    mergings = [stage.merging for stage in found.family.stages(found.module) if stage.merging is not None]
+    rounding = [module for module in mergings if any(hasattr(p, "SCB") for p in module.parameters())]
+    if rounding:
+        names = [child(found.name, name) for name, module in found.module.named_modules() if module in rounding]
+        raise ValueError(
+            f"{names}: bitsandbytes has quantised this patch merging to 8 bits, where it rounds activations too. The "
+            "lane passes through it and would drown in that. Add these names, or 'downsample', to "
+            "llm_int8_skip_modules of BitsAndBytesConfig; or use load_in_4bit, or TorchAoConfig, which round weights "
+            "only."
+        )
 
 
 def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
@@ -180,7 +191,15 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)
     }
-    return BaseModel(getattr(model, "config", None), type(model).__name__, type(model).__module__, outermost)
+    quantizers: list[Any] = [getattr(module, "hf_quantizer", None) for _, module in base_modules(model)]
+    methods = [q.quantization_config.quant_method for q in quantizers if q is not None and not q.pre_quantized]
+    return BaseModel(
+        config=getattr(model, "config", None),
+        class_name=type(model).__name__,
+        library=type(model).__module__,
+        backbones=outermost,
+        quantized_by=str(getattr(methods[0], "value", methods[0])) if methods else "",
+    )
 
 
 def _check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> None:
@@ -317,9 +336,9 @@ def _check_quantized(model: nn.Module, names: list[str]) -> None:
     }
     if quantized:
         raise ValueError(
-            f"modules_to_save={list(quantized)}: hold quantised weights ({'; '.join(quantized.values())}), but what is "
-            f"saved is trained whole. Leave them out of quantisation: {list(quantized)} as modules_to_not_convert of "
-            "TorchAoConfig, or llm_int8_skip_modules of BitsAndBytesConfig; or leave them out of modules_to_save."
+            f"modules_to_save={list(quantized)}: what is saved is trained whole, which quantised weights cannot be: "
+            f"{'; '.join(quantized.values())}. Load the base model with modules_to_not_convert={list(quantized)} in "
+            "its TorchAoConfig (llm_int8_skip_modules in a BitsAndBytesConfig), or leave them out of modules_to_save."
         )
 
 

@@ -296,8 +296,8 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     return {id(storage): storage for storage in storages}
 
 
-def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
-    """Iterate over the tensors inside one that wraps others (quantised, say), whose own storage is empty or made up."""
+def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors inside one that wraps others (quantised, say): its own storage is made up."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
