@@ -96,6 +96,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     config.target_modules = [found.name for found in exits]
     for found in exits:
         _check_exit(found)
+        _check_merging(found)
     _check_label_count(model, config, exits)
     if config.modules_to_save is None:
         config.modules_to_save = everything_outside(model, present, exits)
@@ -168,15 +169,18 @@ def _check_exit(found: Exit) -> None:
                 f"{found.name}.{name} is already adapted by {type(module).__name__}. E3VA sends no gradient into the "
                 "backbone, so that adapter would never train. unload() or merge it first."
             )
-    mergings = [stage.merging for stage in found.family.stages(found.module) if stage.merging is not None]
-    rounding = [module for module in mergings if any(hasattr(p, "SCB") for p in module.parameters())]
-    if rounding:
-        names = [child(found.name, name) for name, module in found.module.named_modules() if module in rounding]
+
+
+def _check_merging(found: Exit) -> None:
+    """Refuse patch merging by layers of bitsandbytes that round activations as well: the lane passes through it."""
+    mergings = [stage.merging for stage in found.family.stages(found.module)]
+    rounding = [module for module in mergings if module and any(hasattr(p, "SCB") for p in module.parameters())]
+    names = [child(found.name, name) for name, module in found.module.named_modules() if module in rounding]
+    if names:
         raise ValueError(
-            f"{names}: bitsandbytes has quantised this patch merging to 8 bits, where it rounds activations too. The "
-            "lane passes through it and would drown in that. Add these names, or 'downsample', to "
-            "llm_int8_skip_modules of BitsAndBytesConfig; or use load_in_4bit, or TorchAoConfig, which round weights "
-            "only."
+            f"load_in_8bit=True: bitsandbytes rounds the input of the patch merging {names}, and the lane, which passes "
+            f"through it, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or use "
+            "load_in_4bit=True or a TorchAoConfig, whose layers round only weights there."
         )
 
 
