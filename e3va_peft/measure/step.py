@@ -297,12 +297,14 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
 
 
 def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
-    """Iterate over the tensors inside one that wraps others (quantised, say): its own storage is made up."""
+    """Iterate over the tensors that hold a tensor's numbers: one that wraps others has a made-up storage itself."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _plain_tensors(getattr(tensor, name))
-    else:
-        yield tensor
+        return
+    yield tensor
+    if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes keeps scales beside 4-bit weights
+        yield from (value for value in state.as_dict().values() if isinstance(value, Tensor))
 
 
 @dataclass(eq=False)
