@@ -1,10 +1,11 @@
 """Memory and time of one training step of E3VA over a frozen base in fp32, bf16, int8 and 4 bits.
 
-    python benchmarks/quantized.py [swin-b] [vit-b]
+    python benchmarks/quantized.py [swin-b] [vit-b] [fp32] [bf16] [int8] [4-bit]
 
-Random weights: memory does not depend on them. AdamW, on the CPU with torch's own number of threads. int8 is torchao's,
-4 bits are bitsandbytes'. Activations are fp32 except over the bf16 base, where they are bf16. Time is the median over
-rounds that take one step of every base in turn.
+Random weights: memory does not depend on them. AdamW, on the CPU with torch's own number of threads. int8 is torchao's
+and 4 bits are bitsandbytes'. Activations are fp32 except over the bf16 base, where they are bf16, which takes several
+times as long on a CPU without instructions for it. Time is the median over rounds that take one step of every base in
+turn.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
 
-ROUNDS = 7
+ROUNDS = 5
 HEAD = ["classifier"]
 BASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fp32": dict,
@@ -43,7 +44,9 @@ BASES: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def prepare(setting: Setting) -> dict[str, tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]]:
+def prepare(
+    setting: Setting, bases: list[str]
+) -> dict[str, tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]]:
     """Build model, optimizer and batch of a setting for every base, from the same stored weights."""
     torch.manual_seed(0)
     model = setting.build()
@@ -51,11 +54,12 @@ def prepare(setting: Setting) -> dict[str, tuple[nn.Module, torch.optim.Optimize
     prepared = {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        for name, options in BASES.items():
-            base = type(model).from_pretrained(folder, **options())
+        for name in bases:
+            options = BASES[name]()
+            base = type(model).from_pretrained(folder, **options)
             adapted = get_peft_model(base, E3VAConfig()).train()
             optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
-            pixels = inputs["pixel_values"].to(options().get("dtype", torch.float32))
+            pixels = inputs["pixel_values"].to(options.get("dtype", torch.float32))
             prepared[name] = (adapted, optimizer, inputs | {"pixel_values": pixels})
     return prepared
 
@@ -70,11 +74,12 @@ def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict
 
 
 def main() -> None:
-    """Measure the settings named on the command line, both classifiers by default."""
+    """Measure the settings and bases named on the command line: by default both classifiers over each base."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     rows = []
-    for key in sys.argv[1:] or ("swin-b", "vit-b"):
-        prepared = prepare(SETTINGS[key])
+    bases = [name for name in BASES if name in sys.argv] or list(BASES)
+    for key in [name for name in ("swin-b", "vit-b") if name in sys.argv] or ("swin-b", "vit-b"):
+        prepared = prepare(SETTINGS[key], bases)
         reports = {name: measure_step(*_order(parts), repeats=1) for name, parts in prepared.items()}
         times: dict[str, list[float]] = {name: [] for name in prepared}
         for _ in range(ROUNDS):
@@ -88,7 +93,7 @@ def main() -> None:
                 f"{SETTINGS[key].title}: {name}: {report.peak_bytes / MIB:.0f} MiB peak, of which parameters "
                 f"{report.peak_parameters / MIB:.0f}, {report.saved_bytes / MIB:.0f} MiB saved, {seconds:.2f} s"
             )
-    save("quantized", rows)
+        save("quantized", rows)
 
 
 def _order(parts: tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]) -> tuple[Any, ...]:
