@@ -93,7 +93,7 @@ def main() -> None:
                 f"{SETTINGS[key].title}: {name}: {report.peak_bytes / MIB:.0f} MiB peak, of which parameters "
                 f"{report.peak_parameters / MIB:.0f}, {report.saved_bytes / MIB:.0f} MiB saved, {seconds:.2f} s"
             )
-        save("quantized", rows)
+        save("quantized", rows, "torchao", "bitsandbytes")
 
 
 def _order(parts: tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]) -> tuple[Any, ...]:

@@ -179,8 +179,8 @@ def _check_merging(found: Exit) -> None:
     if names:
         raise ValueError(
             f"load_in_8bit=True: bitsandbytes rounds what enters the patch merging {names}, and the lane, which "
-            f"passes through, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or use "
-            "load_in_4bit=True or a TorchAoConfig, whose layers round only weights there."
+            f"passes through, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or "
+            "use load_in_4bit=True or a TorchAoConfig: only weights are rounded there."
         )
 
 
