@@ -91,14 +91,40 @@ def training() -> str:
     return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
 
 
-TABLES = (("demo", demo), ("memory", memory), ("quantized", quantized), ("training", training))
+def compare() -> str:
+    """Table of `e3va compare`, one row per method."""
+    header = ["method", "mean IoU", "trained", "kept for backward", "backbone share", "peak", "s per step"]
+    body = []
+    for row in rows("compare"):
+        spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
+        body.append(
+            [
+                row["method"],
+                f"{row['mean']:.3f}{spread}",
+                f"{row['trained_parameters'] / 1e6:.2f} M",
+                f"{row['saved_bytes'] / MIB:.0f} MiB",
+                f"{100 * row['backbone_share']:.0f} %",
+                f"{row['peak_bytes'] / MIB:.0f} MiB",
+                f"{row['step_seconds']:.2f}",
+            ]
+        )
+    return markdown(header, body)
+
+
+TABLES = {
+    "demo": demo,
+    "memory": memory,
+    "quantized": quantized,
+    "training": training,
+    "compare": compare,
+}
 
 
 def main() -> None:
     """Fill in, or check, the marked places."""
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in TABLES:
+    for name, table in TABLES.items():
         place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
         text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
     if "--check" in sys.argv:

@@ -20,7 +20,8 @@ def about() -> None:
     See it work: [bold]e3va demo[/bold], real weights and real MRI, a few minutes on a CPU.
 
     Train on your own data: [bold]e3va recipes[/bold] lists configs to start from, [bold]e3va train[/bold] runs one,
-    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees.
+    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees. [bold]e3va compare[/bold] holds
+    methods against each other on it.
     """
 
 
@@ -37,6 +38,8 @@ def _errors_in_plain_words() -> Iterator[None]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # checkpointed blocks inside of a checkpointed stage, whose first forward keeps nothing
+    warnings.filterwarnings("ignore", "None of the inputs have requires_grad", module="torch.utils.checkpoint")
 
     try:
         yield
@@ -51,7 +54,7 @@ def _errors_in_plain_words() -> Iterator[None]:
 Config = Annotated[str, typer.Argument(help="YAML file of the run, or the name of a recipe.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one field, e.g. training.learning_rate=1e-3. Repeat for more.", metavar="K=V"),
+    typer.Option("--set", help="Change one field, e.g. training.num_train_epochs=3. Repeat for more.", metavar="K=V"),
 ]
 Source = Annotated[
     str, typer.Argument(help="Folder of a run, or folder or Hub id of an E3VA adapter.", metavar="RUN_OR_ADAPTER")
@@ -91,6 +94,43 @@ def train(
         from e3va_peft.training.run import train as run
 
         run(read_config(config, overrides or ()), overwrite=overwrite)
+
+
+@app.command()
+def compare(
+    config: Config,
+    output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
+    methods: Annotated[
+        str | None, typer.Option(help="Methods to compare, separated by commas. Without it, all eleven.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
+    overrides: Overrides = None,
+    rates: Annotated[
+        list[str] | None,
+        typer.Option("--learning-rate", help="Learning rate of one method. Repeat for more.", metavar="METHOD=RATE"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Train runs again that are finished.")] = False,
+) -> None:
+    r"""Train methods side by side on your task: score, memory and time of each.
+
+    All get the same head, data order and epochs, and are scored once, at the end. Then one training step of each is
+    measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
+    [bold]runs/[/bold]. The same command goes on after a stop; once all runs are finished, it measures again.
+
+    Methods: full, head-only, partial-1, bitfit, norm-tuning, adapter, adaptformer, lorand, lora, lora-checkpointing,
+    e3va. Each wants a learning rate of its own: the defaults are where a search begins.
+
+    [bold]Examples[/bold]
+
+        e3va compare my.yaml --output runs/compare\n
+        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2\n
+        e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
+    """
+    with _errors_in_plain_words():
+        from e3va_peft.measure.compare import compare as run
+        from e3va_peft.measure.compare import read_comparison
+
+        run(read_comparison(config, output, methods, seeds, overrides or (), rates or ()), overwrite=overwrite)
 
 
 @app.command("eval")

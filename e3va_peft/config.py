@@ -11,8 +11,10 @@ from typing import Any
 from peft import PeftConfig, PeftType
 
 from e3va_peft.card import BaseModel, write_companions
+from e3va_peft.storage import STORAGES
 
-TAPS = ("attention", "mlp")
+BRANCHES = ("attention", "mlp")  # of a block, in the order in which they run
+BLOCK = ("block",)  # one tap: the sum of the branches
 
 
 def peft_type() -> PeftType:
@@ -59,10 +61,18 @@ class E3VAConfig(PeftConfig):
         },
     )
     taps: Sequence[str] = field(
-        default=TAPS,
+        default=BRANCHES,
         metadata={
-            "help": "Which branches of a block are read: 'attention' (its output before the residual add), 'mlp', or "
-            "both. One adapter per tap and block."
+            "help": "What is read of each block, one adapter for each: 'attention' (the branch's output before the "
+            "residual add), 'mlp', or both; or ('block',), their sum, which halves what is kept for backward."
+        },
+    )
+    tap_storage: str = field(
+        default="exact",
+        metadata={
+            "help": "How a tap is kept between forward and backward. 'exact': as it is. 'int8': rounded, with a scale "
+            "per token, a quarter of the bytes of fp32. 'int4': with a scale per 32 channels, a seventh. The highway "
+            "reads the rounded tap in training, in forward and backward alike; without gradients nothing is rounded."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -105,7 +115,7 @@ class E3VAConfig(PeftConfig):
         self.peft_type = peft_type()
         self.base = BaseModel()  # no field: it is known once the adapter is in a model, and never passed by a user
         self._check()
-        self.taps = tuple(tap for tap in TAPS if tap in self.taps)
+        self.taps = tuple(tap for tap in (*BRANCHES, *BLOCK) if tap in self.taps)
 
     def _check(self) -> None:
         if self.task_type is not None:
@@ -119,10 +129,12 @@ class E3VAConfig(PeftConfig):
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
             raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
         if isinstance(self.taps, str) or not isinstance(self.taps, Sequence | set):
-            raise ValueError(f"taps={self.taps!r}: must be a sequence of names, e.g. taps={TAPS}.")
-        unknown = [tap for tap in self.taps if tap not in TAPS]
-        if unknown or not self.taps or len(set(self.taps)) != len(self.taps):
-            raise ValueError(f"taps={tuple(self.taps)!r}: must be one or both of {TAPS}, each once.")
+            raise ValueError(f"taps={self.taps!r}: must be a sequence of names, e.g. taps={BRANCHES}.")
+        unknown = [tap for tap in self.taps if tap not in BRANCHES]
+        if tuple(self.taps) != BLOCK and (unknown or not self.taps or len(set(self.taps)) != len(self.taps)):
+            raise ValueError(f"taps={tuple(self.taps)!r}: must be one or both of {BRANCHES}, each once, or {BLOCK}.")
+        if self.tap_storage not in STORAGES:
+            raise ValueError(f"tap_storage={self.tap_storage!r}: must be one of {STORAGES}.")
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):

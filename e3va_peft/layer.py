@@ -14,10 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Run
-from e3va_peft.config import E3VAConfig
+from e3va_peft.config import BLOCK, BRANCHES, E3VAConfig
 from e3va_peft.highway import Highway, Lane, Taps
-
-TAIL = "tail"
 
 
 class _CurrentTaps:
@@ -60,10 +58,11 @@ class Tap:
     nothing outside of one.
     """
 
-    def __init__(self, stage: int, index: int, read: Literal["input", "output"]) -> None:
+    def __init__(self, stage: int, index: int, read: Literal["input", "output"], more: bool = False) -> None:
         self.stage = stage
         self.index = index
         self.read = read
+        self.more = more
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         """Read the module's first input or its output, as a forward pre-hook or a forward hook."""
@@ -71,20 +70,30 @@ class Tap:
         if taps is not None:
             value = args[0] if self.read == "input" else output
             value = value[0] if isinstance(value, tuple) else value
-            taps.read(self.stage, self.index, value.detach())
+            taps.read(self.stage, self.index, value.detach(), self.more)
 
 
-class StreamTap:
-    """A pre-hook that reads what enters a module of the frozen stream: patch merging, or the exit's tail."""
+class MergingTap:
+    """A hook that reads what enters frozen patch merging, and what leaves it."""
 
-    def __init__(self, key: int | str) -> None:
-        self.key = key
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the module's arguments for the lane."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the module's arguments and output for the lane."""
         taps = _CURRENT.get()
         if taps is not None:
-            taps.streams[self.key] = args
+            taps.read_merging(self.stage, args[0], args[1:], output)
+
+
+class TailTap:
+    """A pre-hook that reads what enters the exit's tail."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keep the last block's output, to which the lane is added."""
+        taps = _CURRENT.get()
+        if taps is not None:
+            taps.tail = args[0]
 
 
 class FrozenGuard:
@@ -119,7 +128,7 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
 
 def is_e3va_hook(hook: object) -> bool:
     """Whether a hook is one of ours."""
-    return isinstance(hook, Tap | StreamTap | FrozenGuard)
+    return isinstance(hook, Tap | MergingTap | TailTap | FrozenGuard)
 
 
 def remove_hooks(model: nn.Module) -> None:
@@ -170,17 +179,20 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     def _register_taps(self) -> None:
         for i, (stage, depth) in enumerate(zip(self.backbone.stages(self.base_layer), self.depth, strict=False)):
             for j, block in enumerate(stage.blocks[:depth]):
-                for k, name in enumerate(self.taps):
+                for k, name in enumerate(BRANCHES if self.taps == BLOCK else self.taps):
                     point = block[name]
-                    tap = Tap(i, j * len(self.taps) + k, point.read)
+                    if self.taps == BLOCK:
+                        tap = Tap(i, j, point.read, more=name != BRANCHES[-1])
+                    else:
+                        tap = Tap(i, j * len(self.taps) + k, point.read)
                     if point.read == "input":
                         point.module.register_forward_pre_hook(tap)
                     else:
                         point.module.register_forward_hook(tap)
             if stage.merging is not None:
-                stage.merging.register_forward_pre_hook(StreamTap(i))
+                stage.merging.register_forward_hook(MergingTap(i))
         if self.backbone.tail:
-            getattr(self.base_layer, self.backbone.tail[0]).register_forward_pre_hook(StreamTap(TAIL))
+            getattr(self.base_layer, self.backbone.tail[0]).register_forward_pre_hook(TailTap())
 
     def update_layer(self, adapter_name: str, config: E3VAConfig, tail: Sequence[str] = ()) -> None:
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.
@@ -196,7 +208,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         widths = [stage.width for stage in self.backbone.stages(self.base_layer)][: len(self.depth)]
         counts = [blocks * len(self.taps) for blocks in self.depth]
         self.e3va_highway[adapter_name] = Highway(
-            widths, counts, config.r, config.bottleneck_ratio, config.init_weights
+            widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage
         )
         if tail:
             copies = {name: copy.deepcopy(getattr(self.base_layer, name)) for name in tail}
@@ -226,7 +238,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             lane=Lane(taps, [stage.merging for stage in self.backbone.stages(self.base_layer)]),
             depth=self.depth,
             tail=self._tail(active),
-            tail_input=taps.streams.get(TAIL, (torch.empty(0),))[0],
+            tail_input=torch.empty(0) if taps.tail is None else taps.tail,
             kwargs=kwargs,
         )
         outputs = self.backbone.splice(outputs, run)

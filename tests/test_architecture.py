@@ -34,19 +34,20 @@ from tests.models import CASES
 
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
-    {"card", "highway", "backbones"},
-    {"config"},
+    {"card", "storage", "backbones"},
+    {"config", "highway"},
     {"layer"},
     {"resolve"},
     {"model"},
     {"loading"},
     {""},
-    {"detection", "training", "measure"},
+    {"detection", "training"},
+    {"measure"},
     {"demo"},
     {"cli"},
     {"__main__"},
 ]
-TORCH_ONLY = {"highway": {"torch"}, "backbones": {"torch"}}
+TORCH_ONLY = {"storage": {"torch"}, "highway": {"torch"}, "backbones": {"torch"}}
 
 
 def imports(path: Path) -> set[str]:

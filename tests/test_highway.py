@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.highway import Highway, Lane, Stage, Taps
+from e3va_peft.storage import STORAGES
 from tests.models import BY_NAME
 
 
@@ -114,13 +115,32 @@ def test_highway_on_vit_matches_a_ten_line_reference_at_every_hidden_state():
         torch.testing.assert_close(got[name], gradient, rtol=1e-8, atol=1e-9, msg=name)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_tap_per_block_reads_the_sum_of_its_branches(grad):
+    case = BY_NAME["vit-classifier"]
+    base, batch = case.base(), case.batch()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, taps=("block",))).eval()
+    with torch.set_grad_enabled(grad):
+        states = model(**batch, output_hidden_states=True).hidden_states
+    reads = branches(
+        base, batch, [(part, False) for block in base.vit.layers for part in (block.attention, block.mlp)]
+    )
+    with torch.no_grad():
+        frozen = base(**batch, output_hidden_states=True).hidden_states
+    stage, z = highway_of(model).stages[0], 0
+    for j in range(len(base.vit.layers)):
+        z = z + adapter(reads[2 * j] + reads[2 * j + 1], stage, j)
+        torch.testing.assert_close(states[j + 1], frozen[j + 1] + z)
+
+
 def test_sum_of_adapters_passes_gradcheck():
     stage = Stage(width=6, num_adapters=3, r=2, bottleneck=3, init_weights=False).double()
     taps = [torch.randn(2, 5, 6, dtype=torch.double) for _ in range(3)]
     names, values = zip(*stage.named_parameters(), strict=True)
     inputs = tuple(value.detach().requires_grad_() for value in values)
     assert torch.autograd.gradcheck(
-        lambda *v: torch.func.functional_call(stage, dict(zip(names, v, strict=True)), (0, taps)), inputs
+        lambda *v: torch.func.functional_call(stage, dict(zip(names, v, strict=True)), (0, [(t,) for t in taps])),
+        inputs,
     )
 
 
@@ -129,7 +149,7 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
     taps = [torch.randn(2, 9, 8) for _ in range(4)]
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        stage(0, taps).sum().backward()
+        stage(0, [(tap,) for tap in taps]).sum().backward()
     own = {p.data_ptr() for p in stage.parameters()}
     kept = [t for t in saved if t.data_ptr() not in own]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
@@ -140,18 +160,18 @@ def test_saved_taps_are_unpacked_once_and_can_be_checkpointed():
     taps = [torch.randn(2, 5, 8) for _ in range(3)]
     unpacked: list[int] = []
     with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
-        stage(0, taps).sum().backward()
+        stage(0, [(tap,) for tap in taps]).sum().backward()
     assert len(unpacked) == 6 + 3
     direct = stage.u1.grad.clone()
     stage.zero_grad()
-    checkpoint(lambda: stage(0, taps).sum(), use_reentrant=False).backward()
+    checkpoint(lambda: stage(0, [(tap,) for tap in taps]).sum(), use_reentrant=False).backward()
     torch.testing.assert_close(stage.u1.grad, direct)
 
 
 def test_a_stage_is_one_autograd_node_however_deep():
     for depth in (2, 36):
         stage = Stage(width=8, num_adapters=depth, r=2, bottleneck=4)
-        node = stage(0, [torch.randn(1, 4, 8) for _ in range(depth)]).grad_fn
+        node = stage(0, [(torch.randn(1, 4, 8),) for _ in range(depth)]).grad_fn
         assert node.name() == "_SumOfAdaptersBackward"
 
 
@@ -168,12 +188,14 @@ def test_inference_reduces_each_tap_at_once():
     torch.testing.assert_close(lane, expected.detach())
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype):
+def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype, storage):
     case = BY_NAME["swin-maps-in-own-head"]
     merging = case.base().backbone.swin.encoder.layers[0].downsample.to(dtype)
-    taps = Taps([], taps_per_block=1, keep=True)
-    taps.streams[0] = (torch.randn(2, 15, 8).to(dtype), (3, 5))
+    taps = Taps([Highway([8], [1], tap_storage=storage)], taps_per_block=1, keep=True)
+    x = torch.randn(2, 15, 8).to(dtype)
+    taps.read_merging(0, x, ((3, 5),), merging(x, (3, 5)).detach())
     lane = Lane(taps, [merging])
     lane.z = torch.zeros(2, 15, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -185,11 +207,11 @@ def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype):
 def test_gradients_under_bf16_autocast_are_close_to_fp32():
     stage = Stage(width=16, num_adapters=4, r=4, bottleneck=8, init_weights=False)
     taps = [torch.randn(2, 30, 16) for _ in range(4)]
-    stage(0, taps).square().sum().backward()
+    stage(0, [(tap,) for tap in taps]).square().sum().backward()
     exact = {name: p.grad.clone() for name, p in stage.named_parameters()}
     stage.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = stage(0, taps)
+        out = stage(0, [(tap,) for tap in taps])
         assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     for name, parameter in stage.named_parameters():

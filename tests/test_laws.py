@@ -314,12 +314,12 @@ def test_no_grad_and_grad_forwards_agree_once_trained(case):
 @every_model
 def test_taps_can_be_chosen(case):
     counts = {}
-    for taps in (("attention",), ("mlp",), ("attention", "mlp")):
+    for taps in (("attention",), ("mlp",), ("attention", "mlp"), ("block",)):
         model = adapted(case, taps=taps, modules_to_save=[])
         counts[taps] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         loss_of(model.train()(**case.training_batch())).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert counts["attention",] == counts["mlp",] == counts["attention", "mlp"] / 2
+    assert counts["attention",] == counts["mlp",] == counts["block",] == counts["attention", "mlp"] / 2
 
 
 # a user's own head reads its backbone's output by name; Mask2Former's tuple leaves out outputs by rules of its own

@@ -83,8 +83,10 @@ def test_adapted_model_equals_the_quantised_base_at_init_to_the_bit(case, method
 
 @every_family
 @every_method
-def test_training_changes_the_highway_and_the_head_only(case, method, load):
-    model = get_peft_model(load(case, METHODS[method](HEAD)), E3VAConfig(r=4, init_weights=False))
+@pytest.mark.parametrize("tap_storage", ["exact", "int8"])
+def test_training_changes_the_highway_and_the_head_only(case, method, tap_storage, load):
+    config = E3VAConfig(r=4, init_weights=False, tap_storage=tap_storage)
+    model = get_peft_model(load(case, METHODS[method](HEAD)), config)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     before = {name: [plain.clone() for plain in inner(p)] for name, p in frozen.items()}
     batch = case.training_batch()

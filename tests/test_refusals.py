@@ -30,6 +30,8 @@ from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
         ("taps", ("attention", "attention"), "each once"),
         ("taps", ("attn",), "one or both of"),
         ("taps", "attention", "sequence of names"),
+        ("taps", ("block", "mlp"), r"or \('block',\)"),
+        ("tap_storage", "fp8", "one of .*int8"),
         ("target_modules", "all-linear", "the exit is found by itself"),
         ("target_modules", 3, "list of module names"),
         ("exclude_modules", [""], "list of module names"),
@@ -56,8 +58,15 @@ def test_config_keeps_what_it_was_given_in_a_normal_form():
 def test_every_field_of_the_config_has_help():
     own = set(E3VAConfig.__dataclass_fields__) - set(E3VAConfig.__mro__[1].__dataclass_fields__)
     assert own == {
-        "r", "bottleneck_ratio", "taps", "target_modules", "exclude_modules", "modules_to_save", "init_weights"
-    }  # fmt: skip
+        "r",
+        "bottleneck_ratio",
+        "taps",
+        "tap_storage",
+        "target_modules",
+        "exclude_modules",
+        "modules_to_save",
+        "init_weights",
+    }
     assert all(len(E3VAConfig.__dataclass_fields__[name].metadata["help"]) > 30 for name in own)
 
 

@@ -326,7 +326,7 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
 
 def test_help_teaches_by_examples():
     runner = CliRunner()
-    for command in ("train", "eval", "predict", "recipes"):
+    for command in ("train", "compare", "eval", "predict", "recipes"):
         text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "160"}).output
         assert f"e3va {command}" in text.split("Usage")[1].split("\n", 1)[1], text
 

@@ -15,10 +15,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TapPoint:
-    """Where a branch can be read: the output of `module`, or its first input."""
+    """Where a branch can be read: the output of `module`, or its first input.
+
+    Attributes:
+        module: What is read.
+        read: Which side of it.
+        branch: Module that computes the branch from its normed input, where `module` only ends it. Baselines that run
+            beside a branch need it, the highway does not.
+    """
 
     module: nn.Module
     read: Literal["input", "output"] = "output"
+    branch: nn.Module | None = None
 
 
 @dataclass(frozen=True)

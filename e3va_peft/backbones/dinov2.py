@@ -34,7 +34,7 @@ class Dinov2(Backbone):
     def stages(self, exit: nn.Module) -> tuple[StageSpec, ...]:
         """Describe the one stage: `layer[j]`."""
         blocks = tuple(
-            {"attention": TapPoint(block.layer_scale1), "mlp": TapPoint(block.layer_scale2)}
+            {"attention": TapPoint(block.layer_scale1), "mlp": TapPoint(block.layer_scale2, branch=block.mlp)}
             for block in exit.layer  # type: ignore[union-attr]
         )
         return (StageSpec(width=exit.config.hidden_size, blocks=blocks),)  # type: ignore[union-attr, arg-type]

@@ -206,12 +206,13 @@ def recipe_text(name: str) -> str:
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def read_config(source: str | Path, overrides: Sequence[str] = (), methods: Sequence[str] = METHODS) -> RunConfig:
     """Read a run's YAML file, or a recipe by name, apply `key=value` overrides and check every field.
 
     Args:
         source: YAML file, or the name of a recipe.
         overrides: `key=value` with dots into sections and values in YAML, e.g. `training.learning_rate=1e-3`.
+        methods: Names of the methods there are.
 
     Raises:
         UserError: File, field or value cannot work; the message says which and what to do.
@@ -231,7 +232,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise UserError(f"{source}: is no mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
         _apply(values, override)
-    return parse_config(values)
+    return parse_config(values, methods)
 
 
 def read_text(path: Path) -> str:
@@ -273,7 +274,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place[last] = _parse(text, f"--set {override}")
 
 
-def parse_config(values: Mapping[str, Any]) -> RunConfig:
+def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) -> RunConfig:
     """Check a run's fields and return them as a config. See `read_config`.
 
     Raises:
@@ -290,7 +291,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _choice("task", values["task"], TASKS)
     values["data"] = _section("data", values["data"], DataConfig)
     values["augment"] = _augment(values.get("augment", True))
-    values["method"] = _method(values.get("method", "e3va"))
+    values["method"] = _method(values.get("method", "e3va"), methods)
     for name in ("processor", "model_options", "training"):
         values[name] = dict(_mapping(name, values.get(name)))
     values["model"] = str(values["model"])
@@ -344,11 +345,13 @@ def _training(training: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-def _method(value: Any) -> dict[str, Any]:
+def _method(value: Any, methods: Sequence[str]) -> dict[str, Any]:
     method = {"name": value} if isinstance(value, str) else dict(_mapping("method", value))
     if "name" not in method:
         raise UserError(f"method={value!r}: has no name. Write method: e3va, or method: {{name: e3va, r: 8}}.")
-    _choice("method", method["name"], METHODS)
+    _choice("method", method["name"], methods)
+    if method["name"] not in METHODS:
+        return method
     options = [key for key in method if key != "name"]
     known = {"e3va": E3VAConfig, "lora": LoraConfig}.get(method["name"])
     if known is not None:

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.resolve import everything_outside, find_exits
@@ -63,12 +64,41 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
 
 def head_only(model: nn.Module) -> nn.Module:
     """Freeze the backbone but its output norms. It runs in eval mode, as under E3VA: no dropout, no drop-path."""
-    model.requires_grad_(False)
-    for name in trained_whole(model):
-        model.get_submodule(name).requires_grad_(True)
+    freeze_backbone(model)
     for found in find_exits(model):
         for module in (found.module, *map(model.get_submodule, found.site.frozen)):
             module.register_forward_pre_hook(_stay_in_eval_mode)
+    return model
+
+
+def freeze_backbone(model: nn.Module) -> None:
+    """Leave trainable what every method trains whole, and nothing else."""
+    whole = trained_whole(model)
+    model.requires_grad_(False)
+    for name in whole:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    """Switch on checkpointing of every block, in the reentrant form, which keeps its inputs where the meter sees them.
+
+    It wants an input that requires a gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a
+    tuple, so the hook sits behind the embeddings' dropout. transformers checkpoints Swin's stages and the blocks in
+    them: less is kept, and a block runs three times a step.
+
+    Raises:
+        UserError: A backbone of the model cannot be checkpointed.
+    """
+    for found in find_exits(model):
+        if not hasattr(found.module, "gradient_checkpointing_enable"):
+            raise UserError(
+                f"{found.name}: {type(found.module).__name__} has no gradient_checkpointing_enable. Leave out the "
+                "method that checkpoints."
+            )
+        found.module.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.dropout"):
+            module.register_forward_hook(_want_gradient)
     return model
 
 
@@ -85,6 +115,11 @@ def trained_whole(model: nn.Module) -> list[str]:
             "head from backbone. Choose another model, or method: full."
         )
     return everything_outside(model, exits)
+
+
+def _want_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_()
 
 
 def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:

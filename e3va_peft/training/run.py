@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers import TrainingArguments, set_seed
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.model import record_metrics
-from e3va_peft.training.config import RunConfig, UserError, read_config, reason
+from e3va_peft.training.config import METHODS, RunConfig, UserError, read_config, reason
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.methods import LEARNING_RATES, adapt
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
@@ -52,7 +52,9 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C after a checkpoint."""
 
 
-def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+def train(
+    config: RunConfig, overwrite: bool = False, adapt: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = adapt
+) -> dict[str, Any]:
     """Train as a config says, or go on where an earlier call stopped.
 
     Writes into `config.output`: `config.yaml`, every field resolved; `adapter/` (e3va, lora) or `model/` (head-only,
@@ -61,6 +63,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     Args:
         config: The run.
         overwrite: Throw away what an earlier run left in `config.output`.
+        adapt: Makes the model trainable by `config.method`, which may then be one that `e3va train` does not have.
 
     Returns:
         What is in `metrics.json`.
@@ -157,7 +160,6 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     save = str(given.get("save_strategy", evaluation if evaluation != "no" else "epoch"))
     workers = max(min(4, (os.cpu_count() or 1) - 1), 0)
     defaults: dict[str, Any] = {
-        "learning_rate": LEARNING_RATES[config.method_name],
         "eval_strategy": evaluation,
         "save_strategy": save,
         "save_total_limit": 2,
@@ -168,6 +170,8 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
         **task.default_training,
     }
+    if "learning_rate" not in given:
+        defaults["learning_rate"] = LEARNING_RATES[config.method_name]
     if evaluation == save == "steps":
         defaults["save_steps"] = given.get("eval_steps", 500)
         defaults["eval_steps"] = given.get("save_steps", 500)
@@ -247,15 +251,44 @@ def _what_is_broken(checkpoint: Path) -> str | None:
     return None
 
 
-def read_run(run: Path) -> RunConfig:
+def read_run(run: Path, methods: Sequence[str] = METHODS) -> RunConfig:
     """Read the config of a run from its folder.
+
+    Args:
+        run: The folder.
+        methods: Names of the methods there are.
 
     Raises:
         UserError: It is no folder of a run.
     """
     if not (run / CONFIG).is_file():
         raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
-    return read_config(run / CONFIG)
+    return read_config(run / CONFIG, methods=methods)
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """Return what is in `metrics.json` of a run that is finished; None where it is not.
+
+    Raises:
+        FileExistsError: `config.output` holds a run with other settings.
+    """
+    output = Path(config.output)
+    if not (output / METRICS).is_file():
+        return None
+    _check_settings(output, config)
+    record: dict[str, Any] = json.loads((output / METRICS).read_text(encoding="utf-8"))
+    return record
+
+
+def _check_settings(output: Path, config: RunConfig) -> None:
+    before = read_run(output, (*METHODS, config.method_name))
+    changed = _differences(before.to_dict(), config.to_dict())
+    if changed:
+        raise FileExistsError(
+            f"output={str(output)!r}: holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another output, take the settings back to go on, or --overwrite."
+        )
 
 
 def push(folder: Path, repo_id: str, token: str | None, console: Console) -> None:
@@ -302,14 +335,8 @@ def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     if overwrite and ours:
         _clear(output)
     if (output / CONFIG).is_file():
-        before = read_run(output)
-        changed = _differences(before.to_dict(), config.to_dict())
-        if changed and ((output / METRICS).is_file() or any(output.glob("checkpoint-*"))):
-            raise FileExistsError(
-                f"output={str(output)!r}: holds a run with other settings:\n  "
-                + "\n  ".join(changed)
-                + "\nChoose another output, take the settings back to go on, or --overwrite."
-            )
+        if (output / METRICS).is_file() or any(output.glob("checkpoint-*")):
+            _check_settings(output, config)
         if (output / METRICS).is_file():
             raise FileExistsError(
                 f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
@@ -319,7 +346,7 @@ def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
         raise FileExistsError(f"output={str(output)!r}: is not empty and holds no run. Choose another folder.")
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _write(output / CONFIG, config.to_yaml())
+        write_whole(output / CONFIG, config.to_yaml())
     except OSError as error:
         raise UserError(f"output={str(output)!r}: cannot be written ({error}). Choose another folder.") from None
 
@@ -388,7 +415,6 @@ def _record(
     config: RunConfig, trainer: VisionTrainer, split: Split, trained: int, seconds: float, resumed: bool
 ) -> dict[str, Any]:
     """Put together what is written to `metrics.json`."""
-    packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate")
     scores = dict(trainer.scores)
     per_class = {class_metric(name): scores.pop(name) for name in list(scores) if isinstance(scores[name], list)}
     return {
@@ -403,11 +429,17 @@ def _record(
         "trained_parameters": trained,
         "training_seconds": round(seconds, 1),
         "resumed": resumed,
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "versions": versions(),
         "python": platform.python_version(),
         "device": str(trainer.args.device),
         "history": trainer.state.log_history,
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result may depend on."""
+    packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> Path:
@@ -425,7 +457,7 @@ def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> P
     model.save_pretrained(str(draft))
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
-    _write(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
+    write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
     return folder
 
 
@@ -442,7 +474,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it, so that it is there whole or not at all."""
     draft = path.with_name(f".{path.name}")
     draft.write_text(text, encoding="utf-8")

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
@@ -90,6 +91,17 @@ class VisionTrainer(Trainer):
         predictions, references = self.task.evidence(outputs.logits, inputs, num_labels)
         return outputs.loss.detach(), predictions, references
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if isinstance(self.model, PreTrainedModel):
+            folder = output_dir or self.args.output_dir
+            # Under the model's own key names. transformers 5 saves those of version 4, which `from_pretrained` alone
+            # translates back, and that knows no module which a method has put in.
+            self.model.save_pretrained(
+                folder, state_dict=state_dict, is_main_process=self.args.should_save, save_original_format=False
+            )
+        else:
+            super()._save(output_dir, state_dict)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         if isinstance(target, PreTrainedModel):
@@ -109,13 +121,9 @@ class VisionTrainer(Trainer):
 
 
 def _load_saved(model: PreTrainedModel, folder: str) -> None:
-    """Load a whole model's weights from a checkpoint.
-
-    transformers 5 saves Swin under the key names of version 4, and only `from_pretrained` translates them back.
-    Trainer loads the file as it is and lets missing keys pass: a resumed run would go on with the backbone it began
-    with.
-    """
-    model.load_state_dict(type(model).from_pretrained(folder, config=model.config).state_dict())
+    """Load a whole model's weights from a checkpoint. Every key must be there: Trainer lets missing ones pass."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    model.load_state_dict({name: value for path in files for name, value in load_file(path).items()})
 
 
 class Progress(ProgressCallback):

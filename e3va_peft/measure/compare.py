@@ -1,0 +1,303 @@
+"""`e3va compare`: methods side by side on one task, from training to table and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import TrainingArguments, set_seed
+
+from e3va_peft.measure.baselines import BASELINES, adapt
+from e3va_peft.measure.report import Row, write_report
+from e3va_peft.measure.step import StepReport, measure_step
+from e3va_peft.training.config import RunConfig, UserError, nearest, read_config
+from e3va_peft.training.data import Examples, Split, load_splits
+from e3va_peft.training.methods import trained_whole
+from e3va_peft.training.run import build_arguments, finished, train, verify
+from e3va_peft.training.tasks import Task, task_of
+from e3va_peft.training.tasks.base import Collate, forward_extras
+
+ROUNDS = 5
+RUNS = "runs"
+
+_OWN_OPTIONS = {
+    "method": "--methods",
+    "output": "--output",
+    "training.seed": "--seeds",
+    "training.learning_rate": "--learning-rate METHOD=RATE",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        config: The task: data, model, epochs. Its own method's options and learning rate hold for that method.
+        output: Folder of runs and report.
+        methods: Names in `BASELINES`.
+        seeds: Each of them seeds head, data order and augmentation of one run of every method.
+        rates: Learning rate of each method.
+    """
+
+    config: RunConfig
+    output: Path
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+    rates: Mapping[str, float]
+
+    def run(self, method: str, seed: int) -> RunConfig:
+        """Return the config of one run: scored once, at the end, so that the evaluation images choose nothing."""
+        given = self.config.training
+        once: dict[str, Any] = {"save_total_limit": 1}
+        if not given.get("load_best_model_at_end"):
+            once |= {"eval_strategy": "no", "save_strategy": "epoch", "load_best_model_at_end": False}
+        return dataclasses.replace(
+            self.config,
+            output=str(self.output / RUNS / f"{method}-seed{seed}"),
+            method=_options(self.config.method, method),
+            data=dataclasses.replace(self.config.data, verify=False),  # once for all runs, before the first
+            training=once | given | {"learning_rate": self.rates[method], "seed": seed},
+        )
+
+
+def read_comparison(
+    source: str | Path,
+    output: Path,
+    methods: str | None = None,
+    seeds: str = "0",
+    overrides: Sequence[str] = (),
+    rates: Sequence[str] = (),
+) -> Comparison:
+    """Read and check what `e3va compare` is asked for.
+
+    Args:
+        source: YAML file of a run, or the name of a recipe.
+        output: Folder of runs and report.
+        methods: Names, separated by commas. None: all.
+        seeds: Numbers, separated by commas.
+        overrides: `key=value` for the config.
+        rates: `method=rate`; the others keep their defaults.
+
+    Raises:
+        UserError: File, field or value cannot work; the message says which and what to do.
+    """
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        own = next((option for name, option in _OWN_OPTIONS.items() if f"{key}.".startswith(f"{name}.")), None)
+        if own is not None and not key.startswith("method."):
+            raise UserError(f"--set {override}: a comparison sets it for each run by itself. Use {own}.")
+    config = read_config(source, overrides)
+    names = tuple(BASELINES) if methods is None else _names(methods)
+    learned = {name: BASELINES[name].learning_rate for name in names}
+    if "learning_rate" in config.training and config.method_name in learned:
+        learned[config.method_name] = config.training["learning_rate"]
+    return Comparison(config, Path(output), names, _seeds(seeds), learned | _rates(rates, names))
+
+
+def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
+    """Train every method with every seed, measure a training step of each, and write table, JSON and plots.
+
+    Seeds are the outer loop, so that a comparison that is cut short has whole rounds. A run that is finished is not
+    trained again; the measurement and the report are made anew by every call.
+
+    Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn anew:
+    they come from the random state that dropout and drop-path use, too.
+
+    Args:
+        comparison: What is compared.
+        overwrite: Train all runs again.
+
+    Returns:
+        One row per method.
+
+    Raises:
+        UserError: Something must be mended first; the message says what.
+        FileExistsError: The folder holds something else, or runs with other settings.
+        Interrupted: Ctrl-C was pressed; the same call goes on.
+    """
+    console = Console(highlight=False, soft_wrap=True)
+    _check_place(comparison.output)
+    task = task_of(comparison.config)
+    split = _check_task(comparison, task, console)
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.methods}
+    plan = [(seed, name) for seed in comparison.seeds for name in comparison.methods]
+    for number, (seed, name) in enumerate(plan, start=1):
+        config = comparison.run(name, seed)
+        record = None if overwrite else finished(config)
+        done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
+        console.print(f"[bold][{number}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
+        records[name].append(record or train(config, overwrite, adapt))
+        _drop_checkpoints(Path(config.output))
+        gc.collect()  # the Trainer's cycles hold the model
+    console.print(f"measuring a training step of each method, {ROUNDS} rounds")
+    steps = measure_steps(comparison, task, split)
+    rows = _rows(comparison, task.main_metric, records, steps)
+    write_report(comparison.output, rows, comparison.config, console)
+    return rows
+
+
+def _drop_checkpoints(run: Path) -> None:
+    """Remove what only a run that is not finished needs: for large models it fills a disk."""
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+
+
+def measure_steps(comparison: Comparison, task: Task, split: Split) -> dict[str, list[StepReport]]:
+    """Measure one training step of every method in interleaved rounds, so that a busy moment hits all alike.
+
+    Args:
+        comparison: What is compared.
+        task: Its task.
+        split: What is trained on; the first images are the batch.
+    """
+    first = comparison.run(comparison.methods[0], comparison.seeds[0])
+    arguments = build_arguments(first, task, has_eval=True)
+    set_seed(arguments.seed)
+    batch = _batch(task, split, arguments)
+    models = {name: _fresh_model(comparison, task, split, name) for name in comparison.methods}
+    optimizers = {
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        for name, model in models.items()
+    }
+    dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
+    reports: dict[str, list[StepReport]] = {name: [] for name in models}
+    for _ in range(ROUNDS):
+        for name, model in models.items():
+            model.to(arguments.device)  # one at a time: a small GPU holds no eleven models
+            reports[name].append(measure_step(model, batch, optimizers[name], autocast_dtype=dtype, repeats=1))
+            model.to("cpu")
+    return reports
+
+
+def _batch(task: Task, split: Split, arguments: TrainingArguments) -> dict[str, Any]:
+    processor = task.build_processor()
+    examples = Examples(split, task.training_view(processor))
+    size = min(arguments.per_device_train_batch_size, len(split))
+    extras = forward_extras(task.build_model(split.labels), processor)
+    batch = Collate(extras)([examples[i] for i in range(size)])
+    return {k: v.to(arguments.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _fresh_model(comparison: Comparison, task: Task, split: Split, name: str) -> torch.nn.Module:
+    set_seed(comparison.seeds[0])
+    return adapt(task.build_model(split.labels), _options(comparison.config.method, name))
+
+
+def _rows(
+    comparison: Comparison,
+    metric: str,
+    records: Mapping[str, list[dict[str, Any]]],
+    steps: Mapping[str, list[StepReport]],
+) -> list[Row]:
+    saved = {name: reports[0].saved_bytes for name, reports in steps.items()}
+    rows = []
+    for name, runs in records.items():
+        scores = [run["metrics"][metric] for run in runs]
+        rounds = [report.step_ms / 1000 for report in steps[name]]
+        share = None
+        if {"full", "head-only"} <= saved.keys():
+            share = (saved[name] - saved["head-only"]) / (saved["full"] - saved["head-only"])
+        rows.append(
+            Row(
+                method=name,
+                metric=metric,
+                seeds=list(comparison.seeds),
+                scores=scores,
+                mean=statistics.fmean(scores),
+                deviation=statistics.stdev(scores) if len(scores) > 1 else None,
+                learning_rate=comparison.rates[name],
+                trained_parameters=runs[0]["trained_parameters"],
+                steps=runs[0]["steps"],
+                epochs=runs[0]["epochs"],
+                training_seconds=[run["training_seconds"] for run in runs],
+                saved_bytes=saved[name],
+                peak_bytes=steps[name][0].peak_bytes,
+                backbone_share=share,
+                step_seconds=statistics.median(rounds),
+                step_rounds=rounds,
+            )
+        )
+    return rows
+
+
+def _check_place(output: Path) -> None:
+    """Refuse a folder that holds something else, and a launcher."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("num_processes: e3va compare runs in one process. Start it without a launcher.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    if output.is_dir() and any(output.iterdir()) and not (output / RUNS).is_dir():
+        raise FileExistsError(f"output={str(output)!r}: is not empty and holds no comparison. Choose another folder.")
+
+
+def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
+    """Find out before the first run what would stop a later one; return what is trained on."""
+    data = comparison.config.data
+    split, eval_split = load_splits(data, task.with_masks, comparison.seeds[0])
+    if eval_split is None:
+        raise UserError("data.eval_split: there is no split to score on. Set it, or data.eval_fraction.")
+    build_arguments(comparison.run(comparison.methods[0], comparison.seeds[0]), task, has_eval=True)
+    if set(comparison.methods) - {"full"}:
+        trained_whole(task.build_model(split.labels))
+    if data.verify and not (comparison.output / RUNS).is_dir():
+        verify((split, eval_split), console)
+    return split
+
+
+def _options(method: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the `method` section of a run: the config's options where they are of this method."""
+    own = method["name"] == name.removesuffix("-checkpointing")
+    return {**(method if own else {}), "name": name}
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(_parts(text))
+    for name in names:
+        if name not in BASELINES:
+            raise UserError(f"methods={name!r}: must be among {', '.join(BASELINES)}.{nearest(name, BASELINES)}")
+        if names.count(name) > 1:
+            raise UserError(f"methods={text!r}: names {name} twice. Name each once.")
+    if not names:
+        raise UserError(f"methods={text!r}: names none. Choose among {', '.join(BASELINES)}.")
+    return names
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    seeds = tuple(_parts(text))
+    for seed in seeds:
+        if not seed.isdecimal():
+            raise UserError(f"seeds={text!r}: {seed!r} is no whole number from 0. Write --seeds 0,1,2.")
+    numbers = tuple(int(seed) for seed in seeds)
+    if not numbers or len(set(numbers)) != len(numbers):
+        raise UserError(f"seeds={text!r}: must be one or more numbers, all different. Write --seeds 0,1,2.")
+    return numbers
+
+
+def _rates(pairs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+    rates: dict[str, float] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in names:
+            raise UserError(
+                f"learning-rate={pair!r}: {name!r} is not among the methods {', '.join(names)}.{nearest(name, names)}"
+            )
+        try:
+            rates[name] = float(text)
+        except ValueError:
+            rates[name] = float("nan")
+        if not 0 < rates[name] < float("inf"):
+            raise UserError(f"learning-rate={pair!r}: must be a positive number. Write --learning-rate {name}=1e-3.")
+    return rates
+
+
+def _parts(text: str) -> Iterator[str]:
+    return (part.strip() for part in text.split(",") if part.strip())

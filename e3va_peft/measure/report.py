@@ -1,0 +1,129 @@
+"""What a comparison found, as a table for the terminal, Markdown, JSON and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from e3va_peft.measure.plots import draw_tradeoff
+from e3va_peft.measure.step import MIB
+from e3va_peft.training.config import RunConfig
+from e3va_peft.training.run import plain, versions, write_whole
+
+TABLE, JSON = "compare.md", "compare.json"
+MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"
+
+HEADER = ("method", "score", "trained", "kept for backward", "backbone share", "peak", "ms per step", "learning rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What was found for a method.
+
+    Attributes:
+        method: Its name.
+        metric: Name of the scores.
+        seeds: One per run.
+        scores: Of each run, at the end of training.
+        mean: Of the scores.
+        deviation: Sample standard deviation of the scores; None for one run.
+        learning_rate: What it was trained with.
+        trained_parameters: Number of trained parameters, head included.
+        steps: Optimizer steps of a run.
+        epochs: Epochs of a run.
+        training_seconds: Of each run, as the clock on the wall says.
+        saved_bytes: Kept for backward in one training step.
+        peak_bytes: Peak of live tensor bytes in one training step.
+        backbone_share: (saved_bytes - head only) / (full - head only); None where one of the two was not compared.
+        step_seconds: Median time of a training step over all rounds.
+        step_rounds: Time of a training step in each round.
+    """
+
+    method: str
+    metric: str
+    seeds: list[int]
+    scores: list[float]
+    mean: float
+    deviation: float | None
+    learning_rate: float
+    trained_parameters: int
+    steps: int
+    epochs: float
+    training_seconds: list[float]
+    saved_bytes: int
+    peak_bytes: int
+    backbone_share: float | None
+    step_seconds: float
+    step_rounds: list[float]
+
+    def cells(self) -> list[str]:
+        """Return the row as text, in the order of `HEADER`."""
+        spread = f" ± {self.deviation:.3f}" if self.deviation is not None else ""
+        return [
+            self.method,
+            f"{self.mean:.3f}{spread}",
+            f"{self.trained_parameters / 1e6:.2f} M",
+            f"{self.saved_bytes / MIB:.0f} MiB",
+            f"{100 * self.backbone_share:.1f} %" if self.backbone_share is not None else "-",
+            f"{self.peak_bytes / MIB:.0f} MiB",
+            f"{1000 * self.step_seconds:.0f}",
+            f"{self.learning_rate:g}",
+        ]
+
+
+def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: Console) -> None:
+    """Write `compare.md`, `compare.json` and two plots into a folder, and print the table.
+
+    Args:
+        output: The folder.
+        rows: One per method.
+        config: The task.
+        console: Where to print.
+    """
+    record = {
+        "task": config.task,
+        "model": config.model,
+        "config": config.to_dict(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "machine": {
+            "cpu": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
+    write_whole(output / JSON, json.dumps(plain(record), indent=2) + "\n")
+    write_whole(output / TABLE, markdown(rows, config))
+    places = [(row.method, row.mean, row.deviation) for row in rows]
+    memory, seconds = [row.peak_bytes / MIB for row in rows], [1000 * row.step_seconds for row in rows]
+    draw_tradeoff(places, memory, output / MEMORY_PLOT, "peak memory of a training step in MiB", rows[0].metric)
+    draw_tradeoff(places, seconds, output / TIME_PLOT, "time of a training step in ms", rows[0].metric)
+    table = Table()
+    for name in HEADER:
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+    console.print(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}")
+
+
+def markdown(rows: Sequence[Row], config: RunConfig) -> str:
+    """Lay out rows as a Markdown table, with what its columns mean."""
+    header = [name if name != "score" else rows[0].metric for name in HEADER]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *(row.cells() for row in rows)]
+    first = rows[0]
+    seeds = f"{len(first.seeds)} seeds, ± one standard deviation" if len(first.seeds) > 1 else "one seed"
+    notes = (
+        f"{config.task}, {config.model}: {first.epochs:g} epochs ({first.steps} steps), {seeds}. Same head, data "
+        "order and epochs for all; parameters include the head. *Kept for backward* and *peak*: bytes of one training "
+        "step, counted from its tensors. *Backbone share*: (method - head only) / (full - head only) of what is kept."
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"

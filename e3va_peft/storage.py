@@ -1,0 +1,54 @@
+"""How a tap is kept between forward and backward: as it is, or rounded to a few bits. Pure torch.
+
+A rounded tap is what the highway reads in forward *and* in backward, so that the gradient is that of the function
+computed. Nothing of the backbone is rounded, only what the highway sees of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+STORAGES = ("exact", "int8", "int4")  # from the most to the least bytes
+GROUP = 32  # channels that share a scale in int4: one per token would be that of its largest outlier
+_TINY = torch.finfo(torch.float32).tiny
+
+
+def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
+    """(B, N, C) -> what is kept of it.
+
+    Args:
+        tap: A tap, in any floating dtype.
+        storage: *exact*: the tap itself. *int8*: codes (B, N, C) and one fp32 scale per token, C + 4 bytes a token.
+            *int4*: two codes to a byte and one fp16 scale for every 32 channels, 0.56 C bytes a token.
+    """
+    if storage == "exact":
+        return (tap,)
+    if storage == "int8":
+        scale = (tap.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_TINY)
+        return (tap / scale).round_().to(torch.int8), scale
+    padding = -tap.shape[-1] % GROUP
+    groups = F.pad(tap.float(), (0, padding)).unflatten(-1, (-1, GROUP))  # (B, N, C / 32, 32)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp(2**-14, 65504).half()  # 2**-14: fp16's smallest normal
+    codes = (groups / scale).round_().clamp_(-7, 7).add_(8).to(torch.uint8).flatten(-2)
+    return codes[..., ::2] | codes[..., 1::2] << 4, scale.squeeze(-1)
+
+
+def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
+    """Return the tap (B, N, C) in `dtype`, as the highway reads it.
+
+    Args:
+        kept: What `pack` returned.
+        width: Channels C.
+        dtype: Dtype to compute in.
+    """
+    if len(kept) == 1:
+        return kept[0].to(dtype)
+    codes, scale = kept
+    if codes.dtype == torch.int8:
+        return (codes * scale).to(dtype)
+    values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
+    return (values.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)

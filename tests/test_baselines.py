@@ -1,0 +1,219 @@
+"""The methods that E3VA is compared with: what each trains, where it begins, and that it is what its source says."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import SwinBackbone, SwinConfig
+
+from e3va_peft.measure.baselines import BASELINES, Bottleneck, LoRand, adapt
+from e3va_peft.training.config import UserError
+from e3va_peft.training.methods import trained_whole
+from tests.models import BY_NAME, every_model, loss_of, train_steps
+from tests.test_counts import SWIN_B
+
+every_method = pytest.mark.parametrize("method", BASELINES)
+every_family = pytest.mark.parametrize(
+    "case",
+    [BY_NAME[name] for name in ("swin-upernet", "vit-classifier", "dinov2-classifier")],
+    ids=lambda case: case.name,
+)
+inserting = pytest.mark.parametrize("method", ["adapter", "adaptformer", "lorand"])
+
+
+def adapted(case, method: str, seed: int = 0) -> nn.Module:
+    base = case.base(seed)
+    torch.manual_seed(seed)
+    return adapt(base, {"name": method})
+
+
+def wanting(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@every_model
+def test_what_is_trained_gets_a_gradient_and_nothing_else_does(case):
+    # full and LoRA take blocks along that nobody reads; E3VA and the head alone have tests of their own
+    for method in ("partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand"):
+        model = adapted(case, method).train()
+        loss_of(model(**case.training_batch())).backward()
+        assert {name for name, p in model.named_parameters() if p.grad is not None} == wanting(model), method
+
+
+@every_method
+def test_every_method_trains_head_and_output_norms_whole(method):
+    case = BY_NAME["swin-upernet"]
+    whole = trained_whole(case.base())
+    assert "decode_head" in whole and "backbone.hidden_states_norms.stage1" in whole
+    model = adapted(case, method)
+    counts = [
+        sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and re.search(rf"\b{part}\b", name))
+        for part in whole
+    ]
+    assert counts == [sum(p.numel() for p in case.base().get_submodule(part).parameters()) for part in whole]
+
+
+@pytest.mark.parametrize(
+    ("method", "pattern"),
+    [
+        ("head-only", "nothing"),
+        ("partial-1", r"encoder\.layers\.2\.blocks\.0\."),
+        ("bitfit", r"bias"),
+        ("norm-tuning", r"norm.*\.ln_tuning_layers\."),
+        ("adapter", r"(drop_path|mlp)\.baseline_adapter\.(down|up)\."),
+        ("adaptformer", r"\.mlp\.baseline_adapter\.(down|up)\."),
+        ("lorand", r"(drop_path|mlp)\.baseline_adapter\."),
+        ("lora", r"(q|v)_proj\.lora_(A|B)\."),
+        ("lora-checkpointing", r"(q|v)_proj\.lora_(A|B)\."),
+        ("e3va", r"e3va_highway"),
+        ("full", r"."),
+    ],
+)
+def test_in_the_backbone_a_method_trains_what_its_name_says(method, pattern):
+    model = adapted(BY_NAME["swin-upernet"], method)
+    inside = {name for name in wanting(model) if "swin" in name}
+    assert all(re.search(pattern, name) for name in inside)
+    assert bool(inside) == (method != "head-only")
+
+
+def test_bitfit_and_norm_tuning_leave_nothing_of_their_kind_out():
+    case = BY_NAME["swin-upernet"]
+    base = [name for name, _ in case.base().named_parameters() if ".swin." in name and ".swin.layernorm" not in name]
+    assert {name for name in wanting(adapted(case, "bitfit")) if ".swin." in name} == {n for n in base if "bias" in n}
+    norms = {name for name in base if "norm" in name}
+    tuned = {name for name in wanting(adapted(case, "norm-tuning")) if ".swin." in name}
+    assert {n.removeprefix("base_model.model.").replace(".ln_tuning_layers.default", "") for n in tuned} == norms
+
+
+@every_method
+@every_family
+def test_training_begins_at_the_pretrained_model(case, method):
+    batch = case.batch()
+    with torch.no_grad():
+        expected, found = case.base()(**batch).logits, adapted(case, method).eval()(**batch).logits
+    if method == "lorand":  # as in its authors' code
+        assert not torch.allclose(found, expected, rtol=1e-2)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@inserting
+@every_family
+def test_a_state_dict_and_a_copy_are_complete(case, method):
+    model = adapted(case, method)
+    train_steps(model, case.training_batch())
+    expected = model(**case.batch()).logits
+    other = adapted(case, method, seed=5).eval()
+    other.load_state_dict(model.state_dict())
+    twin = copy.deepcopy(model)
+    model.requires_grad_(False).apply(lambda m: [p.zero_() for p in m.parameters(recurse=False)])
+    for same in (other, twin):
+        torch.testing.assert_close(same(**case.batch()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "count", "published"),
+    [
+        ("partial-1", 12_605_472, 12.60),
+        ("bitfit", 203_576, 0.20),
+        ("norm-tuning", 59_392, 0.06),
+        ("adapter", 3_111_168, 3.11),
+        ("adaptformer", 1_557_504, None),  # 3.11 is published: see the module's docstring
+        ("lorand", 1_201_152, 1.20),
+        ("lora", 388_864, None),  # rank 8 here, 64 there
+    ],
+)
+def test_swin_b_has_the_published_number_of_trained_parameters(method, count, published):
+    with torch.device("meta"):
+        backbone = SwinBackbone(SwinConfig(**SWIN_B, out_features=["stage1", "stage2", "stage3", "stage4"]))
+        model = adapt(nn.Sequential(backbone), {"name": method})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == count
+    if published is not None:
+        assert trained / 1e6 == pytest.approx(published, abs=0.0065)
+
+
+def randomized(module: nn.Module) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {name: parameter.normal_(std=0.3) for name, parameter in module.named_parameters()}
+
+
+@pytest.mark.parametrize(("activation", "scale"), [(F.gelu, 1.0), (F.relu, 0.1)])
+def test_a_bottleneck_matches_its_formula(activation, scale):
+    module, x = Bottleneck(8, activation, scale), torch.randn(2, 5, 8)
+    assert not module(x).any()
+    p = randomized(module)
+    inner = activation(x @ p["down.weight"].T + p["down.bias"])
+    torch.testing.assert_close(module(x), scale * (inner @ p["up.weight"].T + p["up.bias"]))
+
+
+def test_lorand_matches_its_formula():
+    module, x = LoRand(8), torch.randn(2, 5, 8)
+    p = randomized(module)
+    down = sum(p["p1"][i] @ p["kernel"][i] @ p["q1"][i] for i in range(2))
+    up = sum(p["p2"][i] @ p["kernel"][i] @ p["q2"][i] for i in range(2))
+    assert down.shape == (8, 4) and up.shape == (4, 8)
+    torch.testing.assert_close(module(x), F.gelu(x @ down + p["down_bias"]) @ up + p["up_bias"])
+
+
+def test_adapters_sit_behind_both_branches_and_adaptformer_beside_the_mlp():
+    case, x = BY_NAME["swin-classifier"], torch.randn(2, 16, 16)
+    for method in ("adapter", "lorand", "adaptformer"):
+        block = adapted(case, method).eval().swin.encoder.layers[1].blocks[0]
+        plain = case.base().swin.encoder.layers[1].blocks[0]
+        beside = block.mlp.baseline_adapter
+        randomized(beside)
+        branch = plain.mlp(x)
+        torch.testing.assert_close(block.mlp(x), branch + beside(x if method == "adaptformer" else branch))
+        if method != "adaptformer":
+            torch.testing.assert_close(block.drop_path(x), x + block.drop_path.baseline_adapter(x))
+    dinov2 = adapted(BY_NAME["dinov2-classifier"], "adaptformer").dinov2.encoder.layer[0]
+    assert hasattr(dinov2.mlp, "baseline_adapter") and not hasattr(dinov2.layer_scale2, "baseline_adapter")
+
+
+@every_family
+def test_checkpointing_changes_no_gradient_and_keeps_less(case):
+    kept, gradients = {}, {}
+    for method in ("lora", "lora-checkpointing"):
+        model = adapted(case, method).train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout) or "DropPath" in type(module).__name__:
+                module.eval()
+        sizes: list[int] = []
+
+        def count(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = loss_of(model(**case.training_batch()))
+        loss.backward()
+        kept[method] = sum(sizes)
+        gradients[method] = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert kept["lora-checkpointing"] < kept["lora"]
+    assert gradients["lora"].keys() == gradients["lora-checkpointing"].keys()
+    for name, gradient in gradients["lora"].items():
+        torch.testing.assert_close(gradients["lora-checkpointing"][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_options_reach_the_methods_that_have_some():
+    case = BY_NAME["vit-classifier"]
+    ranks = [adapt(case.base(), {"name": name, "r": 3}).peft_config["default"].r for name in ("lora", "e3va")]
+    assert ranks == [3, 3]
+    with pytest.raises(UserError, match=r"method=lora: .*rank"):
+        adapt(case.base(), {"name": "lora-checkpointing", "rank": 3})
+
+
+@every_method
+def test_a_model_without_a_known_backbone_is_refused_by_all_that_must_tell_it_from_the_head(method):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    if method == "full":
+        assert len(wanting(adapt(model, {"name": method}))) == 4
+    else:
+        with pytest.raises(UserError, match="holds no backbone"):
+            adapt(model, {"name": method})

@@ -1,0 +1,209 @@
+"""`e3va compare`: fair to every method, stopped and gone on with, and clear about what it cannot do."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from e3va_peft.cli import app
+from e3va_peft.measure import compare as module
+from e3va_peft.measure.baselines import BASELINES, adapt
+from e3va_peft.measure.compare import Comparison, compare, read_comparison
+from e3va_peft.measure.plots import draw_tradeoff
+from e3va_peft.training import trainer
+from e3va_peft.training.config import UserError
+from e3va_peft.training.run import train
+from tests.inputs import classify, segment, write
+from tests.test_train_command import Stop, adapter_weights, stop_after
+
+METHODS = ("full", "head-only", "adapter")
+
+
+@pytest.fixture(autouse=True)
+def quickly(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(trainer, "draw_curves", lambda *args: None)
+    monkeypatch.setattr(module, "ROUNDS", 2)
+
+
+def config(root: Path, task: Any = classify, **training: Any) -> Path:
+    """A config file that leaves learning rate and seed to the comparison."""
+    values = task(root, num_train_epochs=2, **training)
+    values["training"] = {k: v for k, v in values["training"].items() if k not in ("learning_rate", "seed")}
+    return write(root / "config.yaml", values)
+
+
+def plan(root: Path, **kwargs: Any) -> Comparison:
+    return read_comparison(config(root), root / "out", **({"methods": ",".join(METHODS)} | kwargs))
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What every run has seen: the head it began with, and its batches in order."""
+    seen: dict[str, dict[str, Any]] = defaultdict(lambda: {"batches": []})
+    original = trainer.VisionTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        run = seen[Path(self.args.output_dir).name]
+        parameters = {name.removeprefix("base_model.model."): p for name, p in model.named_parameters()}
+        key = next(name for name in parameters if name.startswith("classifier.") and name.endswith("weight"))
+        run.setdefault("head", parameters[key].detach().clone())
+        run["batches"].append(inputs["pixel_values"].sum((1, 2, 3)))
+        return original(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.VisionTrainer, "training_step", training_step)
+    return seen
+
+
+def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_goes_on(tmp_path, watched, monkeypatch):
+    trained: list[str] = []
+
+    def train_four(config, *args):
+        if len(trained) == 4:
+            raise Stop
+        trained.append(Path(config.output).name)
+        return train(config, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "train", train_four)
+        with pytest.raises(Stop):
+            compare(plan(tmp_path, seeds="0,7"))
+    # seeds outside, methods inside: every method has a run before any has two
+    assert trained == [f"{name}-seed0" for name in METHODS] + ["full-seed7"]
+    rows = compare(plan(tmp_path, seeds="0,7"))
+    assert list(watched) == [f"{name}-seed{seed}" for seed in (0, 7) for name in METHODS]
+    for seed in (0, 7):
+        runs = [watched[f"{name}-seed{seed}"] for name in METHODS]
+        for run in runs[1:]:
+            torch.testing.assert_close(run["head"], runs[0]["head"], rtol=0, atol=0)
+            torch.testing.assert_close(run["batches"], runs[0]["batches"], rtol=0, atol=0)
+    assert not torch.equal(watched["full-seed0"]["head"], watched["full-seed7"]["head"])
+
+    written = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert [row["method"] for row in written["rows"]] == list(METHODS)
+    for row in written["rows"]:
+        assert row["metric"] == "accuracy" and row["seeds"] == [0, 7] and len(row["scores"]) == 2
+        metrics = json.loads((tmp_path / "out" / "runs" / f"{row['method']}-seed7" / "metrics.json").read_text())
+        assert row["scores"][1] == metrics["metrics"]["accuracy"]
+        assert row["mean"] == pytest.approx(sum(row["scores"]) / 2) and row["deviation"] >= 0
+        assert row["learning_rate"] == BASELINES[row["method"]].learning_rate
+        assert len(row["step_rounds"]) == module.ROUNDS and min(row["step_rounds"]) > 0
+    full, head, adapter = written["rows"]
+    assert full["backbone_share"] == 1 and head["backbone_share"] == 0 < adapter["backbone_share"]
+    assert {"torch", "peft", "transformers"} <= written["versions"].keys()
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert table.count("\n| ") == len(METHODS) + 1 and f"{rows[2].mean:.3f} ± {rows[2].deviation:.3f}" in table
+    for name in ("metric-memory.png", "metric-time.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 5000
+    assert not list((tmp_path / "out" / "runs").glob("*/checkpoint-*"))
+
+    # once more: nothing is trained, the step is measured again, and a report may hold fewer methods
+    watched.clear()
+    monkeypatch.setattr(module, "ROUNDS", 1)
+    again = compare(plan(tmp_path, methods="adapter", seeds="0,7"))
+    assert not watched and again[0].scores == rows[2].scores and len(again[0].step_rounds) == 1
+    assert again[0].backbone_share is None
+    assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]) == 1
+    with pytest.raises(
+        FileExistsError, match=r"learning_rate: 0.001 there, 0.1 now.*--overwrite".replace(".*", "[^$]*")
+    ):
+        compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]))
+    compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]), overwrite=True)
+    assert list(watched) == ["adapter-seed0"]
+
+
+def test_a_run_that_is_cut_goes_on_with_the_modules_that_were_put_in(tmp_path, monkeypatch):
+    whole, cut = (
+        read_comparison(config(tmp_path), tmp_path / name, "lorand").run("lorand", 0) for name in ("whole", "cut")
+    )
+    train(whole, adapt=adapt)
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(cut, adapt=adapt)
+    assert train(cut, adapt=adapt)["resumed"]
+    first, second = adapter_weights(Path(whole.output)), adapter_weights(Path(cut.output))
+    assert first.keys() == second.keys() and any("baseline_adapter" in name for name in first)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_line_compares_segmenters(tmp_path):
+    arguments = ["compare", str(config(tmp_path, segment)), "--output", str(tmp_path / "out"), "--methods"]
+    arguments += ["lora-checkpointing,e3va", "--learning-rate", "e3va=5e-3", "--set", "training.num_train_epochs=1"]
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "[2/2] e3va, seed 0: learning rate 0.005" in done.output and "kept for backward" in done.output
+    rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
+    assert [(row["metric"], row["learning_rate"], row["epochs"]) for row in rows] == [
+        ("mean_iou", 1e-3, 1), ("mean_iou", 5e-3, 1),
+    ]  # fmt: skip
+
+
+def test_the_configs_own_method_keeps_its_options_and_its_rate(tmp_path):
+    values = classify(tmp_path, learning_rate=0.5) | {"method": {"name": "lora", "r": 3}}
+    comparison = read_comparison(write(tmp_path / "c.yaml", values), tmp_path / "out")
+    assert comparison.methods == tuple(BASELINES)
+    assert comparison.run("lora", 0).method == {"name": "lora", "r": 3}
+    assert comparison.run("lora-checkpointing", 0).method == {"name": "lora-checkpointing", "r": 3}
+    assert comparison.run("e3va", 0).method == {"name": "e3va"}
+    rates = [comparison.run(name, 4).training["learning_rate"] for name in ("lora", "e3va")]
+    assert rates == [0.5, 2e-3] and comparison.run("e3va", 4).seed == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"methods": "e3va,adaptorformer"}, r"methods='adaptorformer': must be among .*mean adaptformer"),
+        ({"methods": "e3va,lora,e3va"}, "names e3va twice"),
+        ({"methods": ","}, "names none"),
+        ({"seeds": "0,one"}, "'one' is no whole number"),
+        ({"seeds": "-1"}, "'-1' is no whole number"),
+        ({"seeds": "1,1"}, "all different"),
+        ({"rates": ["lora=1e-3"]}, r"'lora' is not among the methods full, head-only, adapter"),
+        ({"rates": ["adapter"]}, r"must be a positive number. Write --learning-rate adapter=1e-3"),
+        ({"rates": ["adapter=-1"]}, "must be a positive number"),
+        ({"overrides": ["method=lora"]}, "Use --methods"),
+        ({"overrides": ["training.seed=3"]}, "Use --seeds"),
+        ({"overrides": ["training.learning_rate=3"]}, "Use --learning-rate METHOD=RATE"),
+        ({"overrides": ["output=there"]}, "Use --output"),
+        ({"overrides": ["training.epochs=3"]}, "training.epochs"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_before_anything_is_loaded(arguments, words, tmp_path):
+    with pytest.raises(UserError, match=words):
+        plan(tmp_path, **arguments)
+
+
+def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_path, watched, monkeypatch):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds no comparison"):
+        compare(plan(tmp_path))
+    with pytest.raises(UserError, match="is a file"):
+        compare(read_comparison(config(tmp_path), tmp_path / "config.yaml"))
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(UserError, match="runs in one process"):
+            compare(read_comparison(config(tmp_path), tmp_path / "new"))
+    with monkeypatch.context() as patch:
+        patch.setattr("e3va_peft.training.methods.find_exits", lambda model: [])
+        with pytest.raises(UserError, match="holds no backbone"):
+            compare(read_comparison(config(tmp_path), tmp_path / "new"))
+    (tmp_path / "colors" / "test").rename(tmp_path / "colors" / "holiday")
+    with pytest.raises(UserError, match="no split to score on"):
+        compare(read_comparison(config(tmp_path), tmp_path / "new"))
+    assert not watched and not (tmp_path / "new").exists()
+
+
+def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path):
+    places = [(name, 0.5 + 0.002 * i, 0.01) for i, name in enumerate(BASELINES)]
+    draw_tradeoff(places, [100 + i for i in range(len(places))], tmp_path / "plot.png", "MiB", "accuracy")
+    assert (tmp_path / "plot.png").stat().st_size > 5000

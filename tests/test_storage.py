@@ -1,0 +1,128 @@
+"""How taps are kept: what rounding costs, and that the highway's gradient is that of what it read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from e3va_peft import E3VAConfig
+from e3va_peft.highway import Highway, Lane, Stage, Taps
+from e3va_peft.measure import measure_step
+from e3va_peft.storage import STORAGES, pack, unpack
+from tests.models import BY_NAME, every_model, loss_of, tensors
+
+
+def with_outliers(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Taps as vision transformers have them: one channel is far larger than the rest."""
+    tap = torch.randn(2, 9, width)
+    tap[..., 3] *= 50
+    return tap.to(dtype)
+
+
+@pytest.mark.parametrize("width", [8, 33, 64, 96])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_rounding_is_off_by_half_a_step_at_most(storage, dtype, width):
+    tap = with_outliers(width, dtype)
+    read = unpack(pack(tap, storage), width, torch.float32)
+    assert read.shape == tap.shape and read.dtype == torch.float32
+    largest = tap.float().abs().amax(-1, keepdim=True)
+    if storage == "int4":
+        groups = torch.nn.functional.pad(tap.float(), (0, -width % 32)).unflatten(-1, (-1, 32))
+        largest = groups.abs().amax(-1, keepdim=True).expand(groups.shape).flatten(-2)[..., :width]
+    step = {"exact": 0, "int8": largest / 127, "int4": largest / 7}[storage]
+    # the scale of int4 is rounded to fp16 itself
+    assert ((read - tap.float()).abs() <= step * 0.5 * 1.01 + largest * 1e-3 * (storage == "int4") + 1e-6).all()
+
+
+def test_bytes_kept_are_those_of_the_docstring():
+    tap = torch.randn(2, 50, 128)
+    kept = {storage: sum(t.nbytes for t in pack(tap, storage)) for storage in STORAGES}
+    tokens = 2 * 50
+    assert kept == {"exact": tokens * 512, "int8": tokens * (128 + 4), "int4": tokens * (64 + 2 * 4)}
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("tap", [torch.zeros(1, 2, 32), torch.full((1, 2, 32), 1e-20), torch.full((1, 2, 32), 3e38)])
+def test_rounding_invents_no_infinity_and_no_nan(storage, tap):
+    assert unpack(pack(tap, storage), 32, torch.float32).isfinite().all()
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_gradients_are_exact_for_the_taps_that_were_read(storage):
+    stage = Stage(width=40, num_adapters=3, r=4, bottleneck=20, init_weights=False)
+    kept = [pack(with_outliers(40), storage) for _ in range(3)]
+    weights = torch.randn(2, 9, 40)
+    got = stage(0, kept)
+    (got * weights).sum().backward()
+    rounded = {name: p.grad.clone() for name, p in stage.named_parameters()}
+    stage.zero_grad()
+    read = [unpack(tap, 40, torch.float32) for tap in kept]
+    hidden = [torch.nn.functional.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i]) for i, t in enumerate(read)]
+    expected = sum(h @ stage.u2[i] @ stage.v2[i] + stage.bias2[i] for i, h in enumerate(hidden))
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    for name, parameter in stage.named_parameters():
+        assert (parameter.grad - rounded[name]).norm() < 1e-5 * rounded[name].norm(), name
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_lean_merging_has_the_exact_value_and_nearly_the_exact_gradient(storage):
+    merging = BY_NAME["swin-maps-in-own-head"].base().backbone.swin.encoder.layers[0].downsample
+    nn.init.normal_(merging.reduction.weight), nn.init.normal_(merging.norm.weight)
+    x, z, weights = 5 * torch.randn(2, 15, 8), torch.randn(2, 15, 8), torch.randn(2, 6, 16)
+    results = {}
+    for kind in ("exact", storage):
+        taps = Taps([Highway([8], [1], tap_storage=kind)], taps_per_block=1, keep=True)
+        taps.read_merging(0, x, ((3, 5),), merging(x, (3, 5)).detach())
+        lane = Lane(taps, [merging])
+        lane.z = z.clone().requires_grad_()
+        leaf, merged = lane.z, lane.merge()
+        (merged * weights).sum().backward()
+        results[kind] = merged, leaf.grad
+    torch.testing.assert_close(results[storage][0], results["exact"][0], rtol=0, atol=0)
+    error = (results[storage][1] - results["exact"][1]).norm() / results["exact"][1].norm()
+    assert 0 < error < 1e-2
+
+
+@every_model
+def test_rounded_taps_train_all_and_keep_less(case):
+    kept = {}
+    for storage in STORAGES:
+        model = get_peft_model(case.base(), E3VAConfig(r=4, tap_storage=storage)).train()
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(wanted, lr=0.01)
+        kept[storage] = measure_step(model, case.training_batch(), optimizer, loss_fn=loss_of, repeats=1).saved_bytes
+        loss_of(model(**case.training_batch())).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in wanted)
+    assert kept["int8"] < kept["exact"] and kept["int4"] < kept["exact"]
+
+
+@pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier"])
+def test_without_gradients_nothing_is_rounded(name):
+    case = BY_NAME[name]
+    found = {}
+    for storage in ("exact", "int4"):
+        torch.manual_seed(0)
+        model = get_peft_model(case.base(), E3VAConfig(r=4, tap_storage=storage, init_weights=False)).eval()
+        with torch.no_grad():
+            without = dict(tensors(model(**case.batch())))
+        found[storage] = without, dict(tensors(model(**case.batch())))
+    for key, value in found["exact"][0].items():
+        torch.testing.assert_close(found["int4"][0][key], value, rtol=0, atol=0)
+    assert any(not torch.allclose(found["int4"][1][key], found["exact"][1][key]) for key in found["exact"][1])
+
+
+def test_highways_that_are_active_together_read_what_the_most_exact_wants():
+    highways = [Highway([8], [1], tap_storage=storage) for storage in ("int4", "exact", "int8")]
+    assert Taps(highways, 1, keep=True).storage == "exact"
+    assert Taps(highways[::2], 1, keep=True).storage == "int8"
+
+
+def test_storage_is_saved_with_the_adapter(tmp_path):
+    model = get_peft_model(BY_NAME["vit-classifier"].base(), E3VAConfig(r=4, tap_storage="int8", taps=("block",)))
+    model.save_pretrained(tmp_path)
+    config = E3VAConfig.from_pretrained(tmp_path)
+    assert config.tap_storage == "int8" and config.taps == ("block",)
