@@ -1,4 +1,4 @@
-"""Memory of one training step: full fine-tuning, head only, LoRA with and without checkpointing, E3VA.
+"""Memory of one training step: full fine-tuning, head only, LoRA with and without checkpointing, E3VA and its modes.
 
     python benchmarks/memory.py [swin-b] [vit-b] [upernet-swin-b]
 
@@ -28,6 +28,7 @@ from transformers import (
 from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
+from e3va_peft.resolve import find_exits
 from e3va_peft.training.methods import checkpointed, head_only, lora_config
 
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
@@ -73,18 +74,35 @@ SETTINGS = {
 }  # fmt: skip
 
 
+METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "full": lambda model: model,
+    "LoRA": lambda model: get_peft_model(model, lora_config(model, lora_alpha=8)),
+    "LoRA + checkpointing": lambda model: checkpointed(METHODS["LoRA"](model)),
+    "LoRA + checkpointing, blocks only": lambda model: blocks_only(METHODS["LoRA + checkpointing"](model)),
+    "E3VA": lambda model: get_peft_model(model, E3VAConfig()),
+    "E3VA, one tap a block": lambda model: get_peft_model(model, E3VAConfig(taps=("block",))),
+    "E3VA, int8": lambda model: get_peft_model(model, E3VAConfig(tap_storage="int8")),
+    "E3VA, int4": lambda model: get_peft_model(model, E3VAConfig(tap_storage="int4")),
+    "E3VA, one tap a block, int8": lambda model: get_peft_model(
+        model, E3VAConfig(taps=("block",), tap_storage="int8")
+    ),
+    "head only": head_only,
+}
+
+
+def blocks_only(model: nn.Module) -> nn.Module:
+    """Take checkpointing back from Swin's stages, which transformers checkpoints together with their blocks."""
+    for found in find_exits(model):
+        for stage in getattr(found.module, "layers", ()):
+            if hasattr(stage, "blocks"):
+                stage.gradient_checkpointing = False
+    return model
+
+
 def prepare(method: str, build: Callable[[], nn.Module]) -> nn.Module:
     """Build a model for one method. All but full fine-tuning train the same head and output norms."""
     torch.manual_seed(0)
-    model = build()
-    if method == "full":
-        return model
-    if method == "E3VA":
-        return get_peft_model(model, E3VAConfig())
-    if method == "head only":
-        return head_only(model)
-    adapted = get_peft_model(model, lora_config(model, lora_alpha=8))
-    return checkpointed(adapted) if method == "LoRA + checkpointing" else adapted
+    return METHODS[method](build())
 
 
 def main() -> None:
@@ -94,14 +112,18 @@ def main() -> None:
     rows = []
     for key in sys.argv[1:] or SETTINGS:
         setting = SETTINGS[key]
-        for method in ("full", "LoRA", "LoRA + checkpointing", "E3VA", "head only"):
+        for method in METHODS:
+            if method.endswith("blocks only") and "Swin" not in setting.title:
+                continue  # a ViT has no stages: the same as the row before
             model = prepare(method, setting.build)
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
             report = measure_step(model, setting.inputs(), optimizer, repeats=1)
-            rows.append({"setting": setting.title, "method": method, **report.to_dict()})
+            bytes_only = {name: value for name, value in report.to_dict().items() if not name.endswith("_ms")}
+            rows.append({"setting": setting.title, "method": method, **bytes_only})
             print(
                 f"{setting.title}: {method}: {report.saved_bytes / MIB:.0f} MiB saved, "
-                f"{report.peak_bytes / MIB:.0f} MiB peak"
+                f"{report.peak_bytes / MIB:.0f} MiB peak",
+                flush=True,
             )
     save("memory", rows)
 

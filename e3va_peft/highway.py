@@ -322,7 +322,7 @@ class Lane:
         x = x.to(self.z.dtype)
         call = _in_dtype(module, x.dtype)
         with _no_autocast(x):
-            if frozen.dtype != x.dtype or call is not module:  # else the backbone did the same, to the bit
+            if call is not module or frozen.dtype != x.dtype:  # else the backbone did the same, to the bit
                 with torch.no_grad():
                     frozen = call(x, *rest)
             y = x + self.z

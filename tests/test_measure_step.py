@@ -1,4 +1,8 @@
+import contextlib
 import gc
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from e3va_peft.measure import StepReport, measure_step
+from e3va_peft.measure.step import peak_of
 
 # Sizes of every test: a batch of 32 rows of 8 features, 16 hidden, 4 out, in float32.
 X = 32 * 8 * 4
@@ -80,6 +85,16 @@ def test_a_chain_saves_the_input_of_every_part():
 
 def test_a_custom_function_counts_what_it_saves_in_the_dtype_it_saves_it():
     assert measure(keeping(lambda x: [(x * 16).to(torch.int8)])).saved_bytes == 32 * 8
+
+
+def test_attention_saves_queries_keys_values_output_and_a_number_per_row():
+    def attention(x, scale):
+        q, k, v = (x * scale for _ in range(3))  # each saves x, which counts once, to differentiate the product
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    x = torch.randn(2, 3, 16, 8)  # (B, heads, N, D)
+    report = measure(Lambda(attention), x=x)
+    assert report.saved_bytes == 5 * x.nbytes + 2 * 3 * 16 * 4  # x, q, k, v, output; log-sum-exp in fp32
 
 
 def test_views_of_one_storage_count_once():
@@ -283,6 +298,38 @@ def test_the_garbage_collector_does_not_change_the_peak(threshold):
     assert report.peak_activations == 11 * X + 4 + 4
 
 
+def test_the_peak_agrees_with_the_growth_of_the_process():
+    code = """
+import resource, torch
+from torch import nn
+from e3va_peft.measure import measure_step
+torch.set_num_threads(1)
+def build(device):
+    model = nn.Sequential(*(layer for _ in range(6) for layer in (nn.Linear(256, 256), nn.GELU()))).to(device)
+    return model, torch.optim.SGD(model.parameters(), lr=0.01)
+def loss_fn(y):
+    return y.square().mean()
+def step(x):
+    loss_fn(model(x)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model, optimizer = build("meta")
+x = torch.randn(20_000, 256)
+peak = measure_step(model, x.to("meta"), optimizer, loss_fn=loss_fn, repeats=1)
+model, optimizer = build("cpu")
+step(torch.randn(64, 256))  # the libraries and buffers that come with a first step
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+step(x)
+print(peak.peak_activations - x.nbytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+"""
+    # Every buffer of its own pages, so that what is freed goes back at once and nothing free is handed out again.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    counted, grown = map(int, done.stdout.split())
+    assert counted > 200 * 2**20
+    assert grown == pytest.approx(counted, rel=0.1)
+
+
 # Nothing is changed by measuring
 
 
@@ -399,6 +446,28 @@ def test_the_report_reads_in_mib_and_ms():
         "time of a step            3.75 ms  = 1.00 forward + 2.50 backward + 0.25 optimizer\n"
         "trainable                1,234 parameters"
     )
+
+
+def test_the_peak_of_inference_is_its_widest_moment_beyond_the_weights():
+    x = batch()
+    model = mlp()
+    with torch.no_grad():
+        peak = peak_of(lambda: model(x), model)
+    assert peak == X + 2 * HIDDEN  # the batch, the hidden layer, and it again behind GELU
+
+
+def test_cuda_reports_its_own_peak_of_the_timed_steps(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: calls.append("read") or 12345678)
+    monkeypatch.setattr("e3va_peft.measure.step._cuda_devices", lambda parameters: {torch.device("cuda", 0)})
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+    report = measure(mlp())
+    assert report.cuda_peak_bytes == 12345678 and calls == ["reset", "read"]
+    assert "CUDA's own peak          11.77 MiB" in str(report)
+    monkeypatch.undo()
+    assert measure(mlp()).cuda_peak_bytes is None
 
 
 def test_every_part_of_the_step_is_timed():

@@ -2,7 +2,7 @@
 
 Bytes are counted from the storages of the tensors themselves, so they are the same in every run. They leave out what
 an allocator adds (rounding, fragmentation, the CUDA context) and the scratch space inside a kernel: expect
-`torch.cuda.max_memory_allocated` to be somewhat larger.
+`torch.cuda.max_memory_allocated`, which is reported beside them on a GPU, to be somewhat larger.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class StepReport:
         forward_ms: Median time of forward and loss.
         backward_ms: Median time of backward.
         optimizer_ms: Median time of the optimizer step.
+        cuda_peak_bytes: Peak of what CUDA's caching allocator had handed out during the timed steps, all that was
+            allocated before included, summed over the devices of the parameters. None without CUDA.
     """
 
     saved_bytes: int
@@ -61,23 +63,26 @@ class StepReport:
     forward_ms: float
     backward_ms: float
     optimizer_ms: float
+    cuda_peak_bytes: int | None = None
 
     @property
     def step_ms(self) -> float:
         """Time of a step in ms: forward, backward and optimizer step."""
         return self.forward_ms + self.backward_ms + self.optimizer_ms
 
-    def to_dict(self) -> dict[str, int | float]:
+    def to_dict(self) -> dict[str, int | float | None]:
         """Return all fields and `step_ms`, ready for JSON or a data frame."""
         return {**asdict(self), "step_ms": self.step_ms}
 
     def __str__(self) -> str:
         """Format for reading: MiB (2**20 bytes) and ms."""
+        cuda = "" if self.cuda_peak_bytes is None else f"CUDA's own peak     {self.cuda_peak_bytes / MIB:10.2f} MiB\n"
         return (
             f"saved for backward  {self.saved_bytes / MIB:10.2f} MiB\n"
             f"peak of a step      {self.peak_bytes / MIB:10.2f} MiB"
             f" = {self.peak_parameters / MIB:.2f} parameters + {self.peak_gradients / MIB:.2f} gradients"
             f" + {self.peak_optimizer / MIB:.2f} optimizer + {self.peak_activations / MIB:.2f} activations\n"
+            f"{cuda}"
             f"time of a step      {self.step_ms:10.2f} ms "
             f" = {self.forward_ms:.2f} forward + {self.backward_ms:.2f} backward + {self.optimizer_ms:.2f} optimizer\n"
             f"trainable           {self.trainable_parameters:10,} parameters"
@@ -121,7 +126,7 @@ def measure_step(
             raise ValueError(f"{name} must be at least 1, got {value}: pass {name}=1 for the quickest measurement")
     args, kwargs = _arguments(batch)
     parameters = _parameters(model, optimizer)
-    devices = {parameter.device for parameter in parameters if parameter.is_cuda}
+    devices = _cuda_devices(parameters)
     device_type = parameters[0].device.type
 
     def forward() -> Tensor:
@@ -137,7 +142,10 @@ def measure_step(
         fixed = [*parameters, *model.buffers()]
         saved_bytes = _saved_bytes(forward, fixed)
         peak = _peak(step, parameters, fixed, optimizer, (args, kwargs))
+        for device in devices:
+            torch.cuda.reset_peak_memory_stats(device)
         times = [step() for _ in range(repeats)]
+        cuda_peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) if devices else None
 
     forward_ms, backward_ms, optimizer_ms = (statistics.median(column) for column in zip(*times, strict=True))
     return StepReport(
@@ -151,6 +159,7 @@ def measure_step(
         forward_ms=forward_ms,
         backward_ms=backward_ms,
         optimizer_ms=optimizer_ms,
+        cuda_peak_bytes=cuda_peak,
     )
 
 
@@ -191,6 +200,10 @@ def _parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.P
             f"({type(model).__name__}): build it from this model's parameters, after adapters were injected"
         )
     return list({id(parameter): parameter for parameter in [*model.parameters(), *held]}.values())
+
+
+def _cuda_devices(parameters: Iterable[nn.Parameter]) -> set[torch.device]:
+    return {parameter.device for parameter in parameters if parameter.is_cuda}
 
 
 def _loss(outputs: Any) -> Any:
@@ -331,6 +344,34 @@ def _saved_bytes(forward: Callable[[], Tensor], fixed: list[Tensor]) -> int:
     return sum(storage.nbytes() for key, storage in storages.items() if key not in excluded)
 
 
+def peak_of(function: Callable[[], object], model: nn.Module) -> int:
+    """Return the peak of live tensor bytes while a function runs, beyond the parameters and buffers of a model.
+
+    Args:
+        function: What to run, once; inference, say.
+        model: Module that it uses.
+    """
+    fixed = [*model.parameters(), *model.buffers()]
+    meter = _LiveBytes()
+    meter.track(fixed, "parameters")
+    with _collector_off(), meter:
+        function()
+    split = meter.split()
+    return sum(split.values()) - split["parameters"]
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Keep the garbage collector out: tensors in reference cycles die when it runs, so two calls may differ."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def _peak(
     step: Callable[[], object],
     parameters: list[nn.Parameter],
@@ -348,15 +389,10 @@ def _peak(
         for parameter in parameters
         if parameter.requires_grad
     ]
-    # Tensors in reference cycles die when the collector happens to run: keep it out, or two calls may differ.
-    collecting = gc.isenabled()
-    gc.disable()
     try:
-        with meter:
+        with _collector_off(), meter:
             step()
     finally:
-        if collecting:
-            gc.enable()
         for hook in hooks:
             hook.remove()
     return meter.split()

@@ -1,0 +1,155 @@
+"""Time of the backbone part of a training step, and of inference: E3VA beside its rivals, interleaved.
+
+    python benchmarks/speed.py [swin-b] [vit-b] [upernet-swin-b] [inference]  # on a quiet machine
+
+The loss is taken on the feature maps, without a head, so that nothing but backbone and adapters counts. Random
+weights, fp32, AdamW, two threads; medians over rounds that take one step of every method in turn, after one round to
+warm up. Inference is that of the Swin-B classifier, with the highway at random values, at batch sizes from 1 to 32:
+latency, and peak of live tensor bytes beyond the weights.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from memory import METHODS, SETTINGS, STAGES, SWIN_B, prepare
+from peft import get_peft_model
+from record import save
+from torch import Tensor, nn
+from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
+
+from e3va_peft import E3VAConfig
+from e3va_peft.measure.step import peak_of
+
+ROUNDS = 5
+BATCHES = (1, 2, 4, 8, 16, 32)
+
+
+class BackbonePart(nn.Module):
+    """A backbone whose loss is taken on its feature maps."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(B, 3, H, W) -> mean square of the feature maps."""
+        outputs = self.backbone(pixel_values)
+        maps = getattr(outputs, "feature_maps", None) or [outputs.last_hidden_state]
+        return torch.stack([feature_map.square().mean() for feature_map in maps]).sum()
+
+
+@dataclass(frozen=True)
+class Part:
+    """A backbone and its batch."""
+
+    title: str
+    build: Callable[[], nn.Module]
+    batch: int
+    size: int
+
+
+PARTS = {
+    "swin-b": Part("Swin-B, 224 px, batch 8", lambda: swin(["stage4"]), 8, 224),
+    "vit-b": Part(
+        "ViT-B, 224 px, batch 8", lambda: BackbonePart(ViTModel(ViTConfig(), add_pooling_layer=False)), 8, 224
+    ),
+    "upernet-swin-b": Part("Swin-B with four maps, 512 px, batch 2", lambda: swin(STAGES), 2, 512),
+}
+
+
+def swin(out_features: list[str]) -> nn.Module:
+    """Build Swin-B for its feature maps."""
+    return BackbonePart(SwinBackbone(SwinConfig(**SWIN_B, out_features=out_features)))
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, pixel_values: Tensor) -> float:
+    """Take a training step and return its seconds."""
+    start = time.perf_counter()
+    model(pixel_values).backward()
+    optimizer.step()
+    seconds = time.perf_counter() - start
+    optimizer.zero_grad()
+    return seconds
+
+
+def training_rows(key: str) -> list[dict[str, Any]]:
+    """Time every method on one backbone."""
+    part = PARTS[key]
+    pixel_values = torch.randn(part.batch, 3, part.size, part.size)
+    models = {}
+    for method in METHODS:
+        if not (method.endswith("blocks only") and key == "vit-b"):
+            model = prepare(method, part.build).train()
+            models[method] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    rounds = interleaved({name: lambda m=m, o=o: step(m, o, pixel_values) for name, (m, o) in models.items()})
+    return [
+        {"setting": part.title, "method": name, "seconds": statistics.median(times), "rounds": times}
+        for name, times in rounds.items()
+    ]
+
+
+def interleaved(tasks: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """Run all tasks in turn, once to warm up and then ROUNDS times."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for number in range(ROUNDS + 1):
+        for name, task in tasks.items():
+            seconds = task()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def inference_rows() -> list[dict[str, Any]]:
+    """Time inference of base and adapted model at every batch size, and measure its peak."""
+    torch.manual_seed(0)
+    base = SETTINGS["swin-b"].build().eval()
+    torch.manual_seed(0)
+    adapted = get_peft_model(SETTINGS["swin-b"].build(), E3VAConfig(init_weights=False)).eval()
+    rows = []
+    for batch in BATCHES:
+        pixel_values = torch.randn(batch, 3, 224, 224)
+
+        def predict(model: nn.Module, pixel_values: Tensor = pixel_values) -> float:
+            start = time.perf_counter()
+            with torch.no_grad():
+                model(pixel_values=pixel_values)
+            return time.perf_counter() - start
+
+        rounds = interleaved({"base": lambda p=predict: p(base), "E3VA": lambda p=predict: p(adapted)})
+        for name, model in (("base", base), ("E3VA", adapted)):
+            rows.append(
+                {
+                    "setting": "inference",
+                    "batch": batch,
+                    "method": name,
+                    "seconds": statistics.median(rounds[name]),
+                    "rounds": rounds[name],
+                    "peak_bytes": peak_of(lambda m=model, p=predict: p(m), model),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    """Measure what the command line names, all by default."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(2)
+    rows = []
+    for key in sys.argv[1:] or [*PARTS, "inference"]:
+        found = inference_rows() if key == "inference" else training_rows(key)
+        for row in found:
+            print({name: value for name, value in row.items() if name != "rounds"}, flush=True)
+        rows += found
+    save("speed", rows)
+
+
+if __name__ == "__main__":
+    main()

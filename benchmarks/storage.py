@@ -1,0 +1,78 @@
+"""Does it cost accuracy to keep taps rounded, or one tap a block? E3VA's four ways on real data, three seeds each.
+
+    python benchmarks/storage.py --data DATA --model MODEL --runs RUNS  # dsb2018/{images,semantic}; a Swin
+
+The recipe nuclei-upernet-swin for three epochs, same head, data order and learning rate; the evaluation images are
+seen once per run, at the end. A run that is finished already is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from pathlib import Path
+
+from record import save
+from transformers.utils import logging
+
+from e3va_peft.training.config import read_config
+from e3va_peft.training.run import METRICS, train
+
+WAYS = {
+    "exact": {},
+    "int8": {"tap_storage": "int8"},
+    "int4": {"tap_storage": "int4"},
+    "one tap a block": {"taps": ["block"]},
+    "one tap a block, int8": {"taps": ["block"], "tap_storage": "int8"},
+}
+SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    """Train, or read what is trained, and record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--runs", required=True)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    scores: dict[str, list[float]] = {way: [] for way in WAYS}
+    for seed in SEEDS:
+        for way, options in WAYS.items():
+            output = Path(args.runs) / f"{way.replace(' ', '-').replace(',', '')}-seed{seed}"
+            config = read_config(
+                "nuclei-upernet-swin",
+                [
+                    f"data.images={args.data}/images",
+                    f"data.masks={args.data}/semantic",
+                    f"model={args.model}",
+                    f"output={output}",
+                    f"method={json.dumps({'name': 'e3va', **options})}",
+                    "training.num_train_epochs=3",
+                    "training.learning_rate=1e-3",
+                    f"training.seed={seed}",
+                    "training.eval_strategy=no",
+                    "training.save_strategy=epoch",
+                    "training.save_total_limit=1",
+                    "training.dataloader_num_workers=0",
+                    "training.disable_tqdm=true",
+                    "data.verify=false",
+                ],
+            )
+            done = output / METRICS
+            record = json.loads(done.read_text()) if done.is_file() else train(config)
+            scores[way].append(record["metrics"]["mean_iou"])
+            print(f"{way}, seed {seed}: mean IoU {scores[way][-1]:.4f}", flush=True)
+    rows = [
+        {"way": way, "mean_iou": found, "mean": statistics.fmean(found), "deviation": statistics.stdev(found)}
+        for way, found in scores.items()
+    ]
+    save("storage", rows)
+
+
+if __name__ == "__main__":
+    main()
