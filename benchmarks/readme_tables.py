@@ -57,6 +57,19 @@ def memory() -> str:
     return markdown(["one training step", "method", "kept for backward", "backbone share"], body)
 
 
+def quantized() -> str:
+    """Table of `quantized.py`."""
+    body = []
+    setting = ""
+    for row in rows("quantized"):
+        title = row["setting"] if row["setting"] != setting else ""
+        setting = row["setting"]
+        sizes = [f"{row[key] / MIB:.0f} MiB" for key in ("peak_parameters", "peak_bytes", "saved_bytes")]
+        body.append([title, row["base"], *sizes, f"{row['step_seconds']:.2f}"])
+    header = ["one training step of E3VA", "base", "parameters", "peak", "kept for backward", "s per step"]
+    return markdown(header, body)
+
+
 def training() -> str:
     """Table of `training.py`: both settings, one row per method."""
     titles = {"nuclei": "nuclei, mean IoU", "cifar10": "CIFAR-10, accuracy"}
@@ -98,11 +111,20 @@ def compare() -> str:
     return markdown(header, body)
 
 
+TABLES = {
+    "demo": demo,
+    "memory": memory,
+    "quantized": quantized,
+    "training": training,
+    "compare": compare,
+}
+
+
 def main() -> None:
     """Fill in, or check, the marked places."""
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in (("demo", demo), ("memory", memory), ("training", training), ("compare", compare)):
+    for name, table in TABLES.items():
         place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
         text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
     if "--check" in sys.argv:

@@ -15,10 +15,10 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `results/<name>.json` with the rows and where they come from."""
+def save(name: str, rows: list[dict[str, Any]], *more: str) -> None:
+    """Write `results/<name>.json` with the rows and where they come from, the versions of `more` packages included."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "e3va_peft")
+    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "e3va_peft", *more)
     record = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
         "revision": revision.strip(),

@@ -40,6 +40,7 @@ class BaseModel:
         backbones: Name in the model -> Hub id or folder, of backbones with weights of their own in a model that was
             put together from parts and has no id itself.
         metrics: Results to show in the model card.
+        quantized_by: Library that quantised the weights while they were loaded, "" where they are used as stored.
     """
 
     config: Any = None
@@ -47,6 +48,7 @@ class BaseModel:
     library: str = ""
     backbones: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    quantized_by: str = ""
 
     @property
     def num_labels(self) -> int | None:
@@ -79,7 +81,10 @@ def write_companions(folder: Path, adapter: Mapping[str, Any], base: BaseModel) 
         base: The base model.
     """
     if base.config is not None:
-        (folder / BASE_CONFIG).write_text(json.dumps(base.config.to_dict(), indent=2, sort_keys=True, default=str))
+        config = base.config.to_dict()
+        if base.quantized_by:
+            config.pop("quantization_config", None)  # it would say that the stored weights are quantised
+        (folder / BASE_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
     _copy_processor(folder, [adapter.get("base_model_name_or_path"), *base.backbones.values()])
     _write_card(folder / "README.md", adapter, base)
 
@@ -134,6 +139,11 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
         f"taps={', '.join(adapter['taps'])}",
         f"- Trained and saved whole: {', '.join(adapter['modules_to_save'] or []) or 'nothing'}",
     ]
+    if base.quantized_by:
+        lines += [
+            f"- Trained over weights that {base.quantized_by} quantised while loading: pass the same "
+            "`quantization_config` to `load_adapter`, or leave it out for full precision"
+        ]
     if labels:
         shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
         lines += [f"- Labels ({len(labels)}): {shown}"]

@@ -326,7 +326,9 @@ class Lane:
                 with torch.no_grad():
                     frozen = call(x, *rest)
             y = x + self.z
-            merged = call(y, *rest) if self.taps.storage == "exact" else _LeanMerging.apply(call, rest, y)
+            # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
+            lean = self.taps.storage != "exact" and all(p.is_floating_point() for p in module.parameters())
+            merged = _LeanMerging.apply(call, rest, y) if lean else call(y, *rest)
             self.z = merged - frozen
         self.stage += 1
         self.block = 0
@@ -357,9 +359,19 @@ class _LeanMerging(torch.autograd.Function):
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The forward of `module` with its parameters in `dtype`; the module itself where they are already."""
+    """The forward of `module` with its parameters plain and in `dtype`; the module itself where they are already."""
     parameters: Mapping[str, Tensor] = dict(module.named_parameters())
-    if all(p.dtype == dtype for p in parameters.values()):
+    cast = {name: _plain(p, dtype) for name, p in parameters.items()}
+    if all(cast[name] is p for name, p in parameters.items()):
         return module
-    cast = {name: p.to(dtype) for name, p in parameters.items()}
     return lambda *args: torch.func.functional_call(module, cast, args)
+
+
+def _plain(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter dequantised and in `dtype`; packed integers stay, because only their own layer reads them.
+
+    A quantised tensor (torchao) could multiply by itself, but where it quantises activations too no gradient passes.
+    """
+    if type(parameter).dequantize is not Tensor.dequantize:
+        parameter = parameter.dequantize()
+    return parameter.to(dtype) if parameter.is_floating_point() else parameter

@@ -47,7 +47,8 @@ def load_adapter(
         revision: Revision of the adapter's repository.
         subfolder: Folder within; an adapter that is not named "default" is saved in one of its name.
         token: Hub token, for the adapter and its base model.
-        kwargs: For the base model's `from_pretrained`, e.g. `dtype`, `device_map`.
+        kwargs: For the base model's `from_pretrained`, e.g. `dtype`, `device_map`, `quantization_config`. A base that
+            was quantised while loading is not quantised again unless asked to.
 
     Returns:
         The model in eval mode (training mode with `is_trainable`), and its image processor, None where neither the

@@ -7,10 +7,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of, registered_backbones
 from e3va_peft.card import BaseModel
@@ -95,11 +96,13 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     config.target_modules = [found.name for found in exits]
     for found in exits:
         _check_exit(found)
+        _check_merging(found)
     _check_label_count(model, config, exits)
     if config.modules_to_save is None:
         config.modules_to_save = everything_outside(model, present, exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
+    _check_quantized(model, config.modules_to_save)
     _check_suffixes(model, exits, config.modules_to_save)
     _check_nesting(model, config.modules_to_save)
     config.base = _describe_base(model, exits)
@@ -168,6 +171,19 @@ def _check_exit(found: Exit) -> None:
             )
 
 
+def _check_merging(found: Exit) -> None:
+    """Refuse patch merging by layers of bitsandbytes that round activations as well: the lane passes through it."""
+    mergings = [stage.merging for stage in found.family.stages(found.module)]
+    rounding = [module for module in mergings if module and any(hasattr(p, "SCB") for p in module.parameters())]
+    names = [child(found.name, name) for name, module in found.module.named_modules() if module in rounding]
+    if names:
+        raise ValueError(
+            f"load_in_8bit=True: bitsandbytes rounds what enters the patch merging {names}, and the lane, which "
+            f"passes through, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or "
+            "use load_in_4bit=True or a TorchAoConfig: only weights are rounded there."
+        )
+
+
 def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     """Write down what has to be known of the base model to build it again."""
     backbones: dict[str, str] = {}
@@ -179,7 +195,15 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)
     }
-    return BaseModel(getattr(model, "config", None), type(model).__name__, type(model).__module__, outermost)
+    quantizers: list[Any] = [getattr(module, "hf_quantizer", None) for _, module in base_modules(model)]
+    methods = [q.quantization_config.quant_method for q in quantizers if q is not None and not q.pre_quantized]
+    return BaseModel(
+        config=getattr(model, "config", None),
+        class_name=type(model).__name__,
+        library=type(model).__module__,
+        backbones=outermost,
+        quantized_by=str(getattr(methods[0], "value", methods[0])) if methods else "",
+    )
 
 
 def _check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> None:
@@ -302,6 +326,23 @@ def _check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None
         parts = [child(name, key) for key, _ in module.named_children()]
         raise ValueError(
             f"modules_to_save={name!r}: is a {type(module).__name__}, which PEFT cannot wrap. Name {parts}."
+        )
+
+
+def _check_quantized(model: nn.Module, names: list[str]) -> None:
+    """Refuse to train quantised weights: they take no gradient, or no optimizer step, or cannot be saved."""
+    modules = dict(base_modules(model))
+    quantized = {
+        name: f"{child(name, key)} is a {type(parameter).__name__} of {parameter.dtype}"
+        for name in names
+        for key, parameter in modules[name].named_parameters()
+        if type(parameter).dequantize is not Tensor.dequantize or not parameter.is_floating_point()
+    }
+    if quantized:
+        raise ValueError(
+            f"modules_to_save={list(quantized)}: what is saved is trained whole, which quantised weights cannot be: "
+            f"{'; '.join(quantized.values())}. Load the base model with modules_to_not_convert={list(quantized)} in "
+            "its TorchAoConfig (llm_int8_skip_modules in a BitsAndBytesConfig), or leave them out of modules_to_save."
         )
 
 

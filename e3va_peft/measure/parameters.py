@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from peft import PeftModel
+from torch import nn
 
 from e3va_peft.layer import E3VALayer
 from e3va_peft.resolve import base_modules, find_exits
@@ -49,8 +50,14 @@ def backbone_share(model: PeftModel) -> BackboneShare:
     trainable: dict[int, int] = {}
     for found in exits:
         parts = [found.name, *found.site.frozen, *found.site.norms, *found.site.unused]
-        total |= {id(p): p.numel() for part in parts for p in modules[part].parameters()}
+        total |= {id(p): _elements(p) for part in parts for p in modules[part].parameters()}
         outside = [root.get_submodule(name) for name in found.site.norms if name not in found.tail]
         holders = [root.get_submodule(found.name), *outside]
         trainable |= {id(p): p.numel() for holder in holders for p in holder.parameters() if p.requires_grad}
     return BackboneShare(sum(trainable.values()), sum(total.values()))
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Return the number of weights; bitsandbytes packs two 4-bit ones into an element."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else state.shape.numel()

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map
 
 MIB = 2**20
@@ -305,8 +305,19 @@ def _untouched(
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, torch.UntypedStorage]:
     """Return the unique storages by `id`: torch keeps one Python object per storage for as long as it lives."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
+    storages = (plain.untyped_storage() for tensor in tensors for plain in _plain_tensors(tensor))
     return {id(storage): storage for storage in storages}
+
+
+def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
+    """Iterate over the tensors that hold a tensor's numbers: one that wraps others has a made-up storage itself."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+        return
+    yield tensor
+    if (state := getattr(tensor, "quant_state", None)) is not None:  # bitsandbytes keeps scales beside 4-bit weights
+        yield from (value for value in state.as_dict().values() if isinstance(value, Tensor))
 
 
 @dataclass(eq=False)
