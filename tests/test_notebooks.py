@@ -72,6 +72,16 @@ def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
     assert "100.0% of the pixels as `e3va predict` says" in text_of(notebook)
 
 
+def test_where_the_memory_goes_shows_it(tmp_path):
+    parameters = (
+        "SWIN = dict(image_size=32, patch_size=2, embed_dim=8, depths=[1, 2, 1], num_heads=[1, 2, 2], window_size=4)\n"
+        "BATCH = 2"
+    )
+    notebook = run("03_where_the_memory_goes.ipynb", parameters, tmp_path)
+    assert len(pictures_of(notebook)) == 4
+    assert "lora-checkpointing" in text_of(notebook) and "ms per step" in text_of(notebook)
+
+
 def test_notebooks_are_committed_without_outputs():
     for path in NOTEBOOKS.glob("*.ipynb"):
         assert all(not cell.get("outputs") for cell in nbformat.read(path, as_version=4).cells), path
