@@ -28,7 +28,7 @@ from transformers import (
 from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
-from e3va_peft.training.methods import head_only, lora_config
+from e3va_peft.training.methods import checkpointed, head_only, lora_config
 
 SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -85,20 +85,6 @@ def prepare(method: str, build: Callable[[], nn.Module]) -> nn.Module:
         return head_only(model)
     adapted = get_peft_model(model, lora_config(model, lora_alpha=8))
     return checkpointed(adapted) if method == "LoRA + checkpointing" else adapted
-
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """Switch on checkpointing of every block, in the reentrant form, which keeps its inputs where the meter sees them.
-
-    It wants an input that requires a gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a
-    tuple, so the hook sits behind the embeddings' dropout.
-    """
-    for name, module in model.named_modules():
-        if hasattr(module, "gradient_checkpointing_enable") and name.endswith(("encoder", "vit")):
-            module.gradient_checkpointing_enable({"use_reentrant": True})
-        if name.endswith("embeddings.dropout"):
-            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
-    return model
 
 
 def main() -> None:

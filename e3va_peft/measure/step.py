@@ -136,7 +136,7 @@ def measure_step(
             step()
         fixed = [*parameters, *model.buffers()]
         saved_bytes = _saved_bytes(forward, fixed)
-        peak = _peak(step, parameters, fixed, optimizer, (args, kwargs))
+        peak = _peak(step, parameters, fixed, optimizer, (args, kwargs)).split()
         times = [step() for _ in range(repeats)]
 
     forward_ms, backward_ms, optimizer_ms = (statistics.median(column) for column in zip(*times, strict=True))
@@ -326,8 +326,8 @@ def _peak(
     fixed: list[Tensor],
     optimizer: torch.optim.Optimizer,
     batch: object,
-) -> dict[Kind, int]:
-    """Take a step and return the split of live bytes at their peak."""
+) -> _LiveBytes:
+    """Take a step and return the meter that watched it."""
     meter = _LiveBytes()
     meter.track(fixed, "parameters")
     meter.track(tree_leaves(list(optimizer.state.values())), "optimizer")
@@ -348,7 +348,7 @@ def _peak(
             gc.enable()
         for hook in hooks:
             hook.remove()
-    return meter.split()
+    return meter
 
 
 @dataclass
@@ -364,11 +364,15 @@ class _LiveBytes(TorchDispatchMode):
     Holds no tensor: weak references to storages tell when they die. Storages count with their size at first sight; a
     later resize, which hardly anything but FSDP does, is ignored.
 
+    Attributes:
+        totals: Live bytes after each operation, in the order in which they ran.
+
     Source: the technique of `torch.distributed._tools.mem_tracker`.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.totals: list[int] = []
         self._live: dict[int, _Entry] = {}
         self._total = 0
         self._peak = 0
@@ -381,6 +385,7 @@ class _LiveBytes(TorchDispatchMode):
                 reference = weakref.ref(storage, partial(self._forget, key))
                 self._live[key] = _Entry(storage.nbytes(), kind, reference)
                 self._total += storage.nbytes()
+        self.totals.append(self._total)
         if self._total > self._peak:
             self._peak = self._total
             self._at_peak = list(self._live.values())

@@ -72,6 +72,24 @@ def head_only(model: nn.Module) -> nn.Module:
     return model
 
 
+def checkpointed(model: nn.Module) -> nn.Module:
+    """Switch on checkpointing of every block of the backbones, and return the model.
+
+    The form is the reentrant one, which keeps the inputs of blocks where `measure_step` sees them. It wants an input
+    that requires a gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a tuple, so the hook
+    sits behind the embeddings' dropout.
+
+    Args:
+        model: A model with LoRA, or to be trained in full.
+    """
+    for found in find_exits(model):
+        found.module.gradient_checkpointing_enable({"use_reentrant": True})
+    for name, module in model.named_modules():
+        if name.endswith("embeddings.dropout"):
+            module.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    return model
+
+
 def trained_whole(model: nn.Module) -> list[str]:
     """Return the names of the modules that every method trains whole: outside the backbone, and its output norms.
 
