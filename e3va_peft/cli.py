@@ -173,7 +173,8 @@ def _in_a_line(entry: dict[str, Any]) -> str:
 @app.command()
 def plan(
     model: Annotated[
-        str, typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder.")
+        str,
+        typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
     ],
     task: Annotated[str, typer.Option(help="image-classification or semantic-segmentation.")] = "image-classification",
     image_size: Annotated[

@@ -79,7 +79,9 @@ def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTra
     found = model_config(model)
     config = segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
     name_classes(config, [str(i) for i in range(num_labels)])
-    auto: Any = AutoModelForSemanticSegmentation if task == "semantic-segmentation" else AutoModelForImageClassification
+    auto: Any = (
+        AutoModelForSemanticSegmentation if task == "semantic-segmentation" else AutoModelForImageClassification
+    )
 
     def build() -> PreTrainedModel:
         # fp32 whatever the config says of its file: Trainer's mixed precision keeps the weights in fp32

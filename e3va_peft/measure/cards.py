@@ -117,7 +117,7 @@ class Stack:
 # - CUDA 12.8 wheels, the first with Blackwell, came with 2.7; 2.8 made them the default.
 # The floor of 2.6 is this package's own, see pyproject.toml.
 _LEGACY = (
-    'torch 2.6 to 2.14 with CUDA 12.6: the CUDA 13 wheels, which pip takes by default, have dropped this card',
+    "torch 2.6 to 2.14 with CUDA 12.6: the CUDA 13 wheels, which pip takes by default, have dropped this card",
     'pip install "torch>=2.6,<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126',
 )
 _CURRENT = ("any torch from 2.6", "pip install torch torchvision")
