@@ -65,19 +65,25 @@ def assert_predicted(step, real, batch_size=2):
     assert step.trainable_parameters == real.trainable_parameters
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", BY_METHOD)
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [*((name, "fp32") for name in BY_METHOD), ("E3VA, one tap in int8", "bf16"), ("full", "bf16")],
+)
 def test_a_plan_is_what_measure_step_reports(method, precision, configs):
     model = configs / "vit-classifier"
     assert_predicted(fake_step(model, method, precision=precision), real_step(model, method, precision=precision))
 
 
-@pytest.mark.parametrize("method", ["E3VA", "LoRA + checkpointing"])
 @pytest.mark.parametrize(
-    ("name", "task", "size"),
-    [("swin-classifier", CLASSIFY, 48), ("swin-upernet", SEGMENT, 32), ("dinov2-classifier", CLASSIFY, 28)],
+    ("name", "method", "task", "size"),
+    [
+        ("swin-upernet", "E3VA", SEGMENT, 32),
+        ("swin-classifier", "LoRA + checkpointing", CLASSIFY, 48),
+        ("dinov2-classifier", "LoRA + checkpointing", CLASSIFY, 42),
+    ],
 )
-def test_other_families_sizes_and_tasks_are_predicted_too(name, task, size, method, configs):
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # a checkpoint within a checkpoint
+def test_other_families_sizes_and_tasks_are_predicted_too(name, method, task, size, configs):
     step = fake_step(configs / name, method, task, size)
     assert_predicted(step, real_step(configs / name, method, task, size))
 
@@ -89,7 +95,7 @@ def test_checkpointing_keeps_less_than_lora_alone(configs):
     assert peaks[0] < peaks[1]
 
 
-@pytest.mark.parametrize("start", [1, 3, 40])
+@pytest.mark.parametrize("start", [1, 40])
 def test_the_largest_batch_fits_and_one_more_does_not(start, configs):
     step = fake_step(configs / "vit-classifier", "E3VA")
     memory = needed_bytes(step.trace(37).peak) + 100
@@ -111,19 +117,19 @@ def test_a_vit_l_is_planned_without_its_memory_and_without_any_file(monkeypatch)
 
     monkeypatch.setattr("huggingface_hub.file_download.http_get", None)
     before = resident()
-    step = fake_step("vit-l", "full", precision="bf16", autocast="cuda")
-    assert step.trace(64).peak > 20 * GIB
-    assert step.trainable_parameters > 300e6
+    step = fake_step("vit-l", "head only", precision="bf16", autocast="cuda")
+    assert step.trace(64).split["parameters"] > 1.2e9
     assert resident() - before < 200e6
 
 
-@pytest.mark.parametrize("name", SHORT_NAMES)
-def test_short_names_mean_the_usual_sizes(name):
+def test_short_names_mean_the_usual_sizes():
     millions = {"swin-t": 28, "swin-s": 50, "swin-b": 88, "swin-l": 197, "vit-s": 22, "vit-b": 87, "vit-l": 304,
                 "dinov2-s": 23, "dinov2-b": 88, "dinov2-l": 306}  # fmt: skip
-    with torch.device("meta"):
-        model = model_builder(name, CLASSIFY, 1000)()
-    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions[name], rel=0.02)
+    assert millions.keys() == SHORT_NAMES.keys()
+    for name in ("swin-b", "vit-s", "dinov2-s"):
+        with torch.device("meta"):
+            model = model_builder(name, CLASSIFY, 1000)()
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions[name], rel=0.02)
 
 
 def test_norms_and_softmax_run_in_fp32_as_on_cuda_and_interpolation_as_it_comes():

@@ -139,8 +139,8 @@ def software_stack(capability: tuple[int, int]) -> Stack:
     """
     if capability < (5, 0):
         raise UserError(
-            f"compute capability {capability[0]}.{capability[1]}: no torch from 2.6 on, which this package needs, runs "
-            "on this card. Use another, or train on the CPU."
+            f"compute capability {capability[0]}.{capability[1]}: no torch from 2.6 on, which this package needs, "
+            "runs on this card. Use another, or train on the CPU."
         )
     name, precision, why = _generation(capability)
     wheels = _LEGACY if capability < (7, 5) else _BLACKWELL if capability >= (10, 0) else _CURRENT

@@ -1,7 +1,7 @@
 """What a training step would need, before anything is downloaded or allocated.
 
-A step of each method runs on fake tensors: they have shapes, dtypes and storages with sizes, but no memory. The meter is
-the one of `measure_step`, so a plan is what `measure_step` would report, without weights, images and minutes.
+A step of each method runs on fake tensors: they have shapes, dtypes and storages with sizes, but no memory. The meter
+is the one of `measure_step`, so a plan is what `measure_step` would report, without weights, images and minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -24,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from e3va_peft.config import E3VAConfig
 from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.measure.cards import GIB
 from e3va_peft.measure.step import Kind, _peak, _step
@@ -148,9 +146,10 @@ def plan(
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
     The step is Trainer's: weights in fp32, forward under autocast for fp16 and bf16, fused AdamW, no gradients at the
-    start. Attention is PyTorch's fused kernel, which keeps queries, keys, values and output but no attention matrix; so
-    do its flash and memory-efficient kernels on a card. Where a mask is trained (Swin's position bias, in full
-    fine-tuning) it is the plain kernel, which keeps the matrix: a card may need less.
+    start. Attention is the kernel that PyTorch chooses on a CPU: where it can, the fused one, which keeps queries, keys,
+    values and output but no attention matrix; so do the flash and memory-efficient kernels of a card. Where a mask is
+    trained (Swin's position bias, in full fine-tuning) it is the plain one, which keeps the matrix: a card may need
+    less. Scratch space inside a kernel, cuDNN's for convolutions above all, is not seen.
 
     Args:
         model: Short name (swin-t, swin-b, vit-b, dinov2-s, ...), folder, or Hub id, of which only config.json is read.
@@ -336,8 +335,9 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
     """Return the largest batch whose step fits, 0 where one image does not.
 
     With the batch the sizes of tensors grow on straight lines, and the operations stay the same ones. So two steps
-    give the live bytes after each operation at any batch size, and their maximum is the peak there, exactly. A batch of
-    one image may run other operations (batch norms), and is asked by itself; so is every batch where two steps differ.
+    give the live bytes after each operation at any batch size, and their maximum is the peak there, exactly. A batch
+    of one image may run other operations (batch norms), and is asked by itself; so is every batch where two steps
+    differ.
 
     Args:
         trace: Runs a step with a batch of this size.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.resolve import everything_outside, find_exits
@@ -83,7 +84,7 @@ def checkpointed(model: nn.Module) -> nn.Module:
         model: A model with LoRA, or to be trained in full.
     """
     for found in find_exits(model):
-        found.module.gradient_checkpointing_enable({"use_reentrant": True})
+        cast(PreTrainedModel, found.module).gradient_checkpointing_enable({"use_reentrant": True})
     for name, module in model.named_modules():
         if name.endswith("embeddings.dropout"):
             module.register_forward_hook(lambda module, args, output: output.requires_grad_())
