@@ -78,11 +78,34 @@ def training() -> str:
     return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
 
 
+def plan() -> str:
+    """Table of `plan.py`: bytes of E3VA and full fine-tuning, and the largest error of all methods."""
+    recorded = rows("plan")
+    settings: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in recorded:
+        key = (row["model"], row["task"], row["image_size"], row["batch_size"], row["precision"])
+        settings.setdefault(key, {})[row["method"]] = row
+    body = []
+    for (model, task, size, batch, precision), methods in settings.items():
+        head = " + UperNet" if task == "semantic-segmentation" else ""
+        cells = [
+            " / ".join(f"{methods[name][kind] / MIB:.0f}" for kind in ("predicted", "measured", "resident"))
+            for name in ("E3VA", "full")
+        ]
+        worst = [
+            max((row["predicted"] / row[kind] - 1 for row in methods.values()), key=abs)
+            for kind in ("measured", "resident")
+        ]
+        errors = " / ".join(f"{100 * error:+.1f} %" for error in worst)
+        body.append([f"{model}{head}, {size} px, batch {batch}, {precision}", *cells, errors])
+    return markdown(["one training step", "E3VA, MiB", "full, MiB", "largest error of five methods"], body)
+
+
 def main() -> None:
     """Fill in, or check, the marked places."""
     path = ROOT / "README.md"
     text = old = path.read_text()
-    for name, table in (("demo", demo), ("memory", memory), ("training", training)):
+    for name, table in (("demo", demo), ("memory", memory), ("training", training), ("plan", plan)):
         place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
         text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
     if "--check" in sys.argv:

@@ -146,7 +146,7 @@ def plan(
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
     The step is Trainer's: weights in fp32, forward under autocast for fp16 and bf16, fused AdamW, no gradients at the
-    start. Attention is the kernel that PyTorch chooses on a CPU: where it can, the fused one, which keeps queries, keys,
+    start. Attention is the kernel that PyTorch picks on a CPU: where it can, the fused one, which keeps queries, keys,
     values and output but no attention matrix; so do the flash and memory-efficient kernels of a card. Where a mask is
     trained (Swin's position bias, in full fine-tuning) it is the plain one, which keeps the matrix: a card may need
     less. Scratch space inside a kernel, cuDNN's for convolutions above all, is not seen.
@@ -193,12 +193,17 @@ def _check(batch_size: int, image_size: int | None, num_labels: int | None, prec
 
 @contextmanager
 def _explained(model: str, size: int | None) -> Iterator[None]:
-    """Say of what goes wrong inside a model that it is about the image size: nothing else varies there."""
+    """Say what a model refuses: images of a size that was asked for, or to run without real values at all."""
     try:
         yield
     except UserError:
         raise
     except (ValueError, RuntimeError) as error:
+        if size is None:
+            raise UserError(
+                f"model={model!r}: its training step cannot be predicted ({reason(error)}). Measure a real one with "
+                "e3va_peft.measure.measure_step."
+            ) from error
         raise UserError(
             f"image_size={size}: {model} does not take images of that size ({reason(error)}). Leave --image-size out "
             "for the model's own."
