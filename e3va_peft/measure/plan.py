@@ -62,8 +62,8 @@ def _e3va(**options: Any) -> Callable[[PreTrainedModel], nn.Module]:
 
 METHODS = [
     Method("E3VA", "highway", _e3va()),
-    Method("E3VA, one tap per block", "highway", _e3va(taps=("block",))),
-    Method("E3VA, one tap in int8", "highway", _e3va(taps=("block",), tap_storage="int8")),
+    Method("E3VA, block taps", "highway", _e3va(taps=("block",))),
+    Method("E3VA, block taps, int8", "highway", _e3va(taps=("block",), tap_storage="int8")),
     Method("LoRA", "low-rank", lambda model: adapt(model, {"name": "lora"})),
     Method("LoRA + checkpointing", "low-rank", lambda model: checkpointed(adapt(model, {"name": "lora"}))),
     Method("full", "everything", lambda model: adapt(model, {"name": "full"})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -15,12 +16,15 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.model}, {plan.task}, {plan.image_size} px, batch {plan.batch_size}, {plan.precision}, "
         f"{plan.num_labels} classes"
     )
-    table = Table(title=title, title_justify="left", caption="GiB; peak = weights + gradients + AdamW + activations")
-    table.add_column("method")
-    table.add_column("trains")
-    columns = ["M trained", "peak", "weights", "grads", "AdamW", "activ.", "needs"]
     if plan.memory is not None:
-        columns += [f"fits {plan.memory / GIB:.3g} GiB", "largest batch"]
+        title += f", on {plan.memory / GIB:.3g} GiB"
+    caption = "in GiB: peak = weights + gradients + AdamW + activations; needs: with CUDA context and allocator"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    table.add_column("trains", no_wrap=True)
+    columns = ["trained, M", "peak", "weights", "grads", "AdamW", "activ.", "needs"]
+    if plan.memory is not None:
+        columns += ["fits", "max batch"]
     for column in columns:
         table.add_column(column, justify="right")
     for row in plan.methods:
