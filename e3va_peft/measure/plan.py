@@ -6,6 +6,7 @@ is the one of `measure_step`, so a plan is what `measure_step` would report, wit
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -330,10 +331,16 @@ class FakeStep:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep warnings of other libraries out of it: nothing that is built here is ever used."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep warnings and logs of other libraries out of it: nothing that is built here is ever used."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs the trace of what a model refuses
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -> int:
