@@ -111,12 +111,36 @@ def compare() -> str:
     return markdown(header, body)
 
 
+def plan() -> str:
+    """Table of `plan.py`: bytes of E3VA and full fine-tuning, and the largest error of all methods."""
+    recorded = rows("plan")
+    settings: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in recorded:
+        key = (row["model"], row["task"], row["image_size"], row["batch_size"], row["precision"])
+        settings.setdefault(key, {})[row["method"]] = row
+    body = []
+    for (model, task, size, batch, precision), methods in settings.items():
+        head = " + UperNet" if task == "semantic-segmentation" else ""
+        cells = [
+            " / ".join(f"{methods[name][kind] / MIB:.0f}" for kind in ("predicted", "measured", "resident"))
+            for name in ("E3VA", "full")
+        ]
+        worst = [
+            max((row["predicted"] / row[kind] - 1 for row in methods.values()), key=abs)
+            for kind in ("measured", "resident")
+        ]
+        errors = " / ".join(f"{100 * error:+.1f} %" for error in worst)
+        body.append([f"{model}{head}, {size} px, batch {batch}, {precision}", *cells, errors])
+    return markdown(["one training step", "E3VA, MiB", "full, MiB", "largest error of five methods"], body)
+
+
 TABLES = {
     "demo": demo,
     "memory": memory,
     "quantized": quantized,
     "training": training,
     "compare": compare,
+    "plan": plan,
 }
 
 

@@ -19,6 +19,8 @@ def about() -> None:
 
     See it work: [bold]e3va demo[/bold], real weights and real MRI, a few minutes on a CPU.
 
+    Will it fit? [bold]e3va plan[/bold] predicts the memory of each method on your card, and downloads no weights.
+
     Train on your own data: [bold]e3va recipes[/bold] lists configs to start from, [bold]e3va train[/bold] runs one,
     [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees. [bold]e3va compare[/bold] holds
     methods against each other on it.
@@ -206,6 +208,75 @@ def _in_a_line(entry: dict[str, Any]) -> str:
     if "shares" in entry:
         return ", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items())
     return ", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"])
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
+    ],
+    task: Annotated[str, typer.Option(help="image-classification or semantic-segmentation.")] = "image-classification",
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the images in pixels. By default the model's own.", metavar="PX")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images per step.", metavar="N")] = 8,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16. By default the best of the card.", metavar="NAME")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(help="Number of classes. By default 1000, for segmentation 150.", metavar="K")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="Memory of the card, e.g. 8GiB, 11GB or 8192MiB.", metavar="SIZE")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Name of the card, e.g. 'GTX 1080 Ti'. By default the one here.", metavar="NAME")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
+) -> None:
+    r"""Predict whether a training step fits on your card, before anything is downloaded.
+
+    For each method: parameters trained, peak memory and what it consists of, and the largest batch that fits. Nothing
+    is allocated: the step runs on tensors without memory. [bold]needs[/bold] adds what is no tensor, the CUDA context
+    (0.6 GiB) and the allocator's gaps (5 %). With a card it also says which PyTorch still runs there.
+
+    [bold]Examples[/bold]
+
+        e3va plan --model swin-b --gpu "GTX 1080 Ti"\n
+        e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16\n
+        e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"\n
+        e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
+    """
+    with _errors_in_plain_words():
+        from rich.console import Console
+
+        from e3va_peft.measure.cards import find_card, parse_memory, software_stack, this_card
+        from e3va_peft.measure.plan import plan as predict_memory
+        from e3va_peft.measure.tables import plan_table, stack_text
+
+        if output is not None and output.exists():
+            raise FileExistsError(f"output={str(output)!r}: exists already. Choose another file.")
+        card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()
+        size = parse_memory(memory) if memory is not None else card.memory if card is not None else None
+        stack = software_stack(card.capability) if card is not None else None
+        console = Console()
+        with console.status("building the model") as status:
+            found = predict_memory(
+                model,
+                task=task,
+                image_size=image_size,
+                batch_size=batch_size,
+                precision=precision or (stack.precision if stack is not None else "fp32"),
+                num_labels=labels,
+                memory=size,
+                progress=lambda name: status.update(f"a step of {name}"),
+            )
+        console.print(plan_table(found))
+        if card is not None and stack is not None:
+            console.print(stack_text(card, stack), highlight=False)
+        if output is not None:
+            output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 @app.command()

@@ -141,7 +141,7 @@ def measure_step(
             step()
         fixed = [*parameters, *model.buffers()]
         saved_bytes = _saved_bytes(forward, fixed)
-        peak = _peak(step, parameters, fixed, optimizer, (args, kwargs))
+        peak = _peak(step, parameters, fixed, optimizer, (args, kwargs)).split()
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         times = [step() for _ in range(repeats)]
@@ -380,8 +380,8 @@ def _peak(
     fixed: list[Tensor],
     optimizer: torch.optim.Optimizer,
     batch: object,
-) -> dict[Kind, int]:
-    """Take a step and return the split of live bytes at their peak."""
+) -> _LiveBytes:
+    """Take a step and return the meter that watched it."""
     meter = _LiveBytes()
     meter.track(fixed, "parameters")
     meter.track(tree_leaves(list(optimizer.state.values())), "optimizer")
@@ -397,7 +397,7 @@ def _peak(
     finally:
         for hook in hooks:
             hook.remove()
-    return meter.split()
+    return meter
 
 
 @dataclass
@@ -413,16 +413,19 @@ class _LiveBytes(TorchDispatchMode):
     Holds no tensor: weak references to storages tell when they die. Storages count with their size at first sight; a
     later resize, which hardly anything but FSDP does, is ignored.
 
+    Attributes:
+        totals: Live bytes after each operation, in the order in which they ran.
+
     Source: the technique of `torch.distributed._tools.mem_tracker`.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.totals: list[int] = []
         self._live: dict[int, _Entry] = {}
         self._total = 0
         self._peak = 0
         self._at_peak: list[_Entry] = []
-        self.totals: list[int] = []
 
     def track(self, leaves: Iterable[object], kind: Kind) -> None:
         """Count the tensors among `leaves` whose storage is new."""

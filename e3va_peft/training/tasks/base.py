@@ -94,8 +94,7 @@ class Task(ABC):
         Raises:
             UserError: There is no such model, or it has no such option.
         """
-        with _clear_errors(self.config.model):
-            config = AutoConfig.from_pretrained(self.config.model)
+        config = find_config(self.config.model)
         name_classes(config, labels)
         return config
 
@@ -110,6 +109,19 @@ class Task(ABC):
                 hint = nearest(name, config.to_dict())
                 raise UserError(f"model_options.{name}: {type(config).__name__} has no such option.{hint}")
             setattr(config, name, value)
+
+
+def find_config(model: str) -> Any:
+    """Load a model's config, which is a few KB: no weights.
+
+    Args:
+        model: Hub id or folder.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    with _clear_errors(model):
+        return AutoConfig.from_pretrained(model)
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:
@@ -147,9 +159,14 @@ class Collate:
 
 
 def forward_extras(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
+    """Return the arguments that a model needs to take images of the size that its processor gives."""
+    return extras_at(model, side(processor))
+
+
+def extras_at(model: PreTrainedModel, size: int) -> dict[str, Any]:
     """Return the arguments that a model needs to take images of another size than it was trained on."""
     accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
-    if not accepts or getattr(model.config, "image_size", None) in (None, side(processor)):
+    if not accepts or getattr(model.config, "image_size", None) in (None, size):
         return {}
     return {"interpolate_pos_encoding": True}
 

@@ -53,28 +53,19 @@ class SemanticSegmentation(Task):
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a segmenter, or put UperNet onto a backbone; its BatchNorms take a batch of one image."""
-        config = self.load_config(labels)
-        if type(config) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
-            self.apply_options(config)
-            self._set_ignore_index(config)
-            model = load_weights(AutoModelForSemanticSegmentation, self.config.model, new=_HEADS, config=config)
-        elif type(config) in MODEL_FOR_BACKBONE_MAPPING:
-            model = self._upernet(config, labels)
-        else:
-            raise UserError(
-                f"model={self.config.model!r}: is a {config.model_type}, which is neither a segmenter nor a backbone "
-                "with feature maps. Use Swin, DINOv2 or a UperNet, e.g. microsoft/swin-base-patch4-window7-224."
-            )
-        return allow_single_values(model)
-
-    def _upernet(self, backbone: Any, labels: Sequence[str]) -> PreTrainedModel:
-        """Put a new UperNet onto a pretrained backbone: at all stages of a pyramid, at four blocks of a plain ViT."""
-        names = backbone.stage_names[1:]
-        backbone.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
-        config = UperNetConfig(backbone_config=backbone)
+        found = self.load_config(labels)
+        config = segmenter_config(found, self.config.model)
         name_classes(config, labels)
         self.apply_options(config)
         self._set_ignore_index(config)
+        if config is found:
+            model = load_weights(AutoModelForSemanticSegmentation, self.config.model, new=_HEADS, config=config)
+        else:
+            model = self._upernet(config, found)
+        return allow_single_values(model)
+
+    def _upernet(self, config: Any, backbone: Any) -> PreTrainedModel:
+        """Build a new UperNet with the weights of its pretrained backbone."""
         model = UperNetForSemanticSegmentation(config)
         cls = MODEL_FOR_BACKBONE_MAPPING[type(backbone)]  # AutoBackbone asks the Hub first, for a folder too
         # Swin's classifiers have no output norms: these are new in a backbone
@@ -138,6 +129,30 @@ class SemanticSegmentation(Task):
     def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
         """Return mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
         return segmentation_scores(predictions.sum(0))
+
+
+def segmenter_config(found: Any, model: str) -> Any:
+    """Return a segmenter's config as it is; for a backbone, that of a new UperNet on it.
+
+    UperNet reads all stages of a pyramid, and four blocks of a plain ViT.
+
+    Args:
+        found: Config of the model.
+        model: Its name, for the error.
+
+    Raises:
+        UserError: The model is neither a segmenter nor a backbone.
+    """
+    if type(found) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+        return found
+    if type(found) not in MODEL_FOR_BACKBONE_MAPPING:
+        raise UserError(
+            f"model={model!r}: is a {found.model_type}, which is neither a segmenter nor a backbone with feature "
+            "maps. Use Swin, DINOv2 or a UperNet, e.g. microsoft/swin-base-patch4-window7-224."
+        )
+    names = found.stage_names[1:]
+    found.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
+    return UperNetConfig(backbone_config=found)
 
 
 class _TrainingView:

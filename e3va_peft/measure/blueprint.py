@@ -1,0 +1,131 @@
+"""Models without weights: from a name or a config to a model on the meta device, where no tensor holds memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+
+from e3va_peft.training.batchnorm import allow_single_values
+from e3va_peft.training.config import TASKS, UserError, nearest
+from e3va_peft.training.tasks.base import find_config, name_classes
+from e3va_peft.training.tasks.segmentation import segmenter_config
+
+CLASSES = {"image-classification": 1000, "semantic-segmentation": 150}  # of ImageNet and ADE20K
+
+
+def _swin(width: int, deep: int) -> dict[str, Any]:
+    heads = [width // 32 * 2**stage for stage in range(4)]
+    return {"model_type": "swin", "embed_dim": width, "depths": [2, 2, deep, 2], "num_heads": heads, "window_size": 7}
+
+
+def _plain(model_type: str, width: int, layers: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 64}
+    return {"model_type": model_type, **sizes, **more}
+
+
+# Sizes that everyone means by these names, so that a question needs no download at all.
+SHORT_NAMES: dict[str, dict[str, Any]] = {
+    "swin-t": _swin(96, 6),
+    "swin-s": _swin(96, 18),
+    "swin-b": _swin(128, 18),
+    "swin-l": _swin(192, 18),
+    "vit-s": _plain("vit", 384, 12, intermediate_size=1536),
+    "vit-b": _plain("vit", 768, 12, intermediate_size=3072),
+    "vit-l": _plain("vit", 1024, 24, intermediate_size=4096),
+    "dinov2-s": _plain("dinov2", 384, 12, image_size=518, patch_size=14),
+    "dinov2-b": _plain("dinov2", 768, 12, image_size=518, patch_size=14),
+    "dinov2-l": _plain("dinov2", 1024, 24, image_size=518, patch_size=14),
+}
+
+
+def model_config(model: str) -> Any:
+    """Return a model's config: of a short name, of a folder, or of a Hub id, of which only config.json is fetched.
+
+    Raises:
+        UserError: There is no such model.
+    """
+    if model in SHORT_NAMES:
+        return AutoConfig.for_model(**SHORT_NAMES[model])
+    folder = Path(model).expanduser()
+    if "/" not in model and not folder.is_dir():
+        raise UserError(
+            f"model={model!r}: is no folder, no Hub id (owner/name), and none of {', '.join(SHORT_NAMES)}."
+            + nearest(model.lower(), SHORT_NAMES)
+        )
+    return find_config(str(folder) if folder.is_dir() else model)
+
+
+def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTrainedModel]:
+    """Return a function that builds the model which `e3va train` would train, in fp32, without its weights.
+
+    What it builds is on the device of the context it is called in: `with torch.device("meta")` for one without memory.
+
+    Args:
+        model: Short name, folder or Hub id.
+        task: image-classification or semantic-segmentation; a backbone alone gets a new UperNet for the latter.
+        num_labels: Number of classes.
+
+    Raises:
+        UserError: There is no such model, or it is of no use for the task.
+    """
+    if task not in TASKS:
+        raise UserError(f"task={task!r}: must be one of {', '.join(TASKS)}.{nearest(task, TASKS)}")
+    found = model_config(model)
+    config = segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
+    name_classes(config, [str(i) for i in range(num_labels)])
+    auto: Any = (
+        AutoModelForSemanticSegmentation if task == "semantic-segmentation" else AutoModelForImageClassification
+    )
+
+    def build() -> PreTrainedModel:
+        # fp32 whatever the config says of its file: Trainer's mixed precision keeps the weights in fp32
+        return allow_single_values(auto.from_config(config, dtype=torch.float32))
+
+    return build
+
+
+def _classifier_config(found: Any, model: str) -> Any:
+    if type(found) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model={model!r}: is a {found.model_type}, which has no image classifier. Use Swin, ViT or DINOv2, e.g. "
+            "swin-b, or another task."
+        )
+    return found
+
+
+def image_size_of(model: PreTrainedModel, task: str) -> int:
+    """Return the side in pixels of the images that a model was made for; 512 for a segmenter, as on ADE20K."""
+    size = 512 if task == "semantic-segmentation" else getattr(model.config, "image_size", 224)
+    return int(size[0] if isinstance(size, list | tuple) else size)
+
+
+def make_batch(task: str, batch_size: int, size: int) -> dict[str, Tensor]:
+    """Make a batch of square images and labels, on the device of the context."""
+    shape = (batch_size, size, size) if task == "semantic-segmentation" else (batch_size,)
+    return {
+        "pixel_values": torch.empty(batch_size, 3, size, size),
+        "labels": torch.empty(shape, dtype=torch.long),
+    }
+
+
+def give_fake_memory(model: nn.Module, device: str) -> nn.Module:
+    """Move a model from meta to a device in place, within a `FakeTensorMode`, in which that takes no memory."""
+    made: dict[Tensor, Tensor] = {}  # a shared parameter stays shared
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    made.setdefault(tensor, _empty_like(tensor, device))
+                    tensors[name] = made[tensor]  # type: ignore[assignment]
+    return model
+
+
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -1,0 +1,426 @@
+"""What a training step would need, before anything is downloaded or allocated.
+
+A step of each method runs on fake tensors: they have shapes, dtypes and storages with sizes, but no memory. The meter
+is the one of `measure_step`, so a plan is what `measure_step` would report, without weights, images and minutes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
+from e3va_peft.measure.cards import GIB
+from e3va_peft.measure.step import Kind, _peak, _step
+from e3va_peft.training.config import UserError, nearest, reason
+from e3va_peft.training.methods import adapt, checkpointed
+from e3va_peft.training.tasks.base import extras_at
+
+Rules = Literal["cuda", "cpu"]
+
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# What a card gives to things that are no tensors. The CUDA context with its kernels and the workspaces of cuBLAS and
+# cuDNN take 0.3 to 0.7 GiB, by card and driver (forum reports); a desktop on the same card takes its own besides.
+CONTEXT_BYTES = int(0.6 * GIB)
+# The allocator rounds blocks up and cannot always reuse the gaps between them.
+FRAGMENTATION = 0.05
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train that a plan compares.
+
+    Attributes:
+        name: Its row.
+        trains: What is trained besides the head, in a word or two.
+        adapt: Makes a model trainable by it.
+    """
+
+    name: str
+    trains: str
+    adapt: Callable[[PreTrainedModel], nn.Module]
+
+
+def _e3va(**options: Any) -> Callable[[PreTrainedModel], nn.Module]:
+    return lambda model: adapt(model, {"name": "e3va", **options})
+
+
+METHODS = [
+    Method("E3VA", "highway", _e3va()),
+    Method("E3VA, block taps", "highway", _e3va(taps=("block",))),
+    Method("E3VA, block taps, int8", "highway", _e3va(taps=("block",), tap_storage="int8")),
+    Method("LoRA", "low-rank", lambda model: adapt(model, {"name": "lora"})),
+    Method("LoRA + checkpointing", "low-rank", lambda model: checkpointed(adapt(model, {"name": "lora"}))),
+    Method("full", "everything", lambda model: adapt(model, {"name": "full"})),
+    Method("head only", "nothing", lambda model: adapt(model, {"name": "head-only"})),
+]
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """What one method needs. Memory in bytes.
+
+    Attributes:
+        method: Name of the method.
+        trains: What it trains besides the head.
+        trainable_parameters: Number of elements in parameters that are trained.
+        peak_bytes: Peak of live tensor bytes over forward, backward and AdamW step, as `measure_step` counts it.
+        peak_parameters: Part of the peak: parameters and buffers.
+        peak_gradients: Part of the peak: gradients of parameters.
+        peak_optimizer: Part of the peak: AdamW's two moments.
+        peak_activations: Part of the peak: everything else.
+        needed_bytes: The peak with what a card takes besides: see `CONTEXT_BYTES` and `FRAGMENTATION`.
+        fits: Whether `needed_bytes` is within the memory that was asked about; None where none was.
+        largest_batch: Largest batch that fits, 0 where not even one image does; None where no memory was given.
+    """
+
+    method: str
+    trains: str
+    trainable_parameters: int
+    peak_bytes: int
+    peak_parameters: int
+    peak_gradients: int
+    peak_optimizer: int
+    peak_activations: int
+    needed_bytes: int
+    fits: bool | None
+    largest_batch: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each method needs for a step of one model at one size.
+
+    Attributes:
+        model: Short name, folder or Hub id.
+        task: image-classification or semantic-segmentation.
+        image_size: Side of the square images in pixels.
+        batch_size: Images per step.
+        precision: fp32, fp16 or bf16.
+        num_labels: Number of classes.
+        memory: Bytes of the card; None where none was given.
+        methods: One entry per method.
+    """
+
+    model: str
+    task: str
+    image_size: int
+    batch_size: int
+    precision: str
+    num_labels: int
+    memory: int | None
+    methods: list[MethodPlan]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields, ready for JSON."""
+        return asdict(self)
+
+
+def plan(
+    model: str,
+    *,
+    task: str = "image-classification",
+    image_size: int | None = None,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    num_labels: int | None = None,
+    memory: int | None = None,
+    autocast: Rules = "cuda",
+    progress: Callable[[str], None] | None = None,
+) -> Plan:
+    """Predict the peak memory of a training step for every method, without allocating it or reading weights.
+
+    The step is Trainer's: weights in fp32, forward under autocast for fp16 and bf16, fused AdamW, no gradients at the
+    start. Attention is the kernel that PyTorch picks on a CPU: where it can, the fused one, which keeps queries, keys,
+    values and output but no attention matrix; so do the flash and memory-efficient kernels of a card. Where a mask is
+    trained (Swin's position bias, in full fine-tuning) it is the plain one, which keeps the matrix: a card may need
+    less. Scratch space inside a kernel, cuDNN's for convolutions above all, is not seen.
+
+    Args:
+        model: Short name (swin-t, swin-b, vit-b, dinov2-s, ...), folder, or Hub id, of which only config.json is read.
+        task: image-classification or semantic-segmentation.
+        image_size: Side of the square images in pixels; by default the model's own, 512 for segmentation.
+        batch_size: Images per step.
+        precision: fp32, fp16 or bf16.
+        num_labels: Number of classes; by default ImageNet's 1000, ADE20K's 150. Logits of a segmenter are large.
+        memory: Bytes of the card, for what fits and for the largest batch.
+        autocast: Whose rules for mixed precision: those of CUDA, or of the CPU, to compare with a measurement there.
+        progress: Called with the name of each method before its turn.
+
+    Raises:
+        UserError: An argument cannot work; the message names it, its value and the remedy.
+    """
+    _check(batch_size, image_size, num_labels, precision)
+    num_labels = num_labels or CLASSES.get(task, 1)
+    build = model_builder(model, task, num_labels)
+    size = image_size
+    rows = []
+    for method in METHODS:
+        if progress is not None:
+            progress(method.name)
+        with _explained(model, size):
+            step = FakeStep(build, method, task, size, PRECISIONS[precision], autocast)
+            size = step.image_size
+            rows.append(_row(step, batch_size, memory))
+    assert size is not None  # every step says its size
+    return Plan(model, task, size, batch_size, precision, num_labels, memory, rows)
+
+
+def _check(batch_size: int, image_size: int | None, num_labels: int | None, precision: str) -> None:
+    for name, value in (("batch_size", batch_size), ("image_size", image_size), ("num_labels", num_labels)):
+        if value is not None and value < 1:
+            raise UserError(f"{name}={value}: must be at least 1.")
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}.{nearest(precision, PRECISIONS)}"
+        )
+
+
+@contextmanager
+def _explained(model: str, size: int | None) -> Iterator[None]:
+    """Say what a model refuses: images of a size that was asked for, or to run without real values at all."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if size is None:
+            raise UserError(
+                f"model={model!r}: its training step cannot be predicted ({reason(error)}). Measure a real one with "
+                "e3va_peft.measure.measure_step."
+            ) from error
+        raise UserError(
+            f"image_size={size}: {model} does not take images of that size ({reason(error)}). Leave --image-size out "
+            "for the model's own."
+        ) from error
+
+
+def _row(step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
+    at = step.trace(batch_size)
+    peak = sum(at.split.values())
+    return MethodPlan(
+        method=step.method.name,
+        trains=step.method.trains,
+        trainable_parameters=step.trainable_parameters,
+        peak_bytes=peak,
+        peak_parameters=at.split["parameters"],
+        peak_gradients=at.split["gradients"],
+        peak_optimizer=at.split["optimizer"],
+        peak_activations=at.split["activations"],
+        needed_bytes=needed_bytes(peak),
+        fits=None if memory is None else needed_bytes(peak) <= memory,
+        largest_batch=None if memory is None else largest_batch(step.trace, batch_size, memory),
+    )
+
+
+def needed_bytes(peak: int) -> int:
+    """Return the memory that a card must have for a peak of live tensor bytes."""
+    return CONTEXT_BYTES + math.ceil(peak * (1 + FRAGMENTATION))
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Live bytes of one step.
+
+    Attributes:
+        split: Bytes of each kind at the peak.
+        totals: Live bytes after each operation.
+    """
+
+    split: dict[Kind, int]
+    totals: np.ndarray
+
+    @property
+    def peak(self) -> int:
+        """Peak of live bytes."""
+        return int(self.totals.max())
+
+
+class FakeStep:
+    """A training step of one method that costs no memory, at any batch size.
+
+    Args:
+        build: Builds the model on the device of the context.
+        method: How it is trained.
+        task: image-classification or semantic-segmentation.
+        image_size: Side of the square images in pixels; None for the model's own.
+        dtype: Dtype of autocast, None for fp32.
+        autocast: Whose rules for mixed precision.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], PreTrainedModel],
+        method: Method,
+        task: str,
+        image_size: int | None,
+        dtype: torch.dtype | None,
+        autocast: Rules,
+    ) -> None:
+        with torch.device("meta"), _quietly():
+            base = build()
+            self.image_size = image_size or image_size_of(base, task)
+            self.extras = extras_at(base, self.image_size)
+            self.model = method.adapt(base)
+        self.method = method
+        self.task = task
+        self.dtype = dtype
+        self.autocast = autocast
+        self.mode = FakeTensorMode()
+        with self.mode:
+            give_fake_memory(self.model, "cpu").train()
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.trace = cache(self._trace)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Number of elements in parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.trained)
+
+    def _trace(self, batch_size: int) -> Trace:
+        """Run a step and return what it held."""
+        with self.mode, _quietly(), ExitStack() as stack:
+            if self.autocast == "cuda":
+                stack.enter_context(_CudaAutocast())
+            optimizer = self._optimizer()
+            batch = make_batch(self.task, batch_size, self.image_size)
+
+            def forward() -> Tensor:
+                with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+                    loss: Tensor = self.model(**batch, **self.extras).loss
+                    return loss
+
+            parameters = list(self.model.parameters())
+            meter = _peak(
+                lambda: _step(forward, optimizer, parameters, set()),
+                parameters,
+                [*parameters, *self.model.buffers()],
+                optimizer,
+                batch,
+            )
+        return Trace(meter.split(), np.array(meter.totals))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """Return an AdamW with its moments in place, as it is from the second step on.
+
+        It is the fused one, Trainer's default from torch 2.8 on: it has no temporaries.
+        """
+        optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep warnings and logs of other libraries out of it: nothing that is built here is ever used."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")  # logs the trace of what a model refuses
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -> int:
+    """Return the largest batch whose step fits, 0 where one image does not.
+
+    With the batch the sizes of tensors grow on straight lines, and the operations stay the same ones. So two steps
+    give the live bytes after each operation at any batch size, and their maximum is the peak there, exactly. A batch
+    of one image may run other operations (batch norms), and is asked by itself; so is every batch where two steps
+    differ.
+
+    Args:
+        trace: Runs a step with a batch of this size.
+        batch_size: Where to begin.
+        memory: Bytes of the card.
+    """
+    one = max(2, batch_size)
+    other = _guess(trace(one), one, memory)
+    first, second = trace(one).totals, trace(other).totals
+
+    def peak(batch: int) -> int:
+        if batch == 1 or len(first) != len(second):
+            return trace(batch).peak
+        line = first + (second - first) * ((batch - one) / (other - one))
+        return int(line.max())
+
+    def fits(batch: int) -> bool:
+        return needed_bytes(peak(batch)) <= memory
+
+    if not fits(1):
+        return 0
+    fitting, failing = 1, 2
+    while fits(failing):
+        fitting, failing = failing, 2 * failing
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+    return fitting
+
+
+def _guess(at: Trace, batch_size: int, memory: int) -> int:
+    """Return a batch size near the largest: a second point that leaves little to extrapolate."""
+    room = memory - needed_bytes(at.peak - at.split["activations"])
+    guess = int(room / (1 + FRAGMENTATION) / (at.split["activations"] / batch_size))
+    guess = min(max(guess, 2), 4096)
+    return guess if guess != batch_size else batch_size + 1
+
+
+class _CudaAutocast(TorchFunctionMode):
+    """Runs autocast on CPU tensors by the rules of CUDA, whose tensors cannot be faked where there is no card.
+
+    Norms, softmax and the like run in fp32 on CUDA and in the input's dtype on the CPU; interpolation the other way
+    round. Matmuls and convolutions are the same on both.
+
+    Source: "Autocast Op Reference" in PyTorch's documentation of torch.amp.
+    """
+
+    FP32_ON_CUDA = frozenset(
+        {
+            F.layer_norm, torch.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.log_softmax,
+            F.cross_entropy, F.binary_cross_entropy_with_logits, F.normalize, F.softplus,
+            torch.exp, Tensor.exp, torch.log, Tensor.log, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
+            torch.sum, Tensor.sum, torch.cumsum, Tensor.cumsum, torch.norm, Tensor.norm,
+        }
+    )  # fmt: skip
+    AS_IT_COMES_ON_CUDA = frozenset({F.interpolate, F.grid_sample})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_autocast_enabled("cpu"):
+            return func(*args, **kwargs)
+        if func in self.AS_IT_COMES_ON_CUDA:
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        if func in self.FP32_ON_CUDA and kwargs.get("dtype") is None:
+            args, kwargs = tree_map(_in_fp32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _in_fp32(leaf: Any) -> Any:
+    low = isinstance(leaf, Tensor) and leaf.dtype in (torch.float16, torch.bfloat16)
+    return leaf.float() if low else leaf

@@ -1,0 +1,54 @@
+"""What `e3va plan` prints."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from e3va_peft.measure.cards import GIB, Card, Stack
+from e3va_peft.measure.plan import MethodPlan, Plan
+
+
+def plan_table(plan: Plan) -> Table:
+    """Lay out a plan, a row per method; sizes in GiB."""
+    title = (
+        f"{plan.model}, {plan.task}, {plan.image_size} px, batch {plan.batch_size}, {plan.precision}, "
+        f"{plan.num_labels} classes"
+    )
+    if plan.memory is not None:
+        title += f", on {plan.memory / GIB:.3g} GiB"
+    caption = "in GiB: peak = weights + gradients + AdamW + activations; needs: with CUDA context and allocator"
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    table.add_column("trains", no_wrap=True)
+    columns = ["trained, M", "peak", "weights", "grads", "AdamW", "activ.", "needs"]
+    if plan.memory is not None:
+        columns += ["fits", "max batch"]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in plan.methods:
+        table.add_row(row.method, row.trains, *_cells(row))
+    return table
+
+
+def _cells(row: MethodPlan) -> list[str]:
+    sizes = [row.peak_bytes, row.peak_parameters, row.peak_gradients, row.peak_optimizer, row.peak_activations]
+    cells = [f"{row.trainable_parameters / 1e6:.2f}", *(f"{size / GIB:.2f}" for size in (*sizes, row.needed_bytes))]
+    if row.fits is not None:
+        cells += ["[green]yes[/green]" if row.fits else "[red]no[/red]", str(row.largest_batch)]
+    return cells
+
+
+def stack_text(card: Card, stack: Stack) -> Text:
+    """Say which software a card takes."""
+    major, minor = card.capability
+    lines = [
+        f"{card.name}: {stack.architecture}, compute capability {major}.{minor}, {card.memory / GIB:.3g} GiB",
+        f"PyTorch: {stack.torch}",
+        f"  {stack.install}",
+        f"Precision: {stack.precision}; {stack.why}.",
+    ]
+    if stack.installed is False:
+        lines.append("The PyTorch that is installed here has no kernels for this card.")
+    return Text("\n".join(lines))

@@ -1,0 +1,251 @@
+"""`e3va plan`: what it predicts is what a real step measures, and it allocates nothing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import SegformerConfig
+from typer.testing import CliRunner
+
+from e3va_peft.cli import app
+from e3va_peft.measure import measure_step, plan
+from e3va_peft.measure.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
+from e3va_peft.measure.cards import GIB, find_card, parse_memory, runs_on, software_stack
+from e3va_peft.measure.plan import (
+    METHODS,
+    PRECISIONS,
+    FakeStep,
+    _CudaAutocast,
+    largest_batch,
+    needed_bytes,
+)
+from e3va_peft.training.config import UserError
+from tests.models import BY_NAME
+
+CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
+BY_METHOD = {method.name: method for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory) -> Path:
+    """Folders with the config of a tiny model each, and no weights."""
+    folder = tmp_path_factory.mktemp("configs")
+    for name in ("vit-classifier", "swin-classifier", "swin-upernet", "dinov2-classifier"):
+        BY_NAME[name].base().config.save_pretrained(folder / name)
+    SegformerConfig().save_pretrained(folder / "segformer")
+    return folder
+
+
+@cache  # a step remembers its traces
+def fake_step(model, method, task=CLASSIFY, size=None, precision="fp32", autocast="cpu"):
+    build = model_builder(str(model), task, 3)
+    return FakeStep(build, BY_METHOD[method], task, size, PRECISIONS[precision], autocast)
+
+
+def real_step(model, method, task=CLASSIFY, size=28, batch_size=2, precision="fp32"):
+    """What `measure_step` sees of the same step with real tensors."""
+    torch.manual_seed(0)
+    adapted = BY_METHOD[method].adapt(model_builder(str(model), task, 3)())
+    batch = {name: torch.zeros_like(tensor) for name, tensor in make_batch(task, batch_size, size).items()}
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
+    return measure_step(adapted, batch, optimizer, autocast_dtype=PRECISIONS[precision], repeats=1)
+
+
+def assert_predicted(step, real, batch_size=2):
+    split = step.trace(batch_size).split
+    assert {f"peak_{kind}": size for kind, size in split.items()} == {
+        name: size for name, size in real.to_dict().items() if name.startswith("peak_") and name != "peak_bytes"
+    }
+    assert step.trainable_parameters == real.trainable_parameters
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [*((name, "fp32") for name in BY_METHOD), ("E3VA, block taps, int8", "bf16"), ("full", "bf16")],
+)
+def test_a_plan_is_what_measure_step_reports(method, precision, configs):
+    model = configs / "vit-classifier"
+    assert_predicted(fake_step(model, method, precision=precision), real_step(model, method, precision=precision))
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "task", "size"),
+    [
+        ("swin-upernet", "head only", SEGMENT, 32),
+        ("swin-classifier", "E3VA", CLASSIFY, 48),
+        ("dinov2-classifier", "LoRA + checkpointing", CLASSIFY, 42),
+    ],
+)
+def test_other_families_sizes_and_tasks_are_predicted_too(name, method, task, size, configs):
+    step = fake_step(configs / name, method, task, size)
+    assert_predicted(step, real_step(configs / name, method, task, size))
+
+
+def test_checkpointing_keeps_less_than_lora_alone(configs):
+    peaks = [
+        fake_step(configs / "vit-classifier", method).trace(8).peak for method in ("LoRA + checkpointing", "LoRA")
+    ]
+    assert peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize("start", [1, 40])
+def test_the_largest_batch_fits_and_one_more_does_not(start, configs):
+    step = fake_step(configs / "vit-classifier", "E3VA")
+    memory = needed_bytes(step.trace(37).peak) + 100
+    assert largest_batch(step.trace, start, memory) == 37
+    assert needed_bytes(step.trace(38).peak) > memory
+
+
+def test_a_batch_of_one_runs_other_operations_in_a_batch_norm_and_is_asked_by_itself(configs):
+    step = fake_step(configs / "swin-upernet", "head only", SEGMENT, 32)
+    assert len(step.trace(1).totals) != len(step.trace(2).totals)
+    assert largest_batch(step.trace, 1, needed_bytes(step.trace(1).peak)) == 1
+    assert largest_batch(step.trace, 1, needed_bytes(step.trace(1).peak) - 100) == 0
+
+
+def test_a_vit_l_is_planned_without_its_memory_and_without_any_file(monkeypatch):
+    def resident():
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) * 1024
+
+    monkeypatch.setattr("huggingface_hub.file_download.http_get", None)
+    before = resident()
+    step = fake_step("vit-l", "head only", precision="bf16", autocast="cuda")
+    assert step.trace(64).split["parameters"] > 1.2e9
+    assert resident() - before < 200e6
+
+
+def test_short_names_mean_the_usual_sizes():
+    millions = {"swin-t": 28, "swin-s": 50, "swin-b": 88, "swin-l": 197, "vit-s": 22, "vit-b": 87, "vit-l": 304,
+                "dinov2-s": 23, "dinov2-b": 88, "dinov2-l": 306}  # fmt: skip
+    assert millions.keys() == SHORT_NAMES.keys()
+    for name in ("swin-b", "vit-s", "dinov2-s"):
+        with torch.device("meta"):
+            model = model_builder(name, CLASSIFY, 1000)()
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions[name], rel=0.02)
+
+
+def test_norms_and_softmax_run_in_fp32_as_on_cuda_and_interpolation_as_it_comes():
+    low = torch.zeros(1, 2, 4, 4, dtype=torch.bfloat16)
+    with _CudaAutocast(), torch.autocast("cpu", torch.bfloat16):
+        assert F.layer_norm(low, [4]).dtype is low.softmax(-1).dtype is torch.float32
+        assert F.interpolate(low, scale_factor=2, mode="bilinear").dtype is torch.bfloat16
+        assert F.linear(low.float(), torch.zeros(3, 4)).dtype is torch.bfloat16
+    with _CudaAutocast():
+        assert F.layer_norm(low, [4]).dtype is torch.bfloat16
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "vit-x"}, r"model='vit-x': is no folder.*Did you mean vit-s or vit-l"),
+        ({"model": "vit-b", "task": SEGMENT}, "model='vit-b': is a vit, which is neither a segmenter nor a backbone"),
+        ({"model": "vit-b", "task": "classification"}, "task='classification'.*Did you mean image-classification"),
+        ({"model": "vit-b", "image_size": 8}, "image_size=8: vit-b does not take images of that size.*Leave"),
+        ({"model": "vit-b", "image_size": 0}, "image_size=0: must be at least 1"),
+        ({"model": "vit-b", "batch_size": 0}, "batch_size=0: must be at least 1"),
+        ({"model": "vit-b", "num_labels": -1}, "num_labels=-1: must be at least 1"),
+        ({"model": "vit-b", "precision": "fb16"}, "precision='fb16'.*Did you mean fp16 or bf16"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_with_the_argument_its_value_and_the_remedy(options, message):
+    with pytest.raises(UserError, match=message):
+        plan(**options)
+
+
+def test_a_model_without_a_known_backbone_or_of_another_task_is_refused(configs):
+    with pytest.raises(UserError, match="holds no backbone that E3VA knows"):
+        plan(str(configs / "segformer"), task=SEGMENT, image_size=64)
+    with pytest.raises(UserError, match="is a upernet, which has no image classifier"):
+        plan(str(configs / "swin-upernet"))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        model_config(str(configs))
+
+
+# Cards
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GiB", 8 * GIB), ("11GB", 11 * 10**9), (" 8192 mib", 8 * GIB)])
+def test_a_memory_is_read(text, size):
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GiB", "0GiB", "8 apples", "-8GiB"])
+def test_a_memory_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=re.escape(f"memory={text!r}: must be a number and GiB")):
+        parse_memory(text)
+
+
+def test_a_card_is_found_whatever_its_case_and_spaces():
+    card = find_card("nvidia geforce gtx1080TI")
+    assert (card.name, card.memory, card.capability) == ("GTX 1080 Ti", 11 * GIB, (6, 1))
+    with pytest.raises(UserError, match=r"gpu='GTX 1080 To'.*Did you mean GTX 1080.*--memory 8GiB"):
+        find_card("GTX 1080 To")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "torch_version", "precision"),
+    [
+        ((5, 2), "Maxwell", "2.6 to 2.14 with CUDA 12.6", "fp16"),
+        ((6, 1), "Pascal", "2.6 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 0), "Volta", "2.6 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 5), "Turing", "any torch from 2.6", "fp16"),
+        ((8, 6), "Ampere", "any torch from 2.6", "bf16"),
+        ((8, 9), "Ada", "any torch from 2.6", "bf16"),
+        ((12, 0), "Blackwell", "torch 2.8 or newer", "bf16"),
+    ],
+)
+def test_a_card_is_told_its_software(capability, architecture, torch_version, precision):
+    stack = software_stack(capability)
+    assert (stack.architecture, stack.precision) == (architecture, precision)
+    assert torch_version in stack.torch
+
+
+def test_a_card_that_no_torch_runs_on_any_more_is_refused():
+    with pytest.raises(UserError, match=r"compute capability 3\.5: no torch from 2\.6 on"):
+        software_stack((3, 5))
+
+
+def test_kernels_run_within_a_generation_and_ptx_on_newer_ones():
+    cuda_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+    assert runs_on((6, 1), cuda_13) is False and runs_on((7, 0), cuda_13) is False
+    assert all(runs_on(card, cuda_13) for card in [(7, 5), (8, 6), (8, 9), (12, 0)])
+    assert runs_on((6, 1), ["sm_60"]) and not runs_on((8, 0), ["sm_86"])
+    assert runs_on((9, 0), ["compute_80"]) and not runs_on((7, 5), ["compute_80"])
+    assert runs_on((8, 6), []) is None
+
+
+# The command
+
+
+def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_path, monkeypatch):
+    module = importlib.import_module("e3va_peft.measure.plan")  # the package has a function of that name
+    monkeypatch.setattr(module, "METHODS", [BY_METHOD["E3VA"], BY_METHOD["full"]])
+    monkeypatch.setenv("COLUMNS", "160")
+    output = tmp_path / "plan.json"
+    command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    for words in ("E3VA", "highway", "full", "fp16", "on 11 GiB", "yes", "Pascal", "torch>=2.6,<2.15"):
+        assert words in result.output
+    written = json.loads(output.read_text())
+    assert written["memory"] == 11 * GIB
+    assert [row["method"] for row in written["methods"]] == ["E3VA", "full"]
+    assert all(row["fits"] and row["largest_batch"] > 1000 for row in written["methods"])
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1 and "exists already" in again.output
+
+
+def test_the_command_says_what_is_wrong_without_a_traceback():
+    result = CliRunner().invoke(app, ["plan", "--model", "swin-t", "--memory", "lots"])
+    assert result.exit_code == 1 and "error: memory='lots'" in result.output and "Traceback" not in result.output
