@@ -1,4 +1,4 @@
-"""Does it cost accuracy to keep taps rounded, or one tap a block? E3VA's four ways on real data, three seeds each.
+"""Does it cost accuracy to keep taps rounded? E3VA's ways to do so on real data, three seeds each.
 
     python benchmarks/storage.py --data DATA --model MODEL --runs RUNS  # dsb2018/{images,semantic}; a Swin
 
@@ -24,7 +24,6 @@ WAYS = {
     "exact": {},
     "int8": {"tap_storage": "int8"},
     "int4": {"tap_storage": "int4"},
-    "one tap a block": {"taps": ["block"]},
     "one tap a block, int8": {"taps": ["block"], "tap_storage": "int8"},
 }
 SEEDS = (0, 1, 2)
