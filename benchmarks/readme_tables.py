@@ -45,16 +45,55 @@ def demo() -> str:
 
 
 def memory() -> str:
-    """Table of `memory.py`, with the share of the backbone's bytes that remains."""
+    """Table of `memory.py`: what is kept, and the share of the backbone's bytes that remains."""
     recorded = rows("memory")
-    body = []
-    for setting in dict.fromkeys(row["setting"] for row in recorded):
-        saved = {row["method"]: row["saved_bytes"] for row in recorded if row["setting"] == setting}
-        for method, value in saved.items():
-            share = (value - saved["head only"]) / (saved["full"] - saved["head only"])
-            body.append([setting, method, f"{value / MIB:.0f} MiB", f"{100 * share:.1f} %"])
-            setting = ""
-    return markdown(["one training step", "method", "kept for backward", "backbone share"], body)
+    settings = list(dict.fromkeys(row["setting"] for row in recorded))
+    saved = {(row["setting"], row["method"]): row["saved_bytes"] for row in recorded}
+
+    def cell(setting: str, method: str) -> str:
+        if (setting, method) not in saved:
+            return ""
+        head, full = saved[setting, "head only"], saved[setting, "full"]
+        share = 100 * (saved[setting, method] - head) / (full - head)
+        return f"{share:.1f} % ({saved[setting, method] / MIB:.0f} MiB)"
+
+    methods = dict.fromkeys(row["method"] for row in recorded)
+    body = [[method, *(cell(setting, method) for setting in settings)] for method in methods]
+    return markdown(["backbone share (kept for backward)", *settings], body)
+
+
+def speed() -> str:
+    """Table of `speed.py`: seconds of the backbone part of a training step, and how many times head only."""
+    recorded = [row for row in rows("speed") if row["setting"] != "inference"]
+    settings = list(dict.fromkeys(row["setting"] for row in recorded))
+    seconds = {(row["setting"], row["method"]): row["seconds"] for row in recorded}
+
+    def cell(setting: str, method: str) -> str:
+        found = seconds.get((setting, method))
+        return "" if found is None else f"{found:.2f} s ({found / seconds[setting, 'head only']:.2f})"
+
+    methods = dict.fromkeys(row["method"] for row in recorded)
+    body = [[method, *(cell(setting, method) for setting in settings)] for method in methods]
+    return markdown(["seconds per step (head only = 1)", *settings], body)
+
+
+def inference() -> str:
+    """Table of `speed.py`: what an adapted Swin-B costs in inference, against the base."""
+    recorded = [row for row in rows("speed") if row["setting"] == "inference"]
+    found = {(row["batch"], row["method"]): row for row in recorded}
+    batches = list(dict.fromkeys(row["batch"] for row in recorded))
+
+    def ratios(field: str) -> list[str]:
+        return [f"{found[batch, 'E3VA'][field] / found[batch, 'base'][field]:.2f}" for batch in batches]
+
+    body = [["latency, adapted / base", *ratios("seconds")], ["peak beyond the weights", *ratios("peak_bytes")]]
+    return markdown(["Swin-B, 224 px, batch", *map(str, batches)], body)
+
+
+def storage() -> str:
+    """Table of `storage.py`: accuracy with rounded taps."""
+    body = [[row["way"], f"{row['mean']:.3f} ± {row['deviation']:.3f}"] for row in rows("storage")]
+    return markdown(["taps", "mean IoU, three seeds"], body)
 
 
 def quantized() -> str:
@@ -137,6 +176,9 @@ def plan() -> str:
 TABLES = {
     "demo": demo,
     "memory": memory,
+    "speed": speed,
+    "inference": inference,
+    "storage": storage,
     "quantized": quantized,
     "training": training,
     "compare": compare,

@@ -118,7 +118,7 @@ class Stack:
 # The floor of 2.6 is this package's own, see pyproject.toml.
 _LEGACY = (
     "torch 2.6 to 2.14 with CUDA 12.6: the CUDA 13 wheels, which pip takes by default, have dropped this card",
-    'pip install "torch>=2.6,<2.15" torchvision --index-url https://download.pytorch.org/whl/cu126',
+    'pip install "torch>=2.6,<2.15" torchvision, from the index for CUDA 12.6 that pytorch.org/get-started names',
 )
 _CURRENT = ("any torch from 2.6", "pip install torch torchvision")
 _BLACKWELL = ("torch 2.8 or newer", 'pip install "torch>=2.8" torchvision')
