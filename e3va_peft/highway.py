@@ -167,9 +167,10 @@ class Stage(nn.Module):
 
     def expand(self, start: int, reduced: Sequence[Tensor]) -> Tensor:
         """N x (B, N, r) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... from what `reduce` made."""
+        dtype = _compute_dtype(self.v2)  # outside: inside, autocast is off and has no say
         v2, bias2 = (p[start : start + len(reduced)] for p in (self.v2, self.bias2))
         with _no_autocast(v2):
-            return _expand(reduced, _compute_dtype(v2), v2, bias2)
+            return _expand(reduced, dtype, v2, bias2)
 
     def forward(self, start: int, taps: Sequence[Sequence[Tensor]]) -> Tensor:
         """N x (B, N, C) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... of these taps.

@@ -204,6 +204,17 @@ def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype, storage):
     assert not merged.any()
 
 
+def test_inference_under_bf16_autocast_is_close_to_fp32():
+    stage = Stage(width=16, num_adapters=2, r=4, bottleneck=8, init_weights=False)
+    taps = [torch.randn(2, 30, 16) for _ in range(2)]
+    found = {}
+    for autocast in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found[autocast] = stage.expand(0, [stage.reduce(i, tap) for i, tap in enumerate(taps)])
+    assert found[True].dtype == torch.bfloat16
+    assert (found[True] - found[False]).norm() < 0.05 * found[False].norm()
+
+
 def test_gradients_under_bf16_autocast_are_close_to_fp32():
     stage = Stage(width=16, num_adapters=4, r=4, bottleneck=8, init_weights=False)
     taps = [torch.randn(2, 30, 16) for _ in range(4)]
