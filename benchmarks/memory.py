@@ -2,8 +2,8 @@
 
     python benchmarks/memory.py [swin-b] [vit-b] [upernet-swin-b]
 
-fp32, AdamW, a CPU's kernels, counted on tensors that have no memory; `plan.py` records that real ones take the same
-bytes.
+fp32, AdamW, a CPU's kernels, counted on tensors that have no memory; `plan.py` records that the peaks of real ones are
+the same.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 from e3va_peft.measure import Plan, plan  # noqa: E402
 from e3va_peft.measure.blueprint import model_builder  # noqa: E402
-from e3va_peft.measure.plan import METHODS, PRECISIONS  # noqa: E402
+from e3va_peft.measure.prediction import METHODS, PRECISIONS  # noqa: E402
 from e3va_peft.measure.step import MIB, _peak, _step  # noqa: E402
 from e3va_peft.training.tasks.base import extras_at  # noqa: E402
 

@@ -17,7 +17,10 @@ MIB = 2**20
 
 def rows(name: str) -> list[dict[str, Any]]:
     """Read the rows of a recorded benchmark."""
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())["rows"]
+    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    if not path.is_file():
+        sys.exit(f"{path.name} is missing: record it with benchmarks/{name}.py (see its docstring)")
+    return json.loads(path.read_text())["rows"]
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:

@@ -53,6 +53,14 @@ def _errors_in_plain_words() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+def _check_new_file(output: Path | None) -> None:
+    """Refuse, before anything is computed, a file that exists or that has no folder to be in."""
+    if output is not None and output.exists():
+        raise FileExistsError(f"output={str(output)!r}: exists already. Choose another file.")
+    if output is not None and not output.parent.is_dir():
+        raise FileExistsError(f"output={str(output)!r}: there is no folder {str(output.parent)!r}. Make it first.")
+
+
 Config = Annotated[str, typer.Argument(help="YAML file of the run, or the name of a recipe.", metavar="CONFIG")]
 Overrides = Annotated[
     list[str] | None,
@@ -69,7 +77,7 @@ def train(
     overrides: Overrides = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in output.")] = False,
 ) -> None:
-    r"""Fine-tune a model on your images: one YAML file, one command.
+    """Fine-tune a model on your images: one YAML file, one command.
 
     Writes into the config's [bold]output[/bold]: the adapter (or, for head-only and full, the model) with its image
     processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same command goes
@@ -77,18 +85,18 @@ def train(
 
     [bold]A config[/bold]
 
-        task: image-classification        # or semantic-segmentation\n
-        model: facebook/dinov2-base       # Hub id or folder\n
-        data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet\n
-        method: e3va                      # or head-only, lora, full\n
-        output: runs/first\n
+        task: image-classification        # or semantic-segmentation
+        model: facebook/dinov2-base       # Hub id or folder
+        data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet
+        method: e3va                      # or head-only, lora, full
+        output: runs/first
         training: {num_train_epochs: 10}  # any field of transformers.TrainingArguments
 
     [bold]Examples[/bold]
 
-        e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml\n
-        e3va train my.yaml --set method=lora --set output=runs/lora\n
-        e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4\n
+        e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml
+        e3va train my.yaml --set method=lora --set output=runs/lora
+        e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4
         accelerate launch --num_processes 2 -m e3va_peft train my.yaml
     """
     with _errors_in_plain_words():
@@ -113,7 +121,7 @@ def compare(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Train runs again that are finished.")] = False,
 ) -> None:
-    r"""Train methods side by side on your task: score, memory and time of each.
+    """Train methods side by side on your task: score, memory and time of each.
 
     All get the same head, data order and epochs, and are scored once, at the end. Then one training step of each is
     measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
@@ -124,8 +132,8 @@ def compare(
 
     [bold]Examples[/bold]
 
-        e3va compare my.yaml --output runs/compare\n
-        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2\n
+        e3va compare my.yaml --output runs/compare
+        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2
         e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
     """
     with _errors_in_plain_words():
@@ -144,12 +152,12 @@ def evaluate(
     overrides: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the metrics to.")] = None,
 ) -> None:
-    r"""Score a trained model on a labelled split.
+    """Score a trained model on a labelled split.
 
     [bold]Examples[/bold]
 
-        e3va eval runs/first\n
-        e3va eval runs/first --set data.eval_split=test --output test.json\n
+        e3va eval runs/first
+        e3va eval runs/first --set data.eval_split=test --output test.json
         e3va eval me/my-adapter --data my.yaml
     """
     with _errors_in_plain_words():
@@ -160,8 +168,7 @@ def evaluate(
         from e3va_peft.training.run import CONFIG, plain
         from e3va_peft.training.tables import metrics_table
 
-        if output is not None and output.exists():
-            raise FileExistsError(f"output={str(output)!r}: exists already. Choose another file.")
+        _check_new_file(output)
         if data is None and not (Path(source) / CONFIG).is_file():
             raise UserError(f"{source}: is no folder of a run and knows no data. Name a config: --data my.yaml.")
         scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
@@ -178,11 +185,11 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="Classes to name per image, for a classifier.")] = 5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions there.")] = False,
 ) -> None:
-    r"""Predict images: class names and scores as JSON, label maps and overlays as PNG.
+    """Predict images: class names and scores as JSON, label maps and overlays as PNG.
 
     [bold]Examples[/bold]
 
-        e3va predict runs/first photo.jpg more-photos/\n
+        e3va predict runs/first photo.jpg more-photos/
         e3va predict me/my-adapter photos/ --output found
     """
     with _errors_in_plain_words():
@@ -235,7 +242,7 @@ def plan(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
 ) -> None:
-    r"""Predict whether a training step fits on your card, before anything is downloaded.
+    """Predict whether a training step fits on your card, before anything is downloaded.
 
     For each method: parameters trained, peak memory and what it consists of, and the largest batch that fits. Nothing
     is allocated: the step runs on tensors without memory. [bold]needs[/bold] adds what is no tensor, the CUDA context
@@ -243,20 +250,19 @@ def plan(
 
     [bold]Examples[/bold]
 
-        e3va plan --model swin-b --gpu "GTX 1080 Ti"\n
-        e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16\n
-        e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"\n
+        e3va plan --model swin-b --gpu "GTX 1080 Ti"
+        e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16
+        e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"
         e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
     """
     with _errors_in_plain_words():
         from rich.console import Console
 
         from e3va_peft.measure.cards import find_card, parse_memory, software_stack, this_card
-        from e3va_peft.measure.plan import plan as predict_memory
+        from e3va_peft.measure.prediction import plan as predict_memory
         from e3va_peft.measure.tables import plan_table, stack_text
 
-        if output is not None and output.exists():
-            raise FileExistsError(f"output={str(output)!r}: exists already. Choose another file.")
+        _check_new_file(output)
         card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()
         size = parse_memory(memory) if memory is not None else card.memory if card is not None else None
         stack = software_stack(card.capability) if card is not None else None

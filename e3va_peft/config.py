@@ -64,7 +64,7 @@ class E3VAConfig(PeftConfig):
         default=BRANCHES,
         metadata={
             "help": "What is read of each block, one adapter for each: 'attention' (the branch's output before the "
-            "residual add), 'mlp', or both; or ('block',), their sum, which halves what is kept for backward."
+            "residual add), 'mlp', or both; or ('block',), their sum, which halves what taps keep for backward."
         },
     )
     tap_storage: str = field(
@@ -72,7 +72,8 @@ class E3VAConfig(PeftConfig):
         metadata={
             "help": "How a tap is kept between forward and backward. 'exact': as it is. 'int8': rounded, with a scale "
             "per token, a quarter of the bytes of fp32. 'int4': with a scale per 32 channels, a seventh. The highway "
-            "reads the rounded tap in training, in forward and backward alike; without gradients nothing is rounded."
+            "reads the rounded tap in training, in forward and backward alike; without gradients nothing is rounded. "
+            "Patch merging keeps its input in int8 then. Of adapters that are active together the most exact decides."
         },
     )
     target_modules: list[str] | str | None = field(

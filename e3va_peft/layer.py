@@ -58,11 +58,11 @@ class Tap:
     nothing outside of one.
     """
 
-    def __init__(self, stage: int, index: int, read: Literal["input", "output"], more: bool = False) -> None:
+    def __init__(self, stage: int, index: int, read: Literal["input", "output"], half: bool = False) -> None:
         self.stage = stage
         self.index = index
         self.read = read
-        self.more = more
+        self.half = half
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
         """Read the module's first input or its output, as a forward pre-hook or a forward hook."""
@@ -70,7 +70,7 @@ class Tap:
         if taps is not None:
             value = args[0] if self.read == "input" else output
             value = value[0] if isinstance(value, tuple) else value
-            taps.read(self.stage, self.index, value.detach(), self.more)
+            taps.read(self.stage, self.index, value.detach(), self.half)
 
 
 class MergingTap:
@@ -79,11 +79,23 @@ class MergingTap:
     def __init__(self, stage: int) -> None:
         self.stage = stage
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the module's arguments and output for the lane."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Keep the module's arguments and output for the lane.
+
+        Raises:
+            TypeError: It was not called as `StageSpec.merging` must be.
+        """
         taps = _CURRENT.get()
-        if taps is not None:
-            taps.read_merging(self.stage, args[0], args[1:], output)
+        if taps is None:
+            return
+        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
+            raise TypeError(
+                f"stage {self.stage}: {type(module).__name__} was given as its patch merging, but was not called with "
+                "the stream first and by position, or returned no tensor. StageSpec.merging must be a module that is "
+                "called as merging(x, ...) and returns the merged stream."
+            )
+        autocast = torch.is_autocast_enabled(args[0].device.type)
+        taps.read_merging(self.stage, args[0], (args[1:], kwargs), None if autocast else output)
 
 
 class TailTap:
@@ -182,7 +194,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 for k, name in enumerate(BRANCHES if self.taps == BLOCK else self.taps):
                     point = block[name]
                     if self.taps == BLOCK:
-                        tap = Tap(i, j, point.read, more=name != BRANCHES[-1])
+                        tap = Tap(i, j, point.read, half=True)
                     else:
                         tap = Tap(i, j * len(self.taps) + k, point.read)
                     if point.read == "input":
@@ -190,7 +202,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                     else:
                         point.module.register_forward_hook(tap)
             if stage.merging is not None:
-                stage.merging.register_forward_hook(MergingTap(i))
+                stage.merging.register_forward_hook(MergingTap(i), with_kwargs=True)
         if self.backbone.tail:
             getattr(self.base_layer, self.backbone.tail[0]).register_forward_pre_hook(TailTap())
 

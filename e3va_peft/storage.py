@@ -23,7 +23,7 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
     Args:
         tap: A tap, in any floating dtype.
         storage: *exact*: the tap itself. *int8*: codes (B, N, C) and one fp32 scale per token, C + 4 bytes a token.
-            *int4*: two codes to a byte and one fp16 scale for every 32 channels, 0.56 C bytes a token.
+            *int4*: two codes to a byte and one bf16 scale for every 32 channels, 0.56 C bytes a token.
     """
     if storage == "exact":
         return (tap,)
@@ -32,8 +32,8 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
         return (tap / scale).round_().to(torch.int8), scale
     padding = -tap.shape[-1] % GROUP
     groups = F.pad(tap.float(), (0, padding)).unflatten(-1, (-1, GROUP))  # (B, N, C / 32, 32)
-    scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp(2**-14, 65504).half()  # 2**-14: fp16's smallest normal
-    codes = (groups / scale).round_().clamp_(-7, 7).add_(8).to(torch.uint8).flatten(-2)
+    scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(_TINY).bfloat16()
+    codes = (groups / scale.float()).round_().clamp_(-7, 7).add_(8).to(torch.uint8).flatten(-2)
     return codes[..., ::2] | codes[..., 1::2] << 4, scale.squeeze(-1)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from matplotlib.transforms import Bbox
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
 from e3va_peft.measure import compare as module
+from e3va_peft.measure import plots
 from e3va_peft.measure.baselines import BASELINES, adapt
 from e3va_peft.measure.compare import Comparison, compare, read_comparison
 from e3va_peft.measure.plots import draw_tradeoff
@@ -203,7 +205,17 @@ def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_
     assert not watched and not (tmp_path / "new").exists()
 
 
-def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path):
+def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path, monkeypatch):
     places = [(name, 0.5 + 0.002 * i, 0.01) for i, name in enumerate(BASELINES)]
+    boxes = []
+    place = plots._place
+    monkeypatch.setattr(
+        plots, "_place", lambda text, dx, dy: boxes.append((text, place(text, dx, dy))) or boxes[-1][1]
+    )
     draw_tradeoff(places, [100 + i for i in range(len(places))], tmp_path / "plot.png", "MiB", "accuracy")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+    last = list({id(text): box for text, box in boxes}.values())  # where each name was put in the end
+    assert len(last) == len(BASELINES)
+    overlaps = [
+        (i, j) for i, a in enumerate(last) for j, b in enumerate(last) if i < j and Bbox.intersection(a, b) is not None
+    ]
+    assert not overlaps

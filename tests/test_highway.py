@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.highway import Highway, Lane, Stage, Taps
+from e3va_peft.layer import _CURRENT, MergingTap
 from e3va_peft.storage import STORAGES
 from tests.models import BY_NAME
 
@@ -195,7 +196,7 @@ def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype, storage):
     merging = case.base().backbone.swin.encoder.layers[0].downsample.to(dtype)
     taps = Taps([Highway([8], [1], tap_storage=storage)], taps_per_block=1, keep=True)
     x = torch.randn(2, 15, 8).to(dtype)
-    taps.read_merging(0, x, ((3, 5),), merging(x, (3, 5)).detach())
+    taps.read_merging(0, x, (((3, 5),), {}), merging(x, (3, 5)).detach())
     lane = Lane(taps, [merging])
     lane.z = torch.zeros(2, 15, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -237,6 +238,59 @@ def test_highway_starts_at_zero_and_its_first_factors_do_not():
         assert not stage.v2.any() and not stage.bias2.any() and not stage.bias1.any()
         for factor in (stage.u1, stage.v1, stage.u2):
             assert factor.std().item() == pytest.approx((2 / factor.shape[1]) ** 0.5, rel=0.3)
+
+
+class OddMerging(nn.Module):
+    """Patch merging as a family of a user's own may have it: it takes a keyword and returns fp32 under autocast."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduction = nn.Linear(8, 16)
+
+    def forward(self, x, *, scale=1.0):
+        return (scale * self.reduction(x)[:, ::2]).float()
+
+
+@pytest.mark.parametrize("storage", ["exact", "int8"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_patch_merging_runs_in_the_lane_as_it_ran_in_the_backbone(storage, autocast):
+    merging, x, z = OddMerging().requires_grad_(False), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    lanes = []
+    for start in (torch.zeros_like(z), z):
+        taps = Taps([Highway([8], [1], tap_storage=storage)], taps_per_block=1, keep=True)
+        merging.register_forward_hook(MergingTap(0), with_kwargs=True)
+        with _CURRENT.set(taps), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            merging(x, scale=3.0)
+        lane = Lane(taps, [merging])
+        lane.z = start.requires_grad_()
+        lanes.append(lane.merge())
+    assert not lanes[0].any()
+    expected = merging(x + z, scale=3.0) - merging(x, scale=3.0)
+    torch.testing.assert_close(lanes[1], expected)
+    lanes[1].sum().backward()
+    torch.testing.assert_close(
+        z.grad, torch.autograd.grad(merging(leaf := z.detach().requires_grad_(), scale=3.0).sum(), leaf)[0]
+    )
+
+
+def test_patch_merging_that_cannot_carry_the_lane_is_an_error_that_names_it():
+    taps = Taps([], 1, keep=True)
+    with _CURRENT.set(taps), pytest.raises(TypeError, match=r"stage 2: Linear was given as its patch merging"):
+        MergingTap(2)(nn.Linear(1, 1), (), {"x": torch.ones(1)}, torch.ones(1))
+    lane = Lane(taps, [nn.Linear(1, 1)])
+    lane.z = torch.ones(1)
+    with pytest.raises(RuntimeError, match="stage 0: its patch merging Linear did not run"):
+        lane.merge()
+
+
+def test_halves_of_a_tap_add_up_whichever_comes_first():
+    taps = Taps([Highway([8], [1])], taps_per_block=1, keep=True)
+    first, second = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
+    taps.read(0, 0, first, half=True)
+    with pytest.raises(RuntimeError, match=r"the taps \[0\] were not read"):
+        taps.take(0, 0, 1)
+    taps.read(0, 0, second, half=True)
+    torch.testing.assert_close(taps.take(0, 0, 1)[1][0][0], first + second)
 
 
 def test_a_missing_tap_is_an_error_that_says_so():

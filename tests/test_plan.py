@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
 from functools import cache
@@ -18,7 +17,7 @@ from e3va_peft.cli import app
 from e3va_peft.measure import measure_step, plan
 from e3va_peft.measure.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
 from e3va_peft.measure.cards import GIB, find_card, parse_memory, runs_on, software_stack
-from e3va_peft.measure.plan import (
+from e3va_peft.measure.prediction import (
     METHODS,
     PRECISIONS,
     FakeStep,
@@ -229,8 +228,7 @@ def test_kernels_run_within_a_generation_and_ptx_on_newer_ones():
 
 
 def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_path, monkeypatch):
-    module = importlib.import_module("e3va_peft.measure.plan")  # the package has a function of that name
-    monkeypatch.setattr(module, "METHODS", [BY_METHOD["E3VA"], BY_METHOD["full"]])
+    monkeypatch.setattr("e3va_peft.measure.prediction.METHODS", [BY_METHOD["E3VA"], BY_METHOD["full"]])
     monkeypatch.setenv("COLUMNS", "160")
     output = tmp_path / "plan.json"
     command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]

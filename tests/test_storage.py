@@ -33,8 +33,16 @@ def test_rounding_is_off_by_half_a_step_at_most(storage, dtype, width):
         groups = torch.nn.functional.pad(tap.float(), (0, -width % 32)).unflatten(-1, (-1, 32))
         largest = groups.abs().amax(-1, keepdim=True).expand(groups.shape).flatten(-2)[..., :width]
     step = {"exact": 0, "int8": largest / 127, "int4": largest / 7}[storage]
-    # the scale of int4 is rounded to fp16 itself
-    assert ((read - tap.float()).abs() <= step * 0.5 * 1.01 + largest * 1e-3 * (storage == "int4") + 1e-6).all()
+    # the scale of int4 is rounded to bf16 itself
+    assert ((read - tap.float()).abs() <= step * 0.5 * 1.01 + largest * 4e-3 * (storage == "int4") + 1e-6).all()
+
+
+@pytest.mark.parametrize("storage, worst", [("int8", 0.02), ("int4", 0.15)])
+@pytest.mark.parametrize("size", [1e-30, 1e-5, 1, 1e30])
+def test_rounding_is_as_good_for_small_taps_as_for_large_ones(storage, worst, size):
+    tap = torch.randn(1, 50, 64)
+    read = unpack(pack(size * tap, storage), 64, torch.float32) / size
+    assert (read - tap).norm() < worst * tap.norm()
 
 
 def test_bytes_kept_are_those_of_the_docstring():
@@ -45,9 +53,8 @@ def test_bytes_kept_are_those_of_the_docstring():
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-@pytest.mark.parametrize("tap", [torch.zeros(1, 2, 32), torch.full((1, 2, 32), 1e-20), torch.full((1, 2, 32), 3e38)])
-def test_rounding_invents_no_infinity_and_no_nan(storage, tap):
-    assert unpack(pack(tap, storage), 32, torch.float32).isfinite().all()
+def test_a_tap_of_zeros_is_read_as_zeros(storage):
+    assert not unpack(pack(torch.zeros(1, 2, 32), storage), 32, torch.float32).any()
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
@@ -72,11 +79,12 @@ def test_gradients_are_exact_for_the_taps_that_were_read(storage):
 def test_lean_merging_has_the_exact_value_and_nearly_the_exact_gradient(storage):
     merging = BY_NAME["swin-maps-in-own-head"].base().backbone.swin.encoder.layers[0].downsample
     nn.init.normal_(merging.reduction.weight), nn.init.normal_(merging.norm.weight)
-    x, z, weights = 5 * torch.randn(2, 15, 8), torch.randn(2, 15, 8), torch.randn(2, 6, 16)
+    x, z, weights = torch.randn(2, 15, 8), torch.randn(2, 15, 8), torch.randn(2, 6, 16)
+    x[..., 3] *= 100  # as one channel of a trained stream is
     results = {}
     for kind in ("exact", storage):
         taps = Taps([Highway([8], [1], tap_storage=kind)], taps_per_block=1, keep=True)
-        taps.read_merging(0, x, ((3, 5),), merging(x, (3, 5)).detach())
+        taps.read_merging(0, x, (((3, 5),), {}), merging(x, (3, 5)).detach())
         lane = Lane(taps, [merging])
         lane.z = z.clone().requires_grad_()
         leaf, merged = lane.z, lane.merge()
@@ -84,7 +92,7 @@ def test_lean_merging_has_the_exact_value_and_nearly_the_exact_gradient(storage)
         results[kind] = merged, leaf.grad
     torch.testing.assert_close(results[storage][0], results["exact"][0], rtol=0, atol=0)
     error = (results[storage][1] - results["exact"][1]).norm() / results["exact"][1].norm()
-    assert 0 < error < 1e-2
+    assert 0 < error < 1e-2  # 32 wide here: the outlier is a larger part of the norm than in a real model
 
 
 @every_model

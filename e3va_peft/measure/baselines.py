@@ -12,7 +12,7 @@ the papers of LoRand and E3VA), in millions:
     partial-1     12.60  12.60
     bitfit         0.20   0.20
     norm-tuning    0.06   0.06
-    adapter        3.11   3.11
+    adapter        3.11   -
     adaptformer    1.56   3.11       published is the count of two adapters a block, behind attention and MLP; the
                                      paper and its authors' code have one, beside the MLP
     lorand         1.20   1.20

@@ -176,8 +176,10 @@ def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool | Non
     if not built_for:
         return None
     for name in built_for:
-        kind, digits = name.split("_")
+        kind, _, digits = name.partition("_")  # without digits: an AMD card's, of a ROCm build
         number = re.sub(r"\D", "", digits)
+        if not number:
+            continue
         major, minor = int(number[:-1]), int(number[-1])
         if kind == "compute" and (major, minor) <= capability:
             return True

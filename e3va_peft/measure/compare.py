@@ -56,16 +56,16 @@ class Comparison:
 
     def run(self, method: str, seed: int) -> RunConfig:
         """Return the config of one run: scored once, at the end, so that the evaluation images choose nothing."""
-        given = self.config.training
-        once: dict[str, Any] = {"save_total_limit": 1}
-        if not given.get("load_best_model_at_end"):
-            once |= {"eval_strategy": "no", "save_strategy": "epoch", "load_best_model_at_end": False}
+        once = {"eval_strategy": "no", "save_strategy": "epoch", "load_best_model_at_end": False}
         return dataclasses.replace(
             self.config,
             output=str(self.output / RUNS / f"{method}-seed{seed}"),
             method=_options(self.config.method, method),
             data=dataclasses.replace(self.config.data, verify=False),  # once for all runs, before the first
-            training=once | given | {"learning_rate": self.rates[method], "seed": seed},
+            training={"save_total_limit": 1}
+            | self.config.training
+            | once
+            | {"learning_rate": self.rates[method], "seed": seed},
         )
 
 
@@ -165,7 +165,7 @@ def measure_steps(comparison: Comparison, task: Task, split: Split) -> dict[str,
     batch = _batch(task, split, arguments)
     models = {name: _fresh_model(comparison, task, split, name) for name in comparison.methods}
     optimizers = {
-        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         for name, model in models.items()
     }
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None

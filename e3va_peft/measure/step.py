@@ -49,8 +49,9 @@ class StepReport:
         forward_ms: Median time of forward and loss.
         backward_ms: Median time of backward.
         optimizer_ms: Median time of the optimizer step.
-        cuda_peak_bytes: Peak of what CUDA's caching allocator had handed out during the timed steps, all that was
-            allocated before included, summed over the devices of the parameters. None without CUDA.
+        cuda_peak_bytes: Peak of what CUDA's caching allocator had handed out during the timed steps, summed over the
+            devices of the parameters: all that was allocated before is in it, but not the optimizer's state and the
+            gradients that the meter sets aside meanwhile. CUDA's own record of the peak is reset. None without CUDA.
     """
 
     saved_bytes: int
@@ -135,6 +136,9 @@ def measure_step(
             return _loss(outputs) if loss_fn is None else loss_fn(outputs)
 
     step = partial(_step, forward, optimizer, parameters, devices)
+    set_aside = [*(p.grad for p in parameters), *tree_leaves(list(optimizer.state.values()))]
+    storages = _storages(t for t in set_aside if isinstance(t, Tensor) and t.is_cuda)
+    aside = sum(storage.nbytes() for storage in storages.values())
     with _untouched(model, optimizer, parameters, devices):
         _check_loss(forward())
         for _ in range(warmup):
@@ -145,7 +149,7 @@ def measure_step(
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         times = [step() for _ in range(repeats)]
-        cuda_peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) if devices else None
+        cuda_peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) - aside if devices else None
 
     forward_ms, backward_ms, optimizer_ms = (statistics.median(column) for column in zip(*times, strict=True))
     return StepReport(

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from e3va_peft.measure.cards import GIB, Card, Stack
-from e3va_peft.measure.plan import MethodPlan, Plan
+from e3va_peft.measure.prediction import MethodPlan, Plan
 
 
 def plan_table(plan: Plan) -> Table:

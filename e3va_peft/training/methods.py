@@ -96,9 +96,14 @@ def checkpointed(model: nn.Module) -> nn.Module:
                 "method that checkpoints."
             )
         found.module.gradient_checkpointing_enable({"use_reentrant": True})  # type: ignore[operator]
-    for name, module in model.named_modules():
-        if name.endswith("embeddings.dropout"):
-            module.register_forward_hook(_want_gradient)
+    embeddings = [module for name, module in model.named_modules() if name.endswith("embeddings.dropout")]
+    if not embeddings:
+        raise UserError(
+            f"model={type(model).__name__}: has no embeddings.dropout behind which gradients could begin, so a "
+            "checkpointed backbone would train nothing. Leave out the method that checkpoints."
+        )
+    for module in embeddings:
+        module.register_forward_hook(_want_gradient)
     return model
 
 

@@ -174,7 +174,7 @@ def plan(
     for method in METHODS:
         if progress is not None:
             progress(method.name)
-        with _explained(model, size):
+        with _explained(model, image_size):
             step = FakeStep(build, method, task, size, PRECISIONS[precision], autocast)
             size = step.image_size
             rows.append(_row(step, batch_size, memory))
