@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from memory import SETTINGS, Setting
 from peft import get_peft_model
 from record import save
+from speed import step
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -64,15 +64,6 @@ def prepare(
     return prepared
 
 
-def step_seconds(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> float:
-    """Time one training step."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measure the settings and bases named on the command line: by default both classifiers over each base."""
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -84,7 +75,8 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in prepared}
         for _ in range(ROUNDS):
             for name, parts in prepared.items():
-                times[name].append(step_seconds(*parts))
+                model, optimizer, batch = parts
+                times[name].append(step(lambda m=model, b=batch: m(**b).loss, optimizer))
         for name, report in reports.items():
             seconds = statistics.median(times[name])
             bytes_only = {field: value for field, value in report.to_dict().items() if not field.endswith("_ms")}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from memory import METHODS
 from record import RESULTS, save
-from speed import interleaved
+from speed import interleaved, step
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification
 
@@ -69,7 +68,9 @@ def measure(grows: str, value: Any, backbone: str, batch: int, size: int) -> lis
     """Measure all methods at one point."""
     models = {method: build(method, backbone, size, "cpu") for method in COMPARED}
     real = inputs(batch, size, "cpu")
-    rounds = interleaved({method: lambda parts=parts: step(*parts, real) for method, parts in models.items()})
+    rounds = interleaved(
+        {method: lambda m=m, o=o: step(lambda: m(**real).loss, o) for method, (m, o) in models.items()}
+    )
     rows = []
     for method in COMPARED:
         model, optimizer = build(method, backbone, size, "meta")
@@ -80,16 +81,6 @@ def measure(grows: str, value: Any, backbone: str, batch: int, size: int) -> lis
         )
         print({name: found for name, found in rows[-1].items() if name != "rounds"}, flush=True)
     return rows
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
-    """Take a training step and return its seconds."""
-    start = time.perf_counter()
-    model(**batch).loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - start
-    optimizer.zero_grad()
-    return seconds
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -70,10 +70,10 @@ def swin(out_features: list[str]) -> nn.Module:
     return BackbonePart(SwinBackbone(SwinConfig(**SWIN_B, out_features=out_features)))
 
 
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, pixel_values: Tensor) -> float:
+def step(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> float:
     """Take a training step and return its seconds."""
     start = time.perf_counter()
-    model(pixel_values).backward()
+    forward().backward()
     optimizer.step()
     seconds = time.perf_counter() - start
     optimizer.zero_grad()
@@ -89,7 +89,7 @@ def training_rows(key: str) -> list[dict[str, Any]]:
         if not (method.endswith("blocks only") and key == "vit-b"):
             model = prepare(method, part.build).train()
             models[method] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    rounds = interleaved({name: lambda m=m, o=o: step(m, o, pixel_values) for name, (m, o) in models.items()})
+    rounds = interleaved({name: lambda m=m, o=o: step(lambda: m(pixel_values), o) for name, (m, o) in models.items()})
     return [
         {"setting": part.title, "method": name, "seconds": statistics.median(times), "rounds": times}
         for name, times in rounds.items()

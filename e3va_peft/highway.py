@@ -25,12 +25,15 @@ from torch.nn import functional as F
 from e3va_peft.storage import STORAGES, pack, unpack
 
 
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _compute_dtype(parameter: Tensor) -> torch.dtype:
     """The dtype a matmul with `parameter` runs in: autocast's where it is on, else the parameter's own."""
-    device = parameter.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return parameter.dtype
+    return torch.get_autocast_dtype(parameter.device.type) if under_autocast(parameter) else parameter.dtype
 
 
 def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

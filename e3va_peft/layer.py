@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Run
 from e3va_peft.config import BLOCK, BRANCHES, E3VAConfig
-from e3va_peft.highway import Highway, Lane, Taps
+from e3va_peft.highway import Highway, Lane, Taps, under_autocast
 
 
 class _CurrentTaps:
@@ -94,8 +94,8 @@ class MergingTap:
                 "the stream first and by position, or returned no tensor. StageSpec.merging must be a module that is "
                 "called as merging(x, ...) and returns the merged stream."
             )
-        autocast = torch.is_autocast_enabled(args[0].device.type)
-        taps.read_merging(self.stage, args[0], (args[1:], kwargs), None if autocast else output)
+        frozen = None if under_autocast(args[0]) else output
+        taps.read_merging(self.stage, args[0], (args[1:], kwargs), frozen)
 
 
 class TailTap:
