@@ -17,7 +17,6 @@ import torch
 from peft import get_peft_model
 from record import save
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     SwinConfig,
     SwinForImageClassification,
@@ -28,12 +27,13 @@ from transformers import (
 )
 
 from e3va_peft import E3VAConfig
-from e3va_peft.measure.blueprint import give_fake_memory
-from e3va_peft.measure.step import MIB, _peak, _saved_bytes, _step
+from e3va_peft.measure.blueprint import SHORT_NAMES
+from e3va_peft.measure.prediction import FakeStep, Method
+from e3va_peft.measure.step import MIB
 from e3va_peft.resolve import find_exits
 from e3va_peft.training.methods import checkpointed, head_only, lora_config
 
-SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
+SWIN_B = SHORT_NAMES["swin-b"]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -101,35 +101,27 @@ def blocks_only(model: nn.Module) -> nn.Module:
     return model
 
 
-def prepare(method: str, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a model for one method. All but full fine-tuning train the same head and output norms."""
-    torch.manual_seed(0)
-    return METHODS[method](build())
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an AdamW over what a model trains."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
 
 def count(setting: Setting, method: str) -> dict[str, int]:
     """Count the bytes of one training step."""
-    with torch.device("meta"):
-        model = prepare(method, setting.build)
-    with FakeTensorMode():
-        give_fake_memory(model, "cpu").train()
-        parameters = list(model.parameters())
-        fixed = [*parameters, *model.buffers()]
-        trained = [p for p in parameters if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-4)
-        batch = setting.inputs()
-
-        def forward() -> torch.Tensor:
-            return model(**batch).loss
-
-        _step(forward, optimizer, parameters, set())  # the optimizer's state comes with the first step
-        saved = _saved_bytes(forward, fixed)
-        meter = _peak(lambda: _step(forward, optimizer, parameters, set()), parameters, fixed, optimizer, batch)
-    split = {f"peak_{kind}": found for kind, found in meter.split().items()}
-    trainable = sum(p.numel() for p in trained)
+    task = "semantic-segmentation" if setting.dense else "image-classification"
+    step = FakeStep(setting.build, Method(method, "", METHODS[method]), task, setting.size, dtype=None, autocast="cpu")
+    trace = step.trace(setting.batch)
     return {
-        "saved_bytes": saved, "peak_bytes": sum(split.values()), **split, "trainable_parameters": trainable
-    }  # fmt: skip
+        "saved_bytes": step.saved_bytes(setting.batch),
+        "peak_bytes": trace.peak,
+        **{f"peak_{kind}": found for kind, found in trace.split.items()},
+        "trainable_parameters": step.trainable_parameters,
+    }
+
+
+def methods_of(setting: Setting) -> list[str]:
+    """Return the methods that differ on a model: a ViT has no stages to leave out of checkpointing."""
+    return [name for name in METHODS if not (name.endswith("blocks only") and "Swin" not in setting.title)]
 
 
 def main() -> None:
@@ -138,9 +130,7 @@ def main() -> None:
     rows = []
     for key in sys.argv[1:] or SETTINGS:
         setting = SETTINGS[key]
-        for method in METHODS:
-            if method.endswith("blocks only") and "Swin" not in setting.title:
-                continue  # a ViT has no stages: the same as the row before
+        for method in methods_of(setting):
             rows.append({"setting": setting.title, "method": method, **count(setting, method)})
             saved, peak = (rows[-1][name] / MIB for name in ("saved_bytes", "peak_bytes"))
             print(f"{setting.title}: {method}: {saved:.0f} MiB saved, {peak:.0f} MiB peak", flush=True)

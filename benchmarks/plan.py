@@ -34,7 +34,7 @@ from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 from e3va_peft.measure import Plan, plan  # noqa: E402
 from e3va_peft.measure.blueprint import model_builder  # noqa: E402
-from e3va_peft.measure.prediction import METHODS, PRECISIONS  # noqa: E402
+from e3va_peft.measure.prediction import METHODS, PRECISIONS, optimizer_in_use  # noqa: E402
 from e3va_peft.measure.step import MIB, _peak, _step  # noqa: E402
 from e3va_peft.training.tasks.base import extras_at  # noqa: E402
 
@@ -83,17 +83,6 @@ def status(name: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return an AdamW with its moments in place, as it is from the second step on."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
-
-
 def forward(model: nn.Module, batch: dict[str, Any], precision: str) -> torch.Tensor:
     """Return the loss, as Trainer computes it."""
     dtype = PRECISIONS[precision]
@@ -106,7 +95,7 @@ def warm_up(precision: str) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=64, num_labels=2))
     batch = {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.tensor([0, 1])}
-    _step(lambda: forward(model, batch, precision), optimizer_of(model), list(model.parameters()), set())
+    _step(lambda: forward(model, batch, precision), optimizer_in_use(model), list(model.parameters()), set())
 
 
 def predict(setting: Setting) -> Plan:
@@ -128,7 +117,7 @@ def measure(setting: Setting, name: str) -> dict[str, int]:
     base = build()
     batch = setting.batch() | extras_at(base, setting.image_size)
     model = method.adapt(base).train()
-    optimizer = optimizer_of(model)
+    optimizer = optimizer_in_use(model)
     parameters = list(model.parameters())
     step = partial(_step, lambda: forward(model, batch, setting.precision), optimizer, parameters, set())
     step()

@@ -5,7 +5,7 @@
 Random weights: memory does not depend on them. AdamW, on the CPU with torch's own number of threads. int8 is torchao's
 and 4 bits are bitsandbytes'. Activations are fp32 except over the bf16 base, where they are bf16, which takes several
 times as long on a CPU without instructions for it. Time is the median over rounds that take one step of every base in
-turn.
+turn, after one round to warm up.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from memory import SETTINGS, Setting
+from memory import SETTINGS, Setting, adamw
 from peft import get_peft_model
 from record import save
-from speed import step
+from speed import interleaved, step
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
@@ -30,7 +30,6 @@ from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
 from e3va_peft.measure.step import MIB
 
-ROUNDS = 5
 HEAD = ["classifier"]
 BASES: dict[str, Callable[[], dict[str, Any]]] = {
     "fp32": dict,
@@ -46,8 +45,8 @@ BASES: dict[str, Callable[[], dict[str, Any]]] = {
 
 def prepare(
     setting: Setting, bases: list[str]
-) -> dict[str, tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]]:
-    """Build model, optimizer and batch of a setting for every base, from the same stored weights."""
+) -> dict[str, tuple[nn.Module, dict[str, torch.Tensor], torch.optim.Optimizer]]:
+    """Build model, batch and optimizer of a setting for every base, from the same stored weights."""
     torch.manual_seed(0)
     model = setting.build()
     inputs = setting.inputs()
@@ -58,9 +57,8 @@ def prepare(
             options = BASES[name]()
             base = type(model).from_pretrained(folder, **options)
             adapted = get_peft_model(base, E3VAConfig()).train()
-            optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
             pixels = inputs["pixel_values"].to(options.get("dtype", torch.float32))
-            prepared[name] = (adapted, optimizer, inputs | {"pixel_values": pixels})
+            prepared[name] = (adapted, inputs | {"pixel_values": pixels}, adamw(adapted))
     return prepared
 
 
@@ -71,12 +69,10 @@ def main() -> None:
     bases = [name for name in BASES if name in sys.argv] or list(BASES)
     for key in [name for name in ("swin-b", "vit-b") if name in sys.argv] or ("swin-b", "vit-b"):
         prepared = prepare(SETTINGS[key], bases)
-        reports = {name: measure_step(*_order(parts), repeats=1) for name, parts in prepared.items()}
-        times: dict[str, list[float]] = {name: [] for name in prepared}
-        for _ in range(ROUNDS):
-            for name, parts in prepared.items():
-                model, optimizer, batch = parts
-                times[name].append(step(lambda m=model, b=batch: m(**b).loss, optimizer))
+        reports = {name: measure_step(*parts, repeats=1) for name, parts in prepared.items()}
+        times = interleaved(
+            {name: lambda m=m, b=b, o=o: step(lambda: m(**b).loss, o) for name, (m, b, o) in prepared.items()}
+        )
         for name, report in reports.items():
             seconds = statistics.median(times[name])
             bytes_only = {field: value for field, value in report.to_dict().items() if not field.endswith("_ms")}
@@ -86,11 +82,6 @@ def main() -> None:
                 f"{report.peak_parameters / MIB:.0f}, {report.saved_bytes / MIB:.0f} MiB saved, {seconds:.2f} s"
             )
         save("quantized", rows, "torchao", "bitsandbytes")
-
-
-def _order(parts: tuple[nn.Module, torch.optim.Optimizer, dict[str, torch.Tensor]]) -> tuple[Any, ...]:
-    model, optimizer, batch = parts
-    return model, batch, optimizer
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import platform
 import subprocess
@@ -10,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from e3va_peft.measure.report import machine
+from e3va_peft.training.run import versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -18,13 +18,12 @@ RESULTS = Path(__file__).parent / "results"
 def save(name: str, rows: list[dict[str, Any]], *more: str) -> None:
     """Write `results/<name>.json` with the rows and where they come from, the versions of `more` packages included."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    packages = ("torch", "torchvision", "transformers", "peft", "accelerate", "e3va_peft", *more)
     record = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
         "revision": revision.strip(),
-        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "versions": versions(*more),
         "python": platform.python_version(),
-        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads(), "gpu": None},
+        "machine": machine(),
         "rows": rows,
     }
     RESULTS.mkdir(exist_ok=True)

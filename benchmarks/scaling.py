@@ -20,24 +20,20 @@ from typing import Any
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from memory import METHODS
+from memory import METHODS, adamw
 from record import RESULTS, save
 from speed import interleaved, step
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification
 
 from e3va_peft.measure import measure_step
+from e3va_peft.measure.blueprint import SHORT_NAMES
 
 GIB = 2**30
 COMPARED = ("full", "LoRA + checkpointing", "E3VA", "E3VA, one tap a block, int8", "head only")
 COLORS = (("k", "s"), ("#0072B2", "o"), ("#D55E00", "*"), ("#CC79A7", "^"), ("0.5", "D"))  # with markers
 STYLES = dict(zip(COMPARED, COLORS, strict=True))
-SWINS = {
-    "Swin-T": {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]},
-    "Swin-S": {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]},
-    "Swin-B": {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]},
-    "Swin-L": {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48]},
-}
+SWINS = ("Swin-T", "Swin-S", "Swin-B", "Swin-L")
 
 
 def points() -> Iterator[tuple[str, Any, str, int, int]]:
@@ -53,9 +49,9 @@ def points() -> Iterator[tuple[str, Any, str, int, int]]:
 def build(method: str, backbone: str, size: int, device: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build a model for a method, and its optimizer."""
     with torch.device(device):
-        config = SwinConfig(**SWINS[backbone], image_size=size, num_labels=100)
+        config = SwinConfig(**SHORT_NAMES[backbone.lower()], image_size=size, num_labels=100)
         model = METHODS[method](SwinForImageClassification(config)).to(device).train()
-    return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    return model, adamw(model)
 
 
 def inputs(batch: int, size: int, device: str) -> dict[str, Tensor]:

@@ -15,11 +15,10 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from memory import METHODS, SETTINGS, STAGES, SWIN_B, prepare
+from memory import METHODS, SETTINGS, STAGES, SWIN_B, Setting, adamw, methods_of
 from peft import get_peft_model
 from record import save
 from torch import Tensor, nn
@@ -46,22 +45,12 @@ class BackbonePart(nn.Module):
         return torch.stack([feature_map.square().mean() for feature_map in maps]).sum()
 
 
-@dataclass(frozen=True)
-class Part:
-    """A backbone and its batch."""
-
-    title: str
-    build: Callable[[], nn.Module]
-    batch: int
-    size: int
-
-
 PARTS = {
-    "swin-b": Part("Swin-B, 224 px, batch 8", lambda: swin(["stage4"]), 8, 224),
-    "vit-b": Part(
-        "ViT-B, 224 px, batch 8", lambda: BackbonePart(ViTModel(ViTConfig(), add_pooling_layer=False)), 8, 224
+    "swin-b": Setting("Swin-B, 224 px, batch 8", lambda: swin(["stage4"]), 224, 8),
+    "vit-b": Setting(
+        "ViT-B, 224 px, batch 8", lambda: BackbonePart(ViTModel(ViTConfig(), add_pooling_layer=False)), 224, 8
     ),
-    "upernet-swin-b": Part("Swin-B with four maps, 512 px, batch 2", lambda: swin(STAGES), 2, 512),
+    "upernet-swin-b": Setting("Swin-B with four maps, 512 px, batch 2", lambda: swin(STAGES), 512, 2),
 }
 
 
@@ -83,12 +72,12 @@ def step(forward: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> flo
 def training_rows(key: str) -> list[dict[str, Any]]:
     """Time every method on one backbone."""
     part = PARTS[key]
-    pixel_values = torch.randn(part.batch, 3, part.size, part.size)
+    pixel_values = part.inputs()["pixel_values"]
     models = {}
-    for method in METHODS:
-        if not (method.endswith("blocks only") and key == "vit-b"):
-            model = prepare(method, part.build).train()
-            models[method] = model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    for method in methods_of(part):
+        torch.manual_seed(0)
+        model = METHODS[method](part.build()).train()
+        models[method] = model, adamw(model)
     rounds = interleaved({name: lambda m=m, o=o: step(lambda: m(pixel_values), o) for name, (m, o) in models.items()})
     return [
         {"setting": part.title, "method": name, "seconds": statistics.median(times), "rounds": times}

@@ -12,13 +12,12 @@ import argparse
 import json
 import statistics
 import warnings
-from pathlib import Path
 
 from record import save
+from training import overrides, result
 from transformers.utils import logging
 
 from e3va_peft.training.config import read_config
-from e3va_peft.training.run import METRICS, train
 
 WAYS = {
     "exact": {},
@@ -42,28 +41,19 @@ def main() -> None:
     scores: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in SEEDS:
         for way, options in WAYS.items():
-            output = Path(args.runs) / f"{way.replace(' ', '-').replace(',', '')}-seed{seed}"
+            output = f"{args.runs}/{way.replace(' ', '-').replace(',', '')}-seed{seed}"
             config = read_config(
                 "nuclei-upernet-swin",
                 [
                     f"data.images={args.data}/images",
                     f"data.masks={args.data}/semantic",
-                    f"model={args.model}",
-                    f"output={output}",
+                    *overrides(output, args.model, 1e-3, seed),
                     f"method={json.dumps({'name': 'e3va', **options})}",
                     "training.num_train_epochs=3",
-                    "training.learning_rate=1e-3",
-                    f"training.seed={seed}",
-                    "training.eval_strategy=no",
-                    "training.save_strategy=epoch",
-                    "training.save_total_limit=1",
-                    "training.dataloader_num_workers=0",
-                    "training.disable_tqdm=true",
                     "data.verify=false",
                 ],
             )
-            done = output / METRICS
-            record = json.loads(done.read_text()) if done.is_file() else train(config)
+            record = result(config)
             scores[way].append(record["metrics"]["mean_iou"])
             print(f"{way}, seed {seed}: mean IoU {scores[way][-1]:.4f}", flush=True)
     rows = [

@@ -13,7 +13,6 @@ interleaved, and writes `results/NAME.json` together with what the runs gave.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import warnings
 from dataclasses import dataclass
@@ -22,16 +21,13 @@ from typing import Any
 
 import torch
 from record import save
-from transformers import set_seed
 from transformers.utils import logging
 
-from e3va_peft.measure import measure_step
+from e3va_peft.measure.compare import Comparison, measure_steps
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.data import Examples, load_splits
-from e3va_peft.training.methods import adapt
-from e3va_peft.training.run import METRICS, train
+from e3va_peft.training.data import load_splits
+from e3va_peft.training.run import finished, train
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import Collate, forward_extras
 
 ROUNDS = 7
 
@@ -87,10 +83,25 @@ def configure(args: argparse.Namespace, method: str, rate: float, seed: int, sea
         if args.setting == "nuclei"
         else [f"data.source={args.data}"]
     )
-    common = [
-        f"model={args.model}",
-        f"output={args.runs}/{args.setting}/{name}",
-        f"method={method}",
+    common = overrides(f"{args.runs}/{args.setting}/{name}", args.model, rate, seed)
+    return read_config(
+        setting.recipe,
+        [
+            *data,
+            *common,
+            f"method={method}",
+            f"data.verify={str(not search).lower()}",
+            *setting.overrides,
+            *(setting.search if search else ()),
+        ],
+    )
+
+
+def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
+    """Return what every recorded run sets."""
+    return [
+        f"model={model}",
+        f"output={output}",
         f"training.learning_rate={rate}",
         f"training.seed={seed}",
         "training.eval_strategy=no",  # scored once, at the end: nothing is chosen by the evaluation images
@@ -98,15 +109,12 @@ def configure(args: argparse.Namespace, method: str, rate: float, seed: int, sea
         "training.save_total_limit=1",
         "training.dataloader_num_workers=0",
         "training.disable_tqdm=true",
-        f"data.verify={str(not search).lower()}",
     ]
-    return read_config(setting.recipe, [*data, *common, *setting.overrides, *(setting.search if search else ())])
 
 
 def result(config: RunConfig) -> dict[str, Any]:
     """Train, or read what an earlier call trained."""
-    done = Path(config.output) / METRICS
-    return json.loads(done.read_text()) if done.is_file() else train(config)
+    return finished(config) or train(config)
 
 
 def best_rate(args: argparse.Namespace, method: str) -> tuple[float, dict[str, float]]:
@@ -151,25 +159,19 @@ def train_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def measure_all(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Measure one training step of each method, interleaved, and add it to the rows."""
     torch.set_num_threads(2)
-    steps = {}
+    first = rows[0]
+    comparison = Comparison(
+        config=configure(args, first["method"], first["learning_rate"], 0, search=False),
+        output=Path(args.runs),
+        methods=tuple(row["method"] for row in rows),
+        seeds=(0,),
+        rates={row["method"]: row["learning_rate"] for row in rows},
+    )
+    task = task_of(comparison.config)
+    split, _ = load_splits(comparison.config.data, task.with_masks)
+    steps = measure_steps(comparison, task, split, ROUNDS)
     for row in rows:
-        config = configure(args, row["method"], row["learning_rate"], 0, search=False)
-        task = task_of(config)
-        split, _ = load_splits(config.data, task.with_masks)
-        set_seed(0)
-        base = task.build_model(split.labels)
-        processor = task.build_processor()
-        examples = Examples(split, task.training_view(processor))
-        size = config.training["per_device_train_batch_size"]
-        batch = Collate(forward_extras(base, processor))([examples[i] for i in range(size)])
-        model = adapt(base, config.method)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        steps[row["method"]] = (model, batch, optimizer, [])
-    for _ in range(ROUNDS):
-        for model, batch, optimizer, reports in steps.values():
-            reports.append(measure_step(model, batch, optimizer, repeats=1))
-    for row in rows:
-        reports = steps[row["method"]][3]
+        reports = steps[row["method"]]
         row["saved_bytes"], row["peak_bytes"] = reports[0].saved_bytes, reports[0].peak_bytes
         row["step_seconds"] = statistics.median(report.step_ms for report in reports) / 1000
         row["step_rounds"] = [report.step_ms / 1000 for report in reports]

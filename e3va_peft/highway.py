@@ -345,7 +345,7 @@ class Lane:
             y = x + self.z
             # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
             lean = self.taps.storage != "exact" and all(p.is_floating_point() for p in module.parameters())
-            merged = _LeanMerging.apply(module, args, kwargs, y) if lean else call(y, *args, **kwargs)
+            merged = _LeanMerging.apply(call, module, args, kwargs, y) if lean else call(y, *args, **kwargs)
             self.z = merged - frozen
         self.stage += 1
         self.block = 0
@@ -360,10 +360,17 @@ class _LeanMerging(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        call: Callable[..., Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        y: Tensor,
+    ) -> Tensor:
         ctx.module, ctx.args, ctx.kwargs = module, args, kwargs
         ctx.save_for_backward(*pack(y, "int8"))
-        return _in_dtype(module, y.dtype)(y, *args, **kwargs)
+        return call(y, *args, **kwargs)
 
     @staticmethod
     @once_differentiable
@@ -373,7 +380,7 @@ class _LeanMerging(torch.autograd.Function):
             y = unpack((codes, scale), codes.shape[-1], grad.dtype)
             call = _in_dtype(ctx.module, y.dtype)  # cast again: weights in another dtype would be held till here
             vjp = torch.func.vjp(lambda y: call(y, *ctx.args, **ctx.kwargs), y)[1]
-            return None, None, None, vjp(grad)[0]
+            return None, None, None, None, vjp(grad)[0]
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -390,6 +397,11 @@ def _plain(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
     A quantised tensor (torchao) could multiply by itself, but where it quantises activations too no gradient passes.
     """
-    if type(parameter).dequantize is not Tensor.dequantize:
+    if wraps_quantized(parameter):
         parameter = parameter.dequantize()
     return parameter.to(dtype) if parameter.is_floating_point() else parameter
+
+
+def wraps_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter is a quantised tensor that passes for one of floating point, as torchao's do."""
+    return type(parameter).dequantize is not Tensor.dequantize

@@ -189,14 +189,12 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self._register_taps()
 
     def _register_taps(self) -> None:
+        half = self.taps == BLOCK
         for i, (stage, depth) in enumerate(zip(self.backbone.stages(self.base_layer), self.depth, strict=False)):
             for j, block in enumerate(stage.blocks[:depth]):
-                for k, name in enumerate(BRANCHES if self.taps == BLOCK else self.taps):
+                for k, name in enumerate(BRANCHES if half else self.taps):
                     point = block[name]
-                    if self.taps == BLOCK:
-                        tap = Tap(i, j, point.read, half=True)
-                    else:
-                        tap = Tap(i, j * len(self.taps) + k, point.read)
+                    tap = Tap(i, j if half else j * len(self.taps) + k, point.read, half)
                     if point.read == "input":
                         point.module.register_forward_pre_hook(tap)
                     else:

@@ -11,11 +11,12 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of, registered_backbones
 from e3va_peft.card import BaseModel
 from e3va_peft.config import E3VAConfig
+from e3va_peft.highway import wraps_quantized
 from e3va_peft.layer import E3VALayer
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -336,7 +337,7 @@ def _check_quantized(model: nn.Module, names: list[str]) -> None:
         name: f"{child(name, key)} is a {type(parameter).__name__} of {parameter.dtype}"
         for name in names
         for key, parameter in modules[name].named_parameters()
-        if type(parameter).dequantize is not Tensor.dequantize or not parameter.is_floating_point()
+        if wraps_quantized(parameter) or not parameter.is_floating_point()
     }
     if quantized:
         raise ValueError(

@@ -139,7 +139,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         _drop_checkpoints(Path(config.output))
         gc.collect()  # the Trainer's cycles hold the model
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")
-    steps = measure_steps(comparison, task, split)
+    steps = measure_steps(comparison, task, split, ROUNDS)
     rows = _rows(comparison, task.main_metric, records, steps)
     write_report(comparison.output, rows, comparison.config, console)
     return rows
@@ -151,13 +151,14 @@ def _drop_checkpoints(run: Path) -> None:
         shutil.rmtree(path)
 
 
-def measure_steps(comparison: Comparison, task: Task, split: Split) -> dict[str, list[StepReport]]:
+def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int) -> dict[str, list[StepReport]]:
     """Measure one training step of every method in interleaved rounds, so that a busy moment hits all alike.
 
     Args:
         comparison: What is compared.
         task: Its task.
         split: What is trained on; the first images are the batch.
+        rounds: How often each is measured.
     """
     first = comparison.run(comparison.methods[0], comparison.seeds[0])
     arguments = build_arguments(first, task, has_eval=True)
@@ -170,7 +171,7 @@ def measure_steps(comparison: Comparison, task: Task, split: Split) -> dict[str,
     }
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
     reports: dict[str, list[StepReport]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for name, model in models.items():
             model.to(arguments.device)  # one at a time: a small GPU holds no eleven models
             reports[name].append(measure_step(model, batch, optimizers[name], autocast_dtype=dtype, repeats=1))

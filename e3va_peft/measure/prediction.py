@@ -10,9 +10,9 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.measure.cards import GIB
-from e3va_peft.measure.step import Kind, _peak, _step
+from e3va_peft.measure.step import Kind, _peak, _saved_bytes, _step
 from e3va_peft.training.config import UserError, nearest, reason
 from e3va_peft.training.methods import adapt, checkpointed
 from e3va_peft.training.tasks.base import extras_at
@@ -293,22 +293,20 @@ class FakeStep:
         """Number of elements in parameters that are trained."""
         return sum(parameter.numel() for parameter in self.trained)
 
+    def saved_bytes(self, batch_size: int) -> int:
+        """Run a forward and return the bytes that autograd keeps for backward."""
+        with self._faking():
+            forward = partial(self._loss, make_batch(self.task, batch_size, self.image_size))
+            return _saved_bytes(forward, [*self.model.parameters(), *self.model.buffers()])
+
     def _trace(self, batch_size: int) -> Trace:
         """Run a step and return what it held."""
-        with self.mode, _quietly(), ExitStack() as stack:
-            if self.autocast == "cuda":
-                stack.enter_context(_CudaAutocast())
-            optimizer = self._optimizer()
+        with self._faking():
+            optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
-
-            def forward() -> Tensor:
-                with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
-                    loss: Tensor = self.model(**batch, **self.extras).loss
-                    return loss
-
             parameters = list(self.model.parameters())
             meter = _peak(
-                lambda: _step(forward, optimizer, parameters, set()),
+                lambda: _step(partial(self._loss, batch), optimizer, parameters, set()),
                 parameters,
                 [*parameters, *self.model.buffers()],
                 optimizer,
@@ -316,17 +314,29 @@ class FakeStep:
             )
         return Trace(meter.split(), np.array(meter.totals))
 
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Return an AdamW with its moments in place, as it is from the second step on.
+    @contextmanager
+    def _faking(self) -> Iterator[None]:
+        with self.mode, _quietly(), _CudaAutocast() if self.autocast == "cuda" else nullcontext():
+            yield
 
-        It is the fused one, Trainer's default from torch 2.8 on: it has no temporaries.
-        """
-        optimizer = torch.optim.AdamW(self.trained, lr=1e-4, fused=True)
-        for parameter in self.trained:
-            parameter.grad = torch.empty_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad()
-        return optimizer
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
+            loss: Tensor = self.model(**batch, **self.extras).loss
+            return loss
+
+
+def optimizer_in_use(model: nn.Module) -> torch.optim.Optimizer:
+    """Return an AdamW with its moments in place, as it is from the second step on.
+
+    It is the fused one, Trainer's default from torch 2.8 on: it has no temporaries.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -93,11 +94,7 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
         "config": config.to_dict(),
         "versions": versions(),
         "python": platform.python_version(),
-        "machine": {
-            "cpu": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        },
+        "machine": machine(),
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     write_whole(output / JSON, json.dumps(plain(record), indent=2) + "\n")
@@ -113,6 +110,15 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
         table.add_row(*row.cells())
     console.print(table)
     console.print(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}")
+
+
+def machine() -> dict[str, Any]:
+    """Return what a result was measured on: kind of CPU, threads, GPU."""
+    return {
+        "cpu": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
 def markdown(rows: Sequence[Row], config: RunConfig) -> str:

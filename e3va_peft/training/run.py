@@ -436,9 +436,9 @@ def _record(
     }
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that a result may depend on."""
-    packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate")
+def versions(*more: str) -> dict[str, str]:
+    """Return the versions of the packages that a result may depend on, those of `more` included."""
+    packages = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "accelerate", *more)
     return {name: importlib.metadata.version(name) for name in packages}
 
 
