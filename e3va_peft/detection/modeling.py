@@ -1,0 +1,323 @@
+"""Cascade Mask R-CNN, Mask R-CNN and RetinaNet as models of transformers: images and labels in, a `ModelOutput` out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import FeaturePyramidNetwork, box_convert
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from e3va_peft.detection.config import CascadeMaskRCNNConfig, DetectorConfig, MaskRCNNConfig, RetinaNetConfig
+from e3va_peft.detection.pyramid import (
+    PyramidAnchors,
+    backbone_channels,
+    build_backbone,
+    build_pyramid,
+    feature_maps,
+    in_full_precision,
+    pyramid_strides,
+)
+from e3va_peft.detection.roi import CascadeRoIHeads, build_proposal_network
+
+_PRIOR = 0.01  # probability of an object that RetinaNet begins with
+
+
+@dataclass
+class DetectionOutput(ModelOutput):  # type: ignore[misc]  # transformers is not followed
+    """What a detector returns. Images of a batch find unequally many objects: D is the most, the rest is padding.
+
+    Attributes:
+        loss: Sum of the losses, where there are labels.
+        loss_dict: The losses by name, without gradient.
+        scores: `(B, D)`, 0 in padding, falling; None in training mode.
+        labels: `(B, D)`, classes 0..K-1, -1 in padding.
+        pred_boxes: `(B, D, 4)`: centre x, centre y, width, height, as shares of the image without its padding.
+        pred_masks: `(B, D, 28, 28)`, probabilities within each box; None without masks.
+    """
+
+    loss: Tensor | None = None
+    loss_dict: dict[str, Tensor] | None = None
+    scores: Tensor | None = None
+    labels: Tensor | None = None
+    pred_boxes: Tensor | None = None
+    pred_masks: Tensor | None = None
+
+
+class Detector(PreTrainedModel):  # type: ignore[misc]
+    """A detector: a backbone of transformers, a feature pyramid, heads of torchvision's.
+
+    Images come resized and normalised by `DetectionImageProcessor`, which also turns outputs into boxes and masks at
+    the image's own size. There is no BatchNorm outside the backbone: a batch of one image is as good as any.
+    """
+
+    config_class = DetectorConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules: list[str] = []  # noqa: RUF012  # transformers' own form
+    _background = 0  # how many classes of the heads come before the first of ours
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config)
+        self._build_heads(config, backbone_channels(self.backbone))
+        self.post_init()
+
+    def _build_heads(self, config: Any, channels: list[int]) -> None:
+        raise NotImplementedError
+
+    def _losses(
+        self, images: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        raise NotImplementedError
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        labels: Sequence[Mapping[str, Tensor]] | None = None,
+        **kwargs: Any,
+    ) -> DetectionOutput:
+        """Detect objects, or in training mode compute the loss alone.
+
+        Args:
+            pixel_values: `(B, 3, H, W)`, normalised, padded on the right and lower sides.
+            pixel_mask: `(B, H, W)`, 1 where there is an image; None where nothing is padded.
+            labels: For each image, as DETR's image processors give them: `class_labels` (n,), classes 0..K-1; `boxes`
+                (n, 4), centre x, centre y, width, height as shares of H and W; and for a model with masks `masks`
+                (n, H, W). n may be 0.
+            kwargs: Ignored; what Trainer may add.
+
+        Raises:
+            ValueError: Labels are missing in training mode, or a field, a class or a shape of them is wrong.
+        """
+        images = ImageList(pixel_values, _image_sizes(pixel_values, pixel_mask))
+        if labels is None and self.training:
+            raise ValueError(
+                "labels=None: a detector in training mode computes its loss alone, and needs labels. Pass labels, or "
+                "call model.eval() to detect."
+            )
+        targets = None if labels is None else [self._target(i, label, pixel_values) for i, label in enumerate(labels)]
+        if targets is not None and len(targets) != len(pixel_values):
+            raise ValueError(f"labels: has {len(targets)} entries for {len(pixel_values)} images. Give one for each.")
+        maps = feature_maps(self.backbone, pixel_values)
+        features = self.pyramid({str(i): level for i, level in enumerate(maps)})
+        output = DetectionOutput()
+        if targets is not None:
+            losses = self._losses(images, features, targets)
+            output.loss = torch.stack(list(losses.values())).sum()
+            output.loss_dict = {name: loss.detach() for name, loss in losses.items()}
+        if not self.training:
+            with torch.no_grad():
+                self._fill(output, self._detections(images, features), images.image_sizes)
+        return output
+
+    def _target(self, index: int, label: Mapping[str, Tensor], pixel_values: Tensor) -> dict[str, Tensor]:
+        """Check an image's labels and turn them into torchvision's form."""
+        needed = ["class_labels", "boxes"] + (["masks"] if getattr(self.config, "masks", False) else [])
+        if missing := [name for name in needed if name not in label]:
+            raise ValueError(f"labels[{index}]: has no {missing[0]}, only {sorted(label)}. A {type(self).__name__} needs it.")
+        classes, boxes = label["class_labels"], label["boxes"]
+        if boxes.shape != (len(classes), 4):
+            raise ValueError(f"labels[{index}]['boxes']: has shape {tuple(boxes.shape)}, not ({len(classes)}, 4).")
+        known = self.config.num_labels
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < known:
+            raise ValueError(
+                f"labels[{index}]['class_labels']: goes from {int(classes.min())} to {int(classes.max())}, the model has "
+                f"the classes 0 to {known - 1}. Number classes from 0, without a background."
+            )
+        height, width = pixel_values.shape[-2:]
+        scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
+        target = {
+            "boxes": box_convert(boxes.float(), "cxcywh", "xyxy") * scale,
+            "labels": classes.long() + self._background,
+        }
+        if "masks" in needed:
+            masks = label["masks"]
+            if masks.shape != (len(classes), height, width):
+                raise ValueError(
+                    f"labels[{index}]['masks']: has shape {tuple(masks.shape)}, not {(len(classes), height, width)}, "
+                    "one mask per object in the size of pixel_values."
+                )
+            target["masks"] = masks
+        return target
+
+    def _fill(
+        self, output: DetectionOutput, found: Sequence[dict[str, Tensor]], sizes: Sequence[tuple[int, int]]
+    ) -> None:
+        """Write detections into the output, padded to equally many."""
+        boxes = [
+            box_convert(each["boxes"], "xyxy", "cxcywh") / each["boxes"].new_tensor([width, height, width, height])
+            for each, (height, width) in zip(found, sizes, strict=True)
+        ]
+        output.scores = _pad([each["scores"] for each in found], 0)
+        output.labels = _pad([each["labels"] - self._background for each in found], -1)
+        output.pred_boxes = _pad(boxes, 0)
+        if "masks" in found[0]:
+            output.pred_masks = _pad([each["masks"] for each in found], 0)
+
+    def is_custom_code(self) -> bool:
+        """Be initialised as transformers' own models: else parts that hold layers, and no parameters, are left out."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise a new part as torchvision's constructors do: also one that `from_pretrained` found no weights for."""
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.LayerNorm | nn.GroupNorm):
+            module.reset_parameters()
+        for kind, weigh in _INITIAL:
+            if isinstance(module, kind):
+                for layer in module.modules():
+                    if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
+                        weigh(layer.weight)
+                        if layer.bias is not None:
+                            nn.init.zeros_(layer.bias)
+        if isinstance(module, RetinaNetHead):
+            nn.init.constant_(module.classification_head.cls_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
+
+
+def _small(weight: Tensor) -> None:
+    nn.init.normal_(weight, std=0.01)
+
+
+def _uniform(weight: Tensor) -> None:
+    nn.init.kaiming_uniform_(weight, a=1)
+
+
+def _normal(weight: Tensor) -> None:
+    nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
+_INITIAL = (
+    ((RPNHead, RetinaNetHead), _small),
+    (FeaturePyramidNetwork, _uniform),
+    ((MaskRCNNHeads, MaskRCNNPredictor, FastRCNNConvFCHead), _normal),
+)
+
+
+class MaskRCNN(Detector):
+    """Mask R-CNN; without masks Faster R-CNN, with several stages a cascade.
+
+    Source: He et al., "Mask R-CNN". Heads and losses are torchvision's.
+    """
+
+    config_class = MaskRCNNConfig
+    _background = 1
+
+    def _build_heads(self, config: Any, channels: list[int]) -> None:
+        strides = pyramid_strides(config, extra=1)
+        self.pyramid = build_pyramid(config, channels, LastLevelMaxPool())
+        self.rpn = build_proposal_network(config, strides)
+        self.roi_heads = CascadeRoIHeads(config, strides[:-1])
+
+    def _losses(
+        self, images: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        proposals, losses = self.rpn(images, features, targets)
+        return losses | self.roi_heads.losses(features, proposals, images.image_sizes, targets)
+
+    def _detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        proposals, _ = self.rpn(images, features)
+        return self.roi_heads.detections(features, proposals, images.image_sizes)
+
+
+class CascadeMaskRCNN(MaskRCNN):
+    """Cascade Mask R-CNN: three stages, each asking for more overlap; without masks Cascade R-CNN.
+
+    Source: Cai and Vasconcelos, "Cascade R-CNN: High Quality Object Detection and Instance Segmentation".
+    """
+
+    config_class = CascadeMaskRCNNConfig
+
+
+class _Head(RetinaNetHead):
+    """torchvision's, with scores and boxes in full precision."""
+
+    def forward(self, x: list[Tensor]) -> dict[str, Tensor]:
+        return {name: in_full_precision(value) for name, value in super().forward(x).items()}
+
+
+class _DenseHeads(TorchvisionRetinaNet):
+    """torchvision's RetinaNet behind its pyramid: anchors, head, losses, non-maximum suppression."""
+
+    def __init__(self, config: Any, strides: Sequence[float]) -> None:
+        anchors = PyramidAnchors(strides, config.anchor_scales, config.aspect_ratios)
+        pyramid = nn.Module()
+        pyramid.out_channels = config.fpn_channels  # type: ignore[assignment]
+        super().__init__(
+            pyramid,
+            config.num_labels,
+            anchor_generator=anchors,
+            head=_Head(config.fpn_channels, anchors.num_anchors_per_location()[0], config.num_labels),
+            score_thresh=config.score_thresh,
+            nms_thresh=config.nms_thresh,
+            detections_per_img=config.detections_per_img,
+            fg_iou_thresh=config.fg_iou_thresh,
+            bg_iou_thresh=config.bg_iou_thresh,
+            topk_candidates=config.topk_candidates,
+        )
+        del self.backbone, self.transform  # both are the detector's business
+
+    def losses(
+        self, images: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        levels = list(features.values())
+        losses = self.compute_loss(list(targets), self.head(levels), self.anchor_generator(images, levels))
+        return {f"loss_{name}": loss for name, loss in losses.items()}
+
+    def detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        levels = list(features.values())
+        counts = [level.shape[-2] * level.shape[-1] * self.head.classification_head.num_anchors for level in levels]
+        outputs = {name: list(value.split(counts, 1)) for name, value in self.head(levels).items()}
+        anchors = [list(each.split(counts)) for each in self.anchor_generator(images, levels)]
+        return self.postprocess_detections(outputs, anchors, images.image_sizes)  # type: ignore[no-any-return]
+
+
+class RetinaNet(Detector):
+    """RetinaNet: classes and boxes at every place of the pyramid, trained by focal loss.
+
+    Source: Lin et al., "Focal Loss for Dense Object Detection". Head and losses are torchvision's.
+    """
+
+    config_class = RetinaNetConfig
+
+    def _build_heads(self, config: Any, channels: list[int]) -> None:
+        self.pyramid = build_pyramid(config, channels, LastLevelP6P7(channels[-1], config.fpn_channels))
+        self.dense_heads = _DenseHeads(config, pyramid_strides(config, extra=2))
+
+    def _losses(
+        self, images: ImageList, features: dict[str, Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        return self.dense_heads.losses(images, features, targets)
+
+    def _detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return self.dense_heads.detections(images, features)
+
+
+def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
+    """Return height and width of each image without its padding."""
+    if pixel_mask is None:
+        return [tuple(pixel_values.shape[-2:])] * len(pixel_values)
+    heights, widths = pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)
+    return list(zip(heights.tolist(), widths.tolist(), strict=True))
+
+
+def _pad(values: Sequence[Tensor], padding: float) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=padding)

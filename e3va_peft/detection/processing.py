@@ -1,0 +1,102 @@
+"""The image processor of the detectors: the only place that resizes, on the way in and on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.ops import box_convert
+from transformers import DetrImageProcessor
+
+Sizes = Sequence[tuple[int, int]] | Tensor
+
+
+class DetectionImageProcessor(DetrImageProcessor):  # type: ignore[misc]  # transformers is not followed
+    """DETR's way in: shorter side 800 and longer side at most 1333 pixels, COCO annotations to labels, padding.
+
+    Its way out are `post_process_object_detection` and `post_process_instance_segmentation`.
+    """
+
+    def post_process_object_detection(
+        self, outputs: Any, threshold: float = 0.5, target_sizes: Sizes | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Return the boxes of each image.
+
+        Args:
+            outputs: `DetectionOutput` of a detector in eval mode.
+            threshold: Only detections that score more.
+            target_sizes: Height and width of each image in pixels. Without it boxes stay shares of the image.
+
+        Returns:
+            For each image `scores` (n,), `labels` (n,) and `boxes` (n, 4), x1 y1 x2 y2, the best first.
+
+        Raises:
+            ValueError: There are no detections in `outputs`, or more or fewer sizes than images.
+        """
+        return [
+            {"scores": found["scores"], "labels": found["labels"], "boxes": found["boxes"]}
+            for found in _detections(outputs, threshold, target_sizes)
+        ]
+
+    def post_process_instance_segmentation(  # type: ignore[override]
+        self,
+        outputs: Any,
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        target_sizes: Sizes | None = None,
+    ) -> list[dict[str, Tensor]]:
+        """Return boxes and masks of each image; instances may overlap.
+
+        Args:
+            outputs: `DetectionOutput` of a detector in eval mode.
+            threshold: Only detections that score more.
+            mask_threshold: Pixels that are more likely than this belong to the instance.
+            target_sizes: Height and width of each image in pixels.
+
+        Returns:
+            For each image `scores` (n,), `labels` (n,), `boxes` (n, 4), x1 y1 x2 y2, and `masks` (n, H, W) bool, the
+            best first.
+
+        Raises:
+            ValueError: There are no masks in `outputs`, or no size for each image.
+        """
+        if outputs.pred_masks is None or target_sizes is None:
+            what = "outputs.pred_masks=None: a model without masks has none; use post_process_object_detection"
+            raise ValueError(f"{what}." if target_sizes is not None else "target_sizes=None: masks need a size in pixels.")
+        results = _detections(outputs, threshold, target_sizes)
+        for found, (height, width) in zip(results, _as_list(target_sizes), strict=True):
+            pasted = [  # one by one: all at once are 4 bytes a pixel and object
+                paste_masks_in_image(mask[None, None], box[None], (height, width))[0, 0] > mask_threshold
+                for mask, box in zip(found.pop("masks"), found["boxes"], strict=True)
+            ]
+            empty = torch.zeros(0, height, width, dtype=torch.bool, device=found["boxes"].device)
+            found["masks"] = torch.stack(pasted) if pasted else empty
+        return results
+
+
+def _detections(outputs: Any, threshold: float, target_sizes: Sizes | None) -> list[dict[str, Tensor]]:
+    if outputs.scores is None:
+        raise ValueError("outputs.scores=None: a detector in training mode detects nothing. Call model.eval() first.")
+    sizes = None if target_sizes is None else _as_list(target_sizes)
+    if sizes is not None and len(sizes) != len(outputs.scores):
+        raise ValueError(f"target_sizes: has {len(sizes)} sizes for {len(outputs.scores)} images. Give one for each.")
+    results = []
+    for i, (scores, labels) in enumerate(zip(outputs.scores, outputs.labels, strict=True)):
+        keep = (labels >= 0) & (scores > threshold)
+        boxes = box_convert(outputs.pred_boxes[i][keep], "cxcywh", "xyxy")
+        if sizes is not None:
+            height, width = sizes[i]
+            boxes = boxes * boxes.new_tensor([width, height, width, height])
+        found = {"scores": scores[keep], "labels": labels[keep], "boxes": boxes}
+        if getattr(outputs, "pred_masks", None) is not None:
+            found["masks"] = outputs.pred_masks[i][keep]
+        results.append(found)
+    return results
+
+
+def _as_list(sizes: Sizes) -> list[tuple[int, int]]:
+    values = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+    return [(int(height), int(width)) for height, width in values]
