@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def train(
 
     [bold]A config[/bold]
 
-        task: image-classification        # or semantic-segmentation
+        task: image-classification        # or semantic-segmentation, object-detection, instance-segmentation
         model: facebook/dinov2-base       # Hub id or folder
         data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet
         method: e3va                      # or head-only, lora, full
@@ -183,21 +184,25 @@ def predict(
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
     output: Annotated[Path, typer.Option(help="Folder for what is found.")] = Path("predictions"),
     top: Annotated[int, typer.Option(min=1, help="Classes to name per image, for a classifier.")] = 5,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Score above which an object counts, for a detector.")
+    ] = 0.5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions there.")] = False,
 ) -> None:
-    """Predict images: class names and scores as JSON, label maps and overlays as PNG.
+    """Predict images: classes, boxes, masks and scores as JSON; label maps and drawings as PNG.
 
     [bold]Examples[/bold]
 
         e3va predict runs/first photo.jpg more-photos/
         e3va predict me/my-adapter photos/ --output found
+        e3va predict runs/detector photos/ --threshold 0.3
     """
     with _errors_in_plain_words():
         from rich.console import Console
 
         from e3va_peft.training.predict import predict as run
 
-        entries = run(source, images, output, overwrite=overwrite, top=top)
+        entries = run(source, images, output, overwrite=overwrite, top=top, threshold=threshold)
         console = Console()
         for entry in entries[:20]:
             console.print(f"{entry['file']}: {_in_a_line(entry)}")
@@ -214,6 +219,9 @@ def _in_a_line(entry: dict[str, Any]) -> str:
         return f"[red]{entry['error']}[/red]"
     if "shares" in entry:
         return ", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items())
+    if "objects" in entry:
+        counts = Counter(found["label"] for found in entry["objects"])
+        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
     return ", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"])
 
 

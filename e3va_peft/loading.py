@@ -134,7 +134,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
     exits = find_exits(model)
-    missing = [found.name for found in exits if not any(found.name.startswith(f"{b}.") for b in backbones)]
+    missing = [found.name for found in exits if not any(f"{found.name}.".startswith(f"{b}.") for b in backbones)]
     if missing:
         raise ValueError(
             f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was "
@@ -154,7 +154,8 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
     for path, weights in backbones.items():
         parent, _, attribute = path.rpartition(".")
         part = model.get_submodule(path)
-        loaded = _from_pretrained(source, type(part), weights, {"config": part.config} | kwargs)
+        bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
+        loaded = _from_pretrained(source, type(part), weights, {"config": part.config} | bare | kwargs)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 

@@ -191,7 +191,7 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     if not getattr(model, "name_or_path", ""):
         for name, module in base_modules(model):
             source = getattr(module, "name_or_path", "")
-            if source and any(found.name.startswith(f"{name}.") for found in exits):
+            if source and any(f"{found.name}.".startswith(f"{name}.") for found in exits):
                 backbones.setdefault(name, source)
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)

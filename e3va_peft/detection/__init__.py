@@ -1,4 +1,4 @@
-"""Detectors over any backbone of transformers, from torchvision's parts. Importing this makes the Auto classes know them."""
+"""Detectors over any backbone of transformers, from torchvision's parts. To import it registers them with Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForObjectDetection
 

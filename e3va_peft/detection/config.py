@@ -12,7 +12,7 @@ _OCTAVE = tuple(4 * 2 ** (i / 3) for i in range(3))
 
 
 @strict
-class DetectorConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is not followed
+class DetectorConfig(PreTrainedConfig):
     """What all detectors have in common: a backbone, a feature pyramid on it, anchors on the pyramid.
 
     Attributes:

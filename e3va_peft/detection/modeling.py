@@ -18,7 +18,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, box_convert
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from e3va_peft.detection.config import CascadeMaskRCNNConfig, DetectorConfig, MaskRCNNConfig, RetinaNetConfig
 from e3va_peft.detection.pyramid import (
@@ -28,6 +28,7 @@ from e3va_peft.detection.pyramid import (
     build_pyramid,
     feature_maps,
     in_full_precision,
+    is_plain,
     pyramid_strides,
 )
 from e3va_peft.detection.roi import CascadeRoIHeads, build_proposal_network
@@ -36,7 +37,7 @@ _PRIOR = 0.01  # probability of an object that RetinaNet begins with
 
 
 @dataclass
-class DetectionOutput(ModelOutput):  # type: ignore[misc]  # transformers is not followed
+class DetectionOutput(ModelOutput):
     """What a detector returns. Images of a batch find unequally many objects: D is the most, the rest is padding.
 
     Attributes:
@@ -56,7 +57,7 @@ class DetectionOutput(ModelOutput):  # type: ignore[misc]  # transformers is not
     pred_masks: Tensor | None = None
 
 
-class Detector(PreTrainedModel):  # type: ignore[misc]
+class Detector(PreTrainedModel):
     """A detector: a backbone of transformers, a feature pyramid, heads of torchvision's.
 
     Images come resized and normalised by `DetectionImageProcessor`, which also turns outputs into boxes and masks at
@@ -88,6 +89,7 @@ class Detector(PreTrainedModel):  # type: ignore[misc]
     def _detections(self, images: ImageList, features: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         raise NotImplementedError
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Tensor,
@@ -133,15 +135,17 @@ class Detector(PreTrainedModel):  # type: ignore[misc]
         """Check an image's labels and turn them into torchvision's form."""
         needed = ["class_labels", "boxes"] + (["masks"] if getattr(self.config, "masks", False) else [])
         if missing := [name for name in needed if name not in label]:
-            raise ValueError(f"labels[{index}]: has no {missing[0]}, only {sorted(label)}. A {type(self).__name__} needs it.")
+            raise ValueError(
+                f"labels[{index}]: has no {missing[0]}, only {sorted(label)}. A {type(self).__name__} needs it."
+            )
         classes, boxes = label["class_labels"], label["boxes"]
         if boxes.shape != (len(classes), 4):
             raise ValueError(f"labels[{index}]['boxes']: has shape {tuple(boxes.shape)}, not ({len(classes)}, 4).")
         known = self.config.num_labels
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < known:
             raise ValueError(
-                f"labels[{index}]['class_labels']: goes from {int(classes.min())} to {int(classes.max())}, the model has "
-                f"the classes 0 to {known - 1}. Number classes from 0, without a background."
+                f"labels[{index}]['class_labels']: goes from {int(classes.min())} to {int(classes.max())}, the "
+                f"model has the classes 0 to {known - 1}. Number classes from 0, without a background."
             )
         height, width = pixel_values.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
@@ -179,7 +183,7 @@ class Detector(PreTrainedModel):  # type: ignore[misc]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise a new part as torchvision's constructors do: also one that `from_pretrained` found no weights for."""
+        """Initialise a new part as torchvision does: also one that `from_pretrained` found no weights for."""
         if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d | nn.LayerNorm | nn.GroupNorm):
             module.reset_parameters()
         for kind, weigh in _INITIAL:
@@ -260,7 +264,7 @@ class _DenseHeads(TorchvisionRetinaNet):
     def __init__(self, config: Any, strides: Sequence[float]) -> None:
         anchors = PyramidAnchors(strides, config.anchor_scales, config.aspect_ratios)
         pyramid = nn.Module()
-        pyramid.out_channels = config.fpn_channels  # type: ignore[assignment]
+        pyramid.out_channels = config.fpn_channels
         super().__init__(
             pyramid,
             config.num_labels,
@@ -287,7 +291,7 @@ class _DenseHeads(TorchvisionRetinaNet):
         counts = [level.shape[-2] * level.shape[-1] * self.head.classification_head.num_anchors for level in levels]
         outputs = {name: list(value.split(counts, 1)) for name, value in self.head(levels).items()}
         anchors = [list(each.split(counts)) for each in self.anchor_generator(images, levels)]
-        return self.postprocess_detections(outputs, anchors, images.image_sizes)  # type: ignore[no-any-return]
+        return self.postprocess_detections(outputs, anchors, images.image_sizes)
 
 
 class RetinaNet(Detector):
@@ -299,7 +303,10 @@ class RetinaNet(Detector):
     config_class = RetinaNetConfig
 
     def _build_heads(self, config: Any, channels: list[int]) -> None:
-        self.pyramid = build_pyramid(config, channels, LastLevelP6P7(channels[-1], config.fpn_channels))
+        source = (
+            config.fpn_channels if is_plain(config.backbone_config) else channels[-1]
+        )  # a ViT's map is no coarsest
+        self.pyramid = build_pyramid(config, channels, LastLevelP6P7(source, config.fpn_channels))
         self.dense_heads = _DenseHeads(config, pyramid_strides(config, extra=2))
 
     def _losses(
@@ -314,7 +321,8 @@ class RetinaNet(Detector):
 def _image_sizes(pixel_values: Tensor, pixel_mask: Tensor | None) -> list[tuple[int, int]]:
     """Return height and width of each image without its padding."""
     if pixel_mask is None:
-        return [tuple(pixel_values.shape[-2:])] * len(pixel_values)
+        height, width = pixel_values.shape[-2:]
+        return [(height, width)] * len(pixel_values)
     heights, widths = pixel_mask.bool().any(2).sum(1), pixel_mask.bool().any(1).sum(1)
     return list(zip(heights.tolist(), widths.tolist(), strict=True))
 

@@ -14,7 +14,7 @@ from transformers import DetrImageProcessor
 Sizes = Sequence[tuple[int, int]] | Tensor
 
 
-class DetectionImageProcessor(DetrImageProcessor):  # type: ignore[misc]  # transformers is not followed
+class DetectionImageProcessor(DetrImageProcessor):
     """DETR's way in: shorter side 800 and longer side at most 1333 pixels, COCO annotations to labels, padding.
 
     Its way out are `post_process_object_detection` and `post_process_instance_segmentation`.
@@ -41,7 +41,7 @@ class DetectionImageProcessor(DetrImageProcessor):  # type: ignore[misc]  # tran
             for found in _detections(outputs, threshold, target_sizes)
         ]
 
-    def post_process_instance_segmentation(  # type: ignore[override]
+    def post_process_instance_segmentation(
         self,
         outputs: Any,
         threshold: float = 0.5,
@@ -64,8 +64,8 @@ class DetectionImageProcessor(DetrImageProcessor):  # type: ignore[misc]  # tran
             ValueError: There are no masks in `outputs`, or no size for each image.
         """
         if outputs.pred_masks is None or target_sizes is None:
-            what = "outputs.pred_masks=None: a model without masks has none; use post_process_object_detection"
-            raise ValueError(f"{what}." if target_sizes is not None else "target_sizes=None: masks need a size in pixels.")
+            what = "outputs.pred_masks=None: a model without masks has none. Use post_process_object_detection."
+            raise ValueError(what if target_sizes is not None else "target_sizes=None: masks need a size in pixels.")
         results = _detections(outputs, threshold, target_sizes)
         for found, (height, width) in zip(results, _as_list(target_sizes), strict=True):
             pasted = [  # one by one: all at once are 4 bytes a pixel and object

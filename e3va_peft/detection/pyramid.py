@@ -23,8 +23,8 @@ _PLAIN_SCALES = (4.0, 2.0, 1.0, 0.5)
 def build_backbone(config: Any) -> nn.Module:
     """Build a backbone from its config: one with feature maps, or a plain transformer without its pooler."""
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
-        return AutoBackbone.from_config(config)  # type: ignore[no-any-return]
-    return AutoModel.from_config(config, add_pooling_layer=False)  # type: ignore[no-any-return]
+        return AutoBackbone.from_config(config)
+    return AutoModel.from_config(config, add_pooling_layer=False)
 
 
 def is_plain(config: Any) -> bool:
@@ -63,7 +63,8 @@ def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> list[Tensor]:
         return list(backbone(pixel_values).feature_maps)
     patch = int(backbone_strides(config)[0])
     height, width = pixel_values.shape[-2:]
-    pixels = F.pad(pixel_values, (0, -width % patch, 0, -height % patch))
+    right, below = -width % patch, -height % patch
+    pixels = F.pad(pixel_values, (0, right, 0, below)) if right or below else pixel_values
     if hasattr(backbone, "channels"):
         return [backbone(pixels).feature_maps[-1]]
     h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch

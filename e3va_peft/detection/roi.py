@@ -39,10 +39,10 @@ class ProposalNetwork(RegionProposalNetwork):
         self, images: Any, features: dict[str, Tensor], targets: Targets | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return proposals `(N, 4)` of each image, and losses where there are targets."""
-        mode = self.training
-        self.training = targets is not None  # torchvision asks this flag alone; no module below has a mode
+        mode = bool(self.training)
+        self.training: bool = targets is not None  # torchvision asks this flag alone; no module below has a mode
         try:
-            return super().forward(images, features, targets)  # type: ignore[no-any-return]
+            return super().forward(images, features, targets)
         finally:
             self.training = mode
 
@@ -123,7 +123,7 @@ class CascadeRoIHeads(nn.Module):
 
     @property
     def _stages(self) -> list[RoIHeads]:
-        return list(self.stages)  # type: ignore[arg-type]
+        return list(self.stages)
 
     def losses(
         self, features: dict[str, Tensor], proposals: list[Tensor], sizes: Sizes, targets: Targets
@@ -143,7 +143,8 @@ class CascadeRoIHeads(nn.Module):
             if i > 0:
                 matched, labels, regression = _match(stage, proposals, targets)
             logits, deltas = _predict(stage, features, proposals, sizes)
-            found = dict(zip(("loss_classifier", "loss_box_reg"), fastrcnn_loss(logits, deltas, labels, regression)))
+            loss_classifier, loss_box = fastrcnn_loss(logits, deltas, labels, regression)
+            found = {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
             if stage.has_mask():
                 found["loss_mask"] = _mask_loss(stage, features, proposals, sizes, targets, matched, labels)
             suffix = f"_stage{i + 1}" if len(self.stages) > 1 else ""
@@ -165,7 +166,10 @@ class CascadeRoIHeads(nn.Module):
         mean = torch.stack(probabilities).mean(0)
         # of logarithms its softmax gives the mean back
         boxes, scores, labels = stage.postprocess_detections(mean.log(), deltas, proposals, sizes)
-        found = [dict(zip(("boxes", "scores", "labels"), each)) for each in zip(boxes, scores, labels, strict=True)]
+        found = [
+            {"boxes": box, "scores": score, "labels": label}
+            for box, score, label in zip(boxes, scores, labels, strict=True)
+        ]
         if stage.has_mask():
             for each, masks in zip(found, self._masks(features, boxes, labels, sizes), strict=True):
                 each["masks"] = masks
@@ -210,17 +214,17 @@ def _stage(config: Any, threshold: float, weights: Sequence[float], pool: nn.Mod
 def _box_head(config: Any) -> nn.Module:
     channels = config.fpn_channels
     if not config.box_head_convs:
-        return TwoMLPHead(channels * _BOX * _BOX, config.box_head_dim)  # type: ignore[no-any-return]
+        return TwoMLPHead(channels * _BOX * _BOX, config.box_head_dim)
     norm = partial(nn.GroupNorm, math.gcd(32, channels))  # of one image as of many
     convs = [channels] * config.box_head_convs
-    return FastRCNNConvFCHead((channels, _BOX, _BOX), convs, [config.box_head_dim], norm)  # type: ignore[no-any-return]
+    return FastRCNNConvFCHead((channels, _BOX, _BOX), convs, [config.box_head_dim], norm)
 
 
 def _predict(
     stage: RoIHeads, features: dict[str, Tensor], proposals: list[Tensor], sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     pooled = stage.box_roi_pool(features, proposals, sizes)
-    return stage.box_predictor(stage.box_head(pooled))  # type: ignore[no-any-return]
+    return stage.box_predictor(stage.box_head(pooled))
 
 
 def _match(
@@ -244,7 +248,7 @@ def _refine(stage: RoIHeads, logits: Tensor, deltas: Tensor, proposals: list[Ten
 
 
 def _mask_logits(stage: RoIHeads, features: dict[str, Tensor], boxes: list[Tensor], sizes: Sizes) -> Tensor:
-    return stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, boxes, sizes)))  # type: ignore[no-any-return]
+    return stage.mask_predictor(stage.mask_head(stage.mask_roi_pool(features, boxes, sizes)))
 
 
 def _mask_loss(
@@ -262,4 +266,4 @@ def _mask_loss(
     indices = [each[keep] for each, keep in zip(matched, positive, strict=True)]
     logits = _mask_logits(stage, features, boxes, sizes)
     masks, classes = [target["masks"] for target in targets], [target["labels"] for target in targets]
-    return maskrcnn_loss(logits, boxes, masks, classes, indices)  # type: ignore[no-any-return]
+    return maskrcnn_loss(logits, boxes, masks, classes, indices)

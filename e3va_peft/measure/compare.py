@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
@@ -23,7 +24,6 @@ from e3va_peft.training.data import Examples, Split, load_splits
 from e3va_peft.training.methods import trained_whole
 from e3va_peft.training.run import build_arguments, finished, train, verify
 from e3va_peft.training.tasks import Task, task_of
-from e3va_peft.training.tasks.base import Collate, forward_extras
 
 ROUNDS = 5
 RUNS = "runs"
@@ -183,9 +183,8 @@ def _batch(task: Task, split: Split, arguments: TrainingArguments) -> dict[str, 
     processor = task.build_processor()
     examples = Examples(split, task.training_view(processor))
     size = min(arguments.per_device_train_batch_size, len(split))
-    extras = forward_extras(task.build_model(split.labels), processor)
-    batch = Collate(extras)([examples[i] for i in range(size)])
-    return {k: v.to(arguments.device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    batch = task.collator(task.build_model(split.labels), processor)([examples[i] for i in range(size)])
+    return send_to_device(batch, arguments.device)
 
 
 def _fresh_model(comparison: Comparison, task: Task, split: Split, name: str) -> torch.nn.Module:
@@ -243,7 +242,7 @@ def _check_place(output: Path) -> None:
 def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
     """Find out before the first run what would stop a later one; return what is trained on."""
     data = comparison.config.data
-    split, eval_split = load_splits(data, task.with_masks, comparison.seeds[0])
+    split, eval_split = load_splits(data, task.label_kind, comparison.seeds[0])
     if eval_split is None:
         raise UserError("data.eval_split: there is no split to score on. Set it, or data.eval_fraction.")
     build_arguments(comparison.run(comparison.methods[0], comparison.seeds[0]), task, has_eval=True)

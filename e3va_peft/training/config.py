@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import yaml
 from peft import LoraConfig
@@ -18,7 +18,20 @@ from transformers import TrainingArguments
 
 from e3va_peft.config import E3VAConfig
 
-TASKS = ("image-classification", "semantic-segmentation")
+TASKS = ("image-classification", "semantic-segmentation", "object-detection", "instance-segmentation")
+OBJECT_TASKS = TASKS[2:]
+BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
+LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
+"""What is known of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
+
+HEADS = {
+    "image-classification": ("linear",),
+    "semantic-segmentation": ("upernet", "mask2former"),
+    "object-detection": ("retinanet", "faster-rcnn", "cascade-rcnn"),
+    "instance-segmentation": ("cascade-mask-rcnn", "mask-rcnn", "mask2former"),
+}
+"""What may be put onto a backbone alone, for each task; the first is the default."""
+
 METHODS = ("e3va", "head-only", "lora", "full")
 RECIPES = resources.files("e3va_peft") / "recipes"
 
@@ -49,29 +62,37 @@ class DataConfig:
     """Where images and labels are.
 
     Attributes:
-        source: Hub id of a dataset, folder of images in one sub-folder per class, or parquet file or folder.
-        images: Folder of images, one sub-folder per split (ADE20K layout), instead of `source`.
+        source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl, parquet
+            file or folder, or folder in the layout of Pascal VOC (also a VOCdevkit).
+        images: Folder of images, instead of `source`: with one sub-folder per split (ADE20K layout) and `masks`, or
+            with `annotations`.
         masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.
+        annotations: COCO JSON of the objects in `images`. Both may hold {split}, e.g. instances_{split}2017.json;
+            without it, there is one split, train.
         name: Configuration of a Hub dataset.
         revision: Revision of a Hub dataset.
         train_split: Split to train on. None: train or training.
         eval_split: Split to evaluate on. None: validation, val, valid, test or testing, whichever comes first; without
-            any, no evaluation.
+            any, no evaluation. Both may join splits of Pascal VOC: VOC2007/trainval+VOC2012/trainval.
         eval_fraction: Evaluate on this share of the training split, set aside, e.g. 0.1, in place of an eval_split.
         image_column: Column of the images. None: the only one with images.
         label_column: Column of the classes or label maps. None: label, labels, fine_label, annotation, mask, ...
+        objects_column: Column of the objects. None: objects, or the only one with boxes and classes.
+        box_format: Of the boxes in `objects_column`: xywh (corner and size, as COCO), xyxy (two corners), or cxcywh
+            (centre and size as shares of the image, as YOLO).
         labels: Class names in the order of their ids; or a text file of one name a line (also ADE20K's
             objectInfo150.txt); or just their number. None: what the dataset says.
         reduce_labels: Label maps count from 1 and 0 means "ignore", as in ADE20K: subtract one.
         ignore_index: Value in label maps that no loss and no metric counts.
         train_samples: Train on that many examples, drawn with `training.seed`.
         eval_samples: Evaluate on that many examples.
-        verify: Decode every image and label map once before training, so that a broken one stops no long run.
+        verify: Decode every image and its labels once before training, so that a broken one stops no long run.
     """
 
     source: str | None = None
     images: str | None = None
     masks: str | None = None
+    annotations: str | None = None
     name: str | None = None
     revision: str | None = None
     train_split: str | None = None
@@ -79,6 +100,8 @@ class DataConfig:
     eval_fraction: float | None = None
     image_column: str | None = None
     label_column: str | None = None
+    objects_column: str | None = None
+    box_format: str = "xywh"
     labels: list[str] | str | int | None = None
     reduce_labels: bool = False
     ignore_index: int = 255
@@ -112,8 +135,11 @@ class RunConfig:
     """One run of `e3va train`.
 
     Attributes:
-        task: `image-classification` or `semantic-segmentation`.
-        model: Hub id or folder. A backbone alone gets a new head: a linear classifier, or UperNet.
+        task: `image-classification`, `semantic-segmentation`, `object-detection` or `instance-segmentation`.
+        model: Hub id or folder. A backbone alone gets a new head.
+        head: The head of a backbone alone. Semantic segmentation: `upernet` (default) or `mask2former`; object
+            detection: `retinanet` (default), `faster-rcnn` or `cascade-rcnn`; instance segmentation:
+            `cascade-mask-rcnn` (default), `mask-rcnn` or `mask2former`.
         output: Folder of the run; `{method}` in it stands for the method's name.
         data: Where images and labels are.
         method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of its PEFT config.
@@ -130,6 +156,7 @@ class RunConfig:
     output: str
     data: DataConfig
     method: dict[str, Any] = field(default_factory=lambda: {"name": "e3va"})
+    head: str | None = None
     image_size: int | None = None
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     processor: dict[str, Any] = field(default_factory=dict)
@@ -296,6 +323,8 @@ def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) ->
         values[name] = dict(_mapping(name, values.get(name)))
     values["model"] = str(values["model"])
     values["output"] = str(values["output"]).replace("{method}", values["method"]["name"])
+    if values.get("head") is not None:
+        _choice("head", values["head"], HEADS[values["task"]])
     size = values.get("image_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise UserError(f"image_size={size!r}: must be a positive number of pixels, e.g. image_size: 224.")
@@ -321,7 +350,8 @@ _REQUIRED = {
     "task": f"Write task: {TASKS[0]}, or one of {TASKS[1:]}.",
     "model": "Write model: a Hub id or a folder, e.g. model: microsoft/swin-base-patch4-window7-224.",
     "output": "Write output: the folder of this run, e.g. output: runs/first.",
-    "data": "Write data: with source: (Hub id, image folder, parquet), or images: and masks: (folders).",
+    "data": "Write data: with source: (Hub id, image folder, parquet, Pascal VOC), or images: (folder) and masks: "
+    "(folder) or annotations: (COCO JSON).",
 }
 
 
@@ -377,16 +407,19 @@ def _augment(value: Any) -> AugmentConfig | None:
 
 def _check_data(config: RunConfig) -> None:
     data = config.data
+    other = "annotations" if config.task in OBJECT_TASKS else "masks"
     if (data.source is None) == (data.images is None):
         raise UserError(
-            "data: needs either source: (Hub id, image folder, parquet) or images: and masks: (folders), not both."
+            f"data: needs either source: (Hub id, image folder, parquet) or images: and {other}:, not both."
         )
-    if (data.images is None) != (data.masks is None):
-        raise UserError("data: images: and masks: go together; one of them is missing.")
-    if data.masks is not None and config.task != "semantic-segmentation":
-        raise UserError(f"data.masks={data.masks!r}: {config.task} has no masks. Use source: an image folder.")
-    if data.reduce_labels and config.task != "semantic-segmentation":
-        raise UserError(f"data.reduce_labels=True: {config.task} has no label maps. Leave it out.")
+    _check_labels(config)
+    if (data.images is None) != (getattr(data, other) is None):
+        raise UserError(f"data: images: and {other}: go together; one of them is missing.")
+    _choice("data.box_format", data.box_format, BOX_FORMATS)
+    if data.annotations is not None and data.box_format != "xywh":
+        raise UserError(f"data.box_format={data.box_format!r}: COCO JSON has xywh. Leave it out.")
+    if "{split}" in (data.images or "") and "{split}" not in (data.annotations or ""):
+        raise UserError(f"data.annotations={data.annotations!r}: needs {{split}}, which data.images has.")
     if isinstance(data.labels, list) and not all(_is(name, "str") or _is(name, "int") for name in data.labels):
         raise UserError(f"data.labels={data.labels!r}: holds what is no name. Quote it: YAML reads no as false.")
     if not 0 <= data.ignore_index <= 65535:
@@ -399,6 +432,22 @@ def _check_data(config: RunConfig) -> None:
         value = getattr(data, name)
         if value is not None and value < 1:
             raise UserError(f"data.{name}={value}: must be at least 1, or left out for all.")
+
+
+def _check_labels(config: RunConfig) -> None:
+    """Refuse fields that are about what other tasks have: label maps, or objects."""
+    data, task = config.data, config.task
+    if data.masks is not None and task != "semantic-segmentation":
+        instead = "annotations: (COCO JSON)" if task in OBJECT_TASKS else "source: an image folder"
+        raise UserError(f"data.masks={data.masks!r}: {task} has no masks. Use {instead}.")
+    if data.reduce_labels and task != "semantic-segmentation":
+        raise UserError(f"data.reduce_labels=True: {task} has no label maps. Leave it out.")
+    if data.label_column is not None and task in OBJECT_TASKS:
+        raise UserError(f"data.label_column={data.label_column!r}: {task} has none. Use objects_column.")
+    for name in ("annotations", "objects_column", "box_format"):
+        value = getattr(data, name)
+        if task not in OBJECT_TASKS and value != getattr(DataConfig, name):
+            raise UserError(f"data.{name}={value!r}: {task} has no objects. Leave it out.")
 
 
 def _check_augment(config: RunConfig) -> None:

@@ -72,9 +72,7 @@ def encode_masks(masks: np.ndarray | Tensor) -> tuple[RLE, ...]:
     """
     array = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else masks
     if array.dtype != bool:
-        raise TypeError(
-            f"masks must be booleans, got {array.dtype}: pass masks > 0.5, or masks.astype(bool) of 0 and 1"
-        )
+        raise TypeError(f"masks must be booleans, got {array.dtype}: pass masks > 0.5")
     if array.ndim != 3:
         raise ValueError(f"masks must have shape (n, H, W), got {array.shape}: pass one mask as mask[None]")
     return tuple(mask_api.encode(np.asfortranarray(array.transpose(1, 2, 0), dtype=np.uint8)))

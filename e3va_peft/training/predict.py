@@ -10,25 +10,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import transformers
 from peft import PeftModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-)
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
+from e3va_peft import detection
+from e3va_peft.detection import Detector
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig, UserError
-from e3va_peft.training.data import IMAGE_SUFFIXES, Examples, load_splits, open_image
+from e3va_peft.training.data import Examples, load_splits, open_image
+from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import Collate, forward_extras
+from e3va_peft.training.tasks.base import forward_extras
+from e3va_peft.training.tasks.detection import detections
+from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer
 
 _OPACITY = 0.5
@@ -58,15 +60,22 @@ class Trained:
     @property
     def task(self) -> str:
         """Name of the task that the model's head is for."""
+        if isinstance(self.base, Detector):
+            return "instance-segmentation" if getattr(self.base.config, "masks", False) else "object-detection"
+        if isinstance(self.base, Mask2FormerForUniversalSegmentation):
+            return str(getattr(self.base.config, "task", "instance-segmentation"))
         return "image-classification" if _classifies(type(self.base).__name__) else "semantic-segmentation"
 
-    def logits(self, image: Image.Image) -> torch.Tensor:
-        """Run the model on one image, RGB: (K,) for a classifier, (K, h, w) for a segmenter."""
+    def outputs(self, image: Image.Image) -> Any:
+        """Run the model on one image, RGB."""
         device = next(self.model.parameters()).device
         inputs = self.processor(image, return_tensors="pt").to(device)
         with torch.inference_mode():
-            outputs = self.model(**inputs, **forward_extras(self.base, self.processor))
-        return outputs.logits[0].float()
+            return self.model(**inputs, **forward_extras(self.base, self.processor))
+
+    def detect(self, image: Image.Image, threshold: float = 0.5) -> Detections:
+        """Find the objects of an image, RGB: what scores more than the threshold."""
+        return detections(self.outputs(image), self.processor, [image.size[::-1]], threshold)[0]
 
 
 def load_trained(source: str) -> Trained:
@@ -120,7 +129,9 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
             f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
     architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
-    cls: Any = AutoModelForImageClassification if _classifies(architecture) else AutoModelForSemanticSegmentation
+    cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
+    if cls is None:
+        raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
     return cls.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
 
 
@@ -144,7 +155,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    _, split = load_splits(config.data, task.with_masks, config.seed)
+    _, split = load_splits(config.data, task.label_kind, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if split.labels != trained.labels:
@@ -157,21 +168,23 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     arguments.save_strategy = arguments.eval_strategy = "no"
     trainer = VisionTrainer(
         task,
+        trained.processor,
         model=trained.model,
         args=arguments,
         eval_dataset=Examples(split, task.evaluation_view(trained.processor)),
-        data_collator=Collate(forward_extras(trained.base, trained.processor)),
+        data_collator=task.collator(trained.base, trained.processor),
     )
     loss = trainer.evaluate()["eval_loss"]
     return {"loss": loss, **trainer.scores}, split.labels
 
 
 def predict(
-    source: str, images: Sequence[str], output: Path, overwrite: bool = False, top: int = 5
+    source: str, images: Sequence[str], output: Path, overwrite: bool = False, top: int = 5, threshold: float = 0.5
 ) -> list[dict[str, Any]]:
     """Predict images and write what is found.
 
-    Writes `predictions.json`, and for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`.
+    Writes `predictions.json`; for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`; for a
+    detector `overlays/` with boxes, masks and names.
     A broken image is named in its entry, and the others are predicted all the same.
 
     Args:
@@ -180,6 +193,7 @@ def predict(
         output: Folder to write to.
         overwrite: Replace earlier predictions there.
         top: Classes to name per image, for a classifier.
+        threshold: Score above which an object counts, for a detector.
 
     Returns:
         What is in `predictions.json`: one entry per image.
@@ -203,8 +217,12 @@ def predict(
         except UserError as error:
             entries.append({"file": str(path), "error": str(error)})
             continue
-        logits = trained.logits(image)
-        found = _classes(trained, logits, top) if logits.ndim == 1 else _regions(trained, logits, image, output, name)
+        if trained.task == "image-classification":
+            found = _classes(trained, image, top)
+        elif trained.task == "semantic-segmentation":
+            found = _regions(trained, image, output, name)
+        else:
+            found = _objects(trained, image, output, name, threshold)
         entries.append({"file": str(path), **found})
     (output / "predictions.json").write_text(json.dumps(plain(entries), indent=2) + "\n", encoding="utf-8")
     return entries
@@ -228,15 +246,57 @@ def _files(images: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _classes(trained: Trained, logits: torch.Tensor, top: int) -> dict[str, Any]:
+def _classes(trained: Trained, image: Image.Image, top: int) -> dict[str, Any]:
+    logits = trained.outputs(image).logits[0].float()
     scores, ids = logits.softmax(0).topk(min(top, len(logits)))
     found = [{"label": trained.labels[i], "score": s} for i, s in zip(ids.tolist(), scores.tolist(), strict=True)]
     return {"predictions": found}
 
 
-def _regions(trained: Trained, logits: torch.Tensor, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
+def _objects(trained: Trained, image: Image.Image, output: Path, name: str, threshold: float) -> dict[str, Any]:
+    """Draw the objects that were found; return them and the drawing's file."""
+    found = trained.detect(image, threshold)
+    file = output / "overlays" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    draw_objects(image, found, trained.labels).save(file)
+    objects = [
+        {"label": trained.labels[label], "score": score, "box": [round(value, 2) for value in box]}
+        for label, score, box in zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
+    ]
+    for entry, mask in zip(objects, found.masks or (), strict=False):
+        entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
+    return {"overlay": str(file), "objects": objects}
+
+
+def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequence[str]) -> Image.Image:
+    """Draw boxes, masks where there are any, and the names of the classes if there are several.
+
+    One class: each object in a colour of its own. Several classes: one colour for each class.
+
+    Args:
+        image: RGB, of the size that the objects are given in.
+        objects: Found or annotated.
+        labels: Class names in the order of their ids.
+    """
+    colors = [tuple(color) for color in palette(max(len(labels), len(objects)) + 1)[1:].tolist()]
+    chosen = [colors[label if len(labels) > 1 else i] for i, label in enumerate(objects.labels.tolist())]
+    pixels = pil_to_tensor(image)
+    if not len(objects):
+        return image
+    if objects.masks is not None:
+        masks = torch.from_numpy(np.stack([decode_mask(mask) for mask in objects.masks])).bool()
+        pixels = draw_segmentation_masks(pixels, masks, alpha=_OPACITY, colors=chosen)
+    names = [labels[label] for label in objects.labels.tolist()]
+    if isinstance(objects, Detections):
+        names = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores.tolist(), strict=True)]
+    shown = names if len(labels) > 1 else None
+    boxes = torch.from_numpy(objects.boxes)
+    return to_pil_image(draw_bounding_boxes(pixels, boxes, shown, colors=chosen))
+
+
+def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
     """Write the label map and its overlay; return their files and the share of each class that is there."""
-    ids = F.interpolate(logits[None], image.size[::-1], mode="bilinear")[0].argmax(0).cpu().numpy()
+    ids = label_maps(trained.outputs(image), trained.processor, [image.size[::-1]])[0].cpu().numpy()
     colors = palette(len(trained.labels))
     mask_file, overlay_file = output / "masks" / f"{name}.png", output / "overlays" / f"{name}.png"
     for file in (mask_file, overlay_file):

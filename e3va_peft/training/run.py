@@ -24,6 +24,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from peft import PeftModel
 from rich import progress
 from rich.console import Console
+from rich.markup import escape
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments, set_seed
@@ -36,7 +37,6 @@ from e3va_peft.training.methods import LEARNING_RATES, adapt
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
-from e3va_peft.training.tasks.base import Collate, forward_extras
 from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
@@ -83,7 +83,7 @@ def train(
         checkpoint = last_checkpoint(output, console)
     task = task_of(config)
     with state.main_process_first():
-        split, eval_split = load_splits(config.data, task.with_masks, config.seed)
+        split, eval_split = load_splits(config.data, task.label_kind, config.seed)
     if config.data.verify and checkpoint is None and state.is_main_process:
         verify((split, eval_split), console)
     state.wait_for_everyone()
@@ -100,11 +100,12 @@ def train(
     callbacks += [MetricsToCard()] if config.method_name == "e3va" else []
     trainer = VisionTrainer(
         task,
+        processor,
         model=adapted,
         args=arguments,
         train_dataset=Examples(split, task.training_view(processor)),
         eval_dataset=Examples(eval_split, task.evaluation_view(processor)) if eval_split is not None else None,
-        data_collator=Collate(forward_extras(model, processor)),
+        data_collator=task.collator(model, processor),
         callbacks=callbacks,
     )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
@@ -197,7 +198,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
 
 
 def verify(splits: Sequence[Split | None], console: Console) -> None:
-    """Decode every example once and warn of classes that never occur.
+    """Decode every example once and warn of objects without area, and of classes that never occur.
 
     Raises:
         UserError: Some examples are broken.
@@ -205,8 +206,12 @@ def verify(splits: Sequence[Split | None], console: Console) -> None:
     for split in splits:
         if split is None:
             continue
+        notes: list[str] = []
         with progress.Progress(console=console, transient=True) as bars:
-            counts = split.verify(partial(bars.advance, bars.add_task(f"checking {split.name}", total=len(split))))
+            task = bars.add_task(f"checking {split.name}", total=len(split))
+            counts = split.verify(partial(bars.advance, task), notes.append)
+        for note in notes:
+            console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
         for name in missing_classes(counts, split.labels):
             console.print(f"[yellow]warning[/yellow]: the class {name!r} never occurs in {split.name}.")
 

@@ -38,6 +38,7 @@ class VisionTrainer(Trainer):
 
     Args:
         task: What to score.
+        processor: The model's image processor, which turns outputs into predictions.
         callbacks: In place of Trainer's own progress bar and printer.
         kwargs: For `Trainer`.
 
@@ -45,8 +46,9 @@ class VisionTrainer(Trainer):
         scores: What the last evaluation gave, per-class scores included.
     """
 
-    def __init__(self, task: Task, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
+    def __init__(self, task: Task, processor: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.task = task
+        self.processor = processor
         self.scores: dict[str, Any] = {}
         super().__init__(compute_metrics=self._score, **kwargs)
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
@@ -87,8 +89,7 @@ class VisionTrainer(Trainer):
             outputs = model(**{name: value for name, value in inputs.items() if name != "truth"})
         if prediction_loss_only:
             return outputs.loss.detach(), None, None
-        num_labels = self.accelerator.unwrap_model(model).config.num_labels
-        predictions, references = self.task.evidence(outputs.logits, inputs, num_labels)
+        predictions, references = self.task.evidence(outputs, inputs, self.processor)
         return outputs.loss.detach(), predictions, references
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -116,7 +117,9 @@ class VisionTrainer(Trainer):
             super()._load_best_model()
 
     def _score(self, evidence: EvalPrediction) -> dict[str, float]:
-        self.scores = self.task.scores(torch.as_tensor(evidence.predictions), torch.as_tensor(evidence.label_ids))
+        predictions, references = torch.as_tensor(evidence.predictions), torch.as_tensor(evidence.label_ids)
+        num_labels = self.accelerator.unwrap_model(self.model).config.num_labels
+        self.scores = self.task.scores(predictions, references, num_labels)
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
 
 

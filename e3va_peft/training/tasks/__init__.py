@@ -3,11 +3,14 @@
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.tasks.base import Task
 from e3va_peft.training.tasks.classification import ImageClassification
+from e3va_peft.training.tasks.detection import InstanceSegmentation, ObjectDetection
 from e3va_peft.training.tasks.segmentation import SemanticSegmentation
 
 _TASKS: dict[str, type[Task]] = {
     "image-classification": ImageClassification,
     "semantic-segmentation": SemanticSegmentation,
+    "object-detection": ObjectDetection,
+    "instance-segmentation": InstanceSegmentation,
 }
 
 
@@ -16,4 +19,11 @@ def task_of(config: RunConfig) -> Task:
     return _TASKS[config.task](config)
 
 
-__all__ = ["ImageClassification", "SemanticSegmentation", "Task", "task_of"]
+__all__ = [
+    "ImageClassification",
+    "InstanceSegmentation",
+    "ObjectDetection",
+    "SemanticSegmentation",
+    "Task",
+    "task_of",
+]

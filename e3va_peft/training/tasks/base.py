@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
 
-from e3va_peft.training.config import RunConfig, UserError, nearest, reason
+from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
+
+KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
+"""Options of a model's image processor that another processor for it takes over."""
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
@@ -28,7 +32,7 @@ class Task(ABC):
         config: The run.
     """
 
-    with_masks: ClassVar[bool]
+    label_kind: ClassVar[LabelKind]
     main_metric: ClassVar[str]
     default_scale: ClassVar[tuple[float, float]]
     default_training: ClassVar[Mapping[str, Any]]
@@ -57,12 +61,18 @@ class Task(ABC):
         """Return the transform of an evaluation example: what the image processor does."""
 
     @abstractmethod
-    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
-        """Reduce the logits of a batch to what `scores` needs, one row per image, on the device."""
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
+        """Reduce what the model says of a batch to what `scores` needs, one row per image."""
 
     @abstractmethod
-    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
         """Score the evidence of a whole split: metrics by name, per-class ones as lists."""
+
+    def collator(
+        self, model: PreTrainedModel, processor: Any
+    ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+        """Return what makes a batch of examples, with all that the model's forward needs."""
+        return Collate(forward_extras(model, processor))
 
     def scale(self) -> tuple[float, float]:
         """Range of the random scale of training images."""
@@ -158,6 +168,42 @@ class Collate:
         return batch | self.extra
 
 
+class PaddingCollate:
+    """Pads images of different sizes on their right and lower sides to a batch, and moves their labels along.
+
+    Labels differ in number, so they stay lists: `labels` of detectors, `mask_labels` and `class_labels` of Mask2Former
+    , and `truth`.
+    """
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return `pixel_values` `(B, 3, H, W)`, `pixel_mask` `(B, H, W)` and the lists."""
+        sizes = [example["pixel_values"].shape[-2:] for example in examples]
+        full = (max(height for height, _ in sizes), max(width for _, width in sizes))
+        batch: dict[str, Any] = {
+            "pixel_values": torch.stack([_padded(example["pixel_values"], full) for example in examples]),
+            "pixel_mask": torch.stack([_padded(torch.ones(*size, dtype=torch.long), full) for size in sizes]),
+        }
+        for name in set(examples[0]) - {"pixel_values"}:
+            values = [example[name] for example in examples]
+            if name == "labels":
+                values = [_moved(value, size, full) for value, size in zip(values, sizes, strict=True)]
+            elif name == "mask_labels":
+                values = [_padded(value, full) for value in values]
+            batch[name] = values
+        return batch
+
+
+def _padded(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
+
+
+def _moved(label: Mapping[str, Tensor], size: tuple[int, int], full: tuple[int, int]) -> dict[str, Tensor]:
+    """Return a detector's labels as shares of a padded image."""
+    shares = torch.tensor([size[1] / full[1], size[0] / full[0]] * 2)
+    moved = {**label, "boxes": label["boxes"] * shares}
+    return moved | {"masks": _padded(label["masks"], full)} if "masks" in label else moved
+
+
 def forward_extras(model: PreTrainedModel, processor: Any) -> dict[str, Any]:
     """Return the arguments that a model needs to take images of the size that its processor gives."""
     return extras_at(model, side(processor))
@@ -212,6 +258,12 @@ def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
     return cls(**options)
 
 
+def grey(processor: Any) -> list[int]:
+    """Return the colour that normalises to zero, 0 to 255."""
+    unit = 1 / processor.rescale_factor if processor.do_rescale else 1
+    return [round(unit * value) for value in processor.image_mean]
+
+
 def normalized(processor: Any) -> list[v2.Transform]:
     """Return the transforms from an image to the tensor that the processor would give, without resizing."""
     transforms: list[v2.Transform] = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
@@ -252,6 +304,11 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
             "model_options that change its sizes."
         )
     return model
+
+
+def load_backbone(cls: Any, source: str, config: Any, **options: Any) -> Any:
+    """Load a pretrained backbone. Swin's classifiers have no output norms: these are new."""
+    return load_weights(cls, source, new=("hidden_states_norms",), config=config, **options)
 
 
 @contextmanager

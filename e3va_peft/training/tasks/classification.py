@@ -27,7 +27,7 @@ from e3va_peft.training.tasks.base import (
 class ImageClassification(Task):
     """One class per image; scored by accuracy."""
 
-    with_masks = False
+    label_kind = "class"
     main_metric = "accuracy"
     default_scale = (0.35, 1.0)
     default_training: ClassVar = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
@@ -70,11 +70,11 @@ class ImageClassification(Task):
         """Return what the image processor does."""
         return _EvaluationView(processor)
 
-    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
         """Return logits `(B, K)` and classes `(B,)`."""
-        return logits.float(), inputs["labels"]
+        return outputs.logits.float(), inputs["labels"]
 
-    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
         """Return accuracy, top-5 accuracy, and accuracy per class."""
         return accuracy_scores(predictions, references)
 

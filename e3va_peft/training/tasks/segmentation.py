@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 from transformers import (
     AutoModelForSemanticSegmentation,
+    Mask2FormerConfig,
     PreTrainedModel,
     SegformerImageProcessor,
     UperNetConfig,
@@ -27,10 +28,16 @@ from transformers.models.auto.modeling_auto import (
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.config import UserError
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
+from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
+    KEPT,
+    PaddingCollate,
     Task,
     View,
+    find_config,
     find_processor,
+    grey,
+    load_backbone,
     load_weights,
     make_processor,
     name_classes,
@@ -39,14 +46,13 @@ from e3va_peft.training.tasks.base import (
 )
 
 _HEADS = ("decode_head", "auxiliary_head", "classifier", "head", "neck")
-_KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 _TRIES = 10  # crops to try until one has a labelled pixel: the loss of a batch without any is not a number
 
 
 class SemanticSegmentation(Task):
     """One class per pixel; scored by intersection over union at the size of the label maps."""
 
-    with_masks = True
+    label_kind = "label-map"
     main_metric = "mean_iou"
     default_scale = (0.5, 2.0)
     default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
@@ -54,10 +60,12 @@ class SemanticSegmentation(Task):
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a segmenter, or put UperNet onto a backbone; its BatchNorms take a batch of one image."""
         found = self.load_config(labels)
-        config = segmenter_config(found, self.config.model)
+        config = segmenter_config(found, self.config.model, self.config.head)
         name_classes(config, labels)
         self.apply_options(config)
         self._set_ignore_index(config)
+        if isinstance(config, Mask2FormerConfig):
+            return mask2former.build(config, self.config.task, self.config.model, new=config is not found)
         if config is found:
             model = load_weights(AutoModelForSemanticSegmentation, self.config.model, new=_HEADS, config=config)
         else:
@@ -68,13 +76,13 @@ class SemanticSegmentation(Task):
         """Build a new UperNet with the weights of its pretrained backbone."""
         model = UperNetForSemanticSegmentation(config)
         cls = MODEL_FOR_BACKBONE_MAPPING[type(backbone)]  # AutoBackbone asks the Hub first, for a folder too
-        # Swin's classifiers have no output norms: these are new in a backbone
-        new = ("hidden_states_norms",)
-        model.backbone = load_weights(cls, self.config.model, new=new, config=backbone)
+        model.backbone = load_backbone(cls, self.config.model, backbone)
         return model
 
     def _set_ignore_index(self, config: Any) -> None:
         value = self.config.data.ignore_index
+        if isinstance(config, Mask2FormerConfig):
+            return  # its labels leave out what does not count
         name = next((n for n in ("loss_ignore_index", "semantic_loss_ignore_index") if hasattr(config, n)), None)
         if name is not None:
             setattr(config, name, value)
@@ -86,15 +94,31 @@ class SemanticSegmentation(Task):
         found = find_processor(self.config.model)
         options: dict[str, Any] = {}
         if found is not None:
-            options = {key: getattr(found, key) for key in _KEPT}
+            options = {key: getattr(found, key) for key in KEPT}
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
+        if self._universal:
+            longest = round(size * mask2former.LONGEST)
+            options |= {"size": {"shortest_edge": size, "longest_edge": longest}, "do_reduce_labels": False}
+            return mask2former.processor(options | self.config.processor)
         return make_processor(SegformerImageProcessor, options | self.config.processor)
+
+    @property
+    def _universal(self) -> bool:
+        """Whether the model is a Mask2Former."""
+        found = find_config(self.config.model)
+        return isinstance(segmenter_config(found, self.config.model, self.config.head), Mask2FormerConfig)
+
+    def collator(
+        self, model: PreTrainedModel, processor: Any
+    ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+        """Return what stacks images; for Mask2Former, what pads them."""
+        return PaddingCollate() if self._universal else super().collator(model, processor)
 
     def training_view(self, processor: Any) -> View:
         """Return a random scale, crop, flips and colours as the run says; without augmentation, a centre crop."""
         size, ignored = side(processor), self.config.data.ignore_index
-        fill = {tv_tensors.Image: _grey(processor), tv_tensors.Mask: ignored, "others": 0}
+        fill = {tv_tensors.Image: grey(processor), tv_tensors.Mask: ignored, "others": 0}
         if self.config.augment is None:
             steps: list[v2.Transform] = [v2.Resize(size), v2.CenterCrop(size)]
         else:
@@ -102,48 +126,58 @@ class SemanticSegmentation(Task):
             resize = v2.RandomResize(low, high + 1) if high > low else v2.Resize(low)
             crop = v2.RandomCrop(self.config.augment.crop or size, pad_if_needed=True, fill=fill)
             steps = [resize, crop, *self.flips(), *self.colors()]
-        return _TrainingView(v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]]), ignored)
+        transform = v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]])
+        return _TrainingView(transform, ignored, self._universal)
 
     def evaluation_view(self, processor: Any) -> View:
         """Return what the image processor does, and the label map in that size and in its own."""
-        return _EvaluationView(processor)
+        return _EvaluationView(processor, self.config.data.ignore_index, self._universal)
 
-    def evidence(self, logits: Tensor, inputs: Mapping[str, Any], num_labels: int) -> tuple[Tensor, Tensor]:
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
         """Return confusion matrices `(B, K, K)` at the size of each label map, twice.
 
         Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
         """
+        sizes = [tuple(truth.shape) for truth in inputs["truth"]]
+        universal = hasattr(outputs, "class_queries_logits")
+        num_labels = outputs.class_queries_logits.shape[-1] - 1 if universal else outputs.logits.shape[1]
         counts = torch.stack(
             [
-                confusion_matrix(
-                    F.interpolate(scores[None].float(), truth.shape, mode="bilinear").argmax(1)[0],
-                    truth.to(scores.device),
-                    num_labels,
-                    self.config.data.ignore_index,
-                )
-                for scores, truth in zip(logits, inputs["truth"], strict=True)
+                confusion_matrix(found, truth.to(found.device), num_labels, self.config.data.ignore_index)
+                for found, truth in zip(label_maps(outputs, processor, sizes), inputs["truth"], strict=True)
             ]
         )
         return counts, counts
 
-    def scores(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
+    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
         """Return mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
         return segmentation_scores(predictions.sum(0))
 
 
-def segmenter_config(found: Any, model: str) -> Any:
-    """Return a segmenter's config as it is; for a backbone, that of a new UperNet on it.
+def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Turn a segmenter's outputs into a class for each pixel, `(H, W)` for each image, at the images' own sizes."""
+    if hasattr(outputs, "class_queries_logits"):
+        return processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
+    return [
+        F.interpolate(scores[None].float(), size, mode="bilinear").argmax(1)[0]
+        for scores, size in zip(outputs.logits, sizes, strict=True)
+    ]
+
+
+def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
+    """Return a segmenter's config as it is; for a backbone, that of a new UperNet or Mask2Former on it.
 
     UperNet reads all stages of a pyramid, and four blocks of a plain ViT.
 
     Args:
         found: Config of the model.
         model: Its name, for the error.
+        head: `upernet`, the default, or `mask2former`.
 
     Raises:
         UserError: The model is neither a segmenter nor a backbone.
     """
-    if type(found) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING:
+    if type(found) in MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING or isinstance(found, Mask2FormerConfig):
         return found
     if type(found) not in MODEL_FOR_BACKBONE_MAPPING:
         raise UserError(
@@ -152,34 +186,37 @@ def segmenter_config(found: Any, model: str) -> Any:
         )
     names = found.stage_names[1:]
     found.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
-    return UperNetConfig(backbone_config=found)
+    return mask2former.new_config(found, model) if head == "mask2former" else UperNetConfig(backbone_config=found)
 
 
 class _TrainingView:
-    def __init__(self, transform: v2.Transform, ignore_index: int) -> None:
+    def __init__(self, transform: v2.Transform, ignore_index: int, universal: bool) -> None:
         self.transform = transform
         self.ignore_index = ignore_index
+        self.universal = universal
 
     def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
         for _ in range(_TRIES):
             pixels, mask = self.transform(image, tv_tensors.Mask(label))
             if (mask != self.ignore_index).any():
                 break
-        return {"pixel_values": pixels.as_subclass(torch.Tensor), "labels": mask.as_subclass(torch.Tensor).long()}
+        labels = _labels(mask.as_subclass(torch.Tensor).long(), self.ignore_index, self.universal)
+        return {"pixel_values": pixels.as_subclass(torch.Tensor), **labels}
 
 
 class _EvaluationView:
-    def __init__(self, processor: Any) -> None:
+    def __init__(self, processor: Any, ignore_index: int, universal: bool) -> None:
         self.processor = processor
+        self.ignore_index = ignore_index
+        self.universal = universal
 
     def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
         truth = torch.from_numpy(label)
         resized = v2.functional.resize(truth[None], list(pixels.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
-        return {"pixel_values": pixels, "labels": resized, "truth": truth}
+        return {"pixel_values": pixels, **_labels(resized, self.ignore_index, self.universal), "truth": truth}
 
 
-def _grey(processor: Any) -> list[int]:
-    """Return the colour that normalises to zero, 0 to 255."""
-    unit = 1 / processor.rescale_factor if processor.do_rescale else 1
-    return [round(unit * value) for value in processor.image_mean]
+def _labels(label_map: Tensor, ignore_index: int, universal: bool) -> dict[str, Tensor]:
+    """Return what the loss needs: the label map, or for Mask2Former the mask of each class."""
+    return mask2former.map_labels(label_map, ignore_index) if universal else {"labels": label_map}

@@ -1,0 +1,659 @@
+"""Objects as COCO JSON, Pascal VOC and datasets annotate them, brought to one form and decoded image by image."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+from xml.etree import ElementTree
+
+import datasets
+import numpy as np
+from faster_coco_eval.core import mask as rle
+
+from e3va_peft.training.config import DataConfig, LabelKind, UserError, read_text, reason
+from e3va_peft.training.objects import RLE, Objects
+from e3va_peft.training.sources import (
+    EVAL,
+    IMAGE_SUFFIXES,
+    TRAIN,
+    class_id,
+    class_names,
+    column,
+    load_dataset,
+    names_of,
+    refuse_empty,
+    refuse_names,
+    source_of,
+    undecoded,
+)
+
+Record: TypeAlias = dict[str, Any]
+"""One image's annotations, undecoded; kept pickled in a table, of which worker processes need no copy.
+
+`id`: of the image. `where`: what to call it in an error. `size`: height and width for which it was annotated, or None.
+`format`: of the boxes. `objects`: one mapping each of `name`, `label` (class id), `box` and, where known, `area`,
+`crowd`, `difficult`, `mask` (COCO's `segmentation`).
+"""
+
+Reader: TypeAlias = Callable[[DataConfig, LabelKind, Mapping[str, Any]], tuple[dict[str, datasets.Dataset], list[str]]]
+"""Reads the chosen splits, the one to train on first: columns `image` and `label` (records), and the class names."""
+
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+
+_OBJECT_COLUMN = "objects"
+_BOX_KEYS = ("bbox", "bboxes", "boxes")
+_CLASS_KEYS = ("category", "category_id", "categories", "label", "labels", "class")
+_OTHER_KEYS = {
+    "area": ("area",),
+    "crowd": ("iscrowd", "is_crowd"),
+    "difficult": ("difficult",),
+    "mask": ("segmentation", "segmentations"),
+}
+_SHOWN = 3  # missing files to name at once
+_FAR = 10  # image sides that a polygon may lead away from its image: it is drawn edge by edge
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The objects of one image, and what was done to its annotations.
+
+    Attributes:
+        objects: What is left.
+        dropped: Names of annotations without any area inside of the image.
+        clipped: Names of boxes that left the image by more than a pixel.
+    """
+
+    objects: Objects
+    dropped: list[str]
+    clipped: list[str]
+
+
+def find_objects(config: DataConfig) -> tuple[dict[str, Any], Reader]:
+    """Find the splits that a config's annotations have, and how to read them.
+
+    Raises:
+        UserError: There are none.
+    """
+    if config.annotations is not None:
+        return _coco_files(config), _read_coco
+    folders = _voc_folders(Path(str(config.source)).expanduser())
+    if folders:
+        return _voc_lists(config, folders), _read_voc
+    return load_dataset(config), _read_tables
+
+
+# --- from records to objects -----------------------------------------------------------------------------------------
+
+
+def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
+    """Decode the annotations of one image.
+
+    Boxes are clipped to the image. An object whose box or mask then is empty is dropped.
+
+    Args:
+        record: What is annotated.
+        size: Height and width of the image.
+        with_masks: Every object must have a mask; else masks only stand in for missing boxes and areas.
+
+    Raises:
+        UserError: A box or mask is malformed, or made for another size.
+    """
+    kept: list[tuple[np.ndarray, float, Record, RLE | None]] = []
+    dropped, clipped = [], []
+    limits = np.array([size[1], size[0]] * 2, dtype=np.float64)
+    for item in record["objects"]:
+        where = f"{record['where']}, {item['name']}"
+        mask = _mask(item.get("mask"), size, where)
+        if mask is None and with_masks:
+            raise UserError(f"{where}: has no segmentation (polygons or RLE). Add it, or remove the annotation.")
+        drawn = _drawn(item["box"], mask, record["format"], size, where)
+        box = drawn.clip(0, limits)
+        extent = float(np.prod(box[2:] - box[:2]))
+        covered = extent if mask is None else float(rle.area(mask))
+        if not extent or not covered:
+            dropped.append(where)
+            continue
+        if np.abs(box - drawn).max() > 1:
+            clipped.append(where)
+        kept.append((box, _area(item.get("area"), covered, where), item, mask))
+    objects = Objects(
+        image_id=record["id"],
+        size=size,
+        boxes=np.array([box for box, *_ in kept], dtype=np.float64).reshape(-1, 4),
+        labels=np.array([item["label"] for _, _, item, _ in kept], dtype=np.int64),
+        areas=np.array([area for _, area, *_ in kept], dtype=np.float64),
+        crowd=np.array([bool(item.get("crowd")) for _, _, item, _ in kept], dtype=bool),
+        difficult=np.array([bool(item.get("difficult")) for _, _, item, _ in kept], dtype=bool),
+        masks=tuple(mask for *_, mask in kept if mask is not None) if with_masks else None,
+    )
+    return Decoded(objects, dropped, clipped)
+
+
+def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: str) -> np.ndarray:
+    """Return x1 y1 x2 y2 of a box as it is annotated, else of a mask."""
+    if box is not None:
+        return _corners(box, form, size, where)
+    if mask is None:
+        raise UserError(f"{where}: has no bbox and no segmentation. Add one, or remove the annotation.")
+    x, y, width, height = rle.toBbox(mask)
+    return np.array([x, y, x + width, y + height], dtype=np.float64)
+
+
+def _corners(box: Any, form: str, size: tuple[int, int], where: str) -> np.ndarray:
+    """Turn a box of any format into x1 y1 x2 y2 in pixels."""
+    if not _numbers(box) or len(box) != 4:
+        raise UserError(f"{where}: has the box {box!r}, not four numbers. Correct or remove it.")
+    a, b, c, d = box
+    if form == "cxcywh":
+        if max(box) > 1 or min(box) < 0:
+            raise UserError(
+                f"{where}: has the box {box!r}; centre, width and height are shares of the image, 0 to 1. Set "
+                "data.box_format to what it is: xywh or xyxy."
+            )
+        corners = np.array([a - c / 2, b - d / 2, a + c / 2, b + d / 2]) * (size[1], size[0], size[1], size[0])
+    elif form == "xywh":
+        corners = np.array([a, b, a + c, b + d], dtype=np.float64)
+    else:
+        first = 1 if form == "voc" else 0
+        corners = np.array([a - first, b - first, c, d], dtype=np.float64)
+    if (corners[2:] < corners[:2]).any():
+        hint = "" if form == "voc" else f", or data.box_format, if it is not {form}"
+        raise UserError(f"{where}: has the box {box!r}, of negative width or height. Correct or remove it{hint}.")
+    return corners
+
+
+def _area(value: Any, covered: float, where: str) -> float:
+    if value is None:
+        return covered
+    if not _numbers([value]) or value < 0:
+        raise UserError(f"{where}: has the area {value!r}, no number of pixels. Correct or remove it.")
+    return float(value)
+
+
+def _numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+    )
+
+
+def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
+    """Turn COCO's polygons, or run lengths as numbers or text, into one compressed RLE; None where there are none."""
+    if not value:
+        return None
+    if isinstance(value, dict):
+        return _runs(value, size, where)
+    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
+        raise UserError(f"{where}: has a segmentation that is neither a list of polygons nor an RLE. Convert it.")
+    for polygon in value:
+        if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+            raise UserError(
+                f"{where}: has a polygon of {len(polygon)} numbers; it takes x and y of three points or more. Correct "
+                "or remove it."
+            )
+        if max(map(abs, polygon)) > _FAR * max(size):
+            raise UserError(f"{where}: has a polygon that leads far away from its image. Correct or remove it.")
+    merged: RLE = rle.merge(rle.frPyObjects(value, *size))
+    return merged
+
+
+def _runs(value: dict[str, Any], size: tuple[int, int], where: str) -> RLE:
+    found, counts = value.get("size"), value.get("counts")
+    if not _numbers(found) or tuple(found or ()) != size:
+        raise UserError(
+            f"{where}: has an RLE of the size {found} (height, width), its image has {list(size)}. Export it in the "
+            "size of its image; if the image is rotated by its EXIF tag, rotate its pixels and drop the tag."
+        )
+    try:
+        mask: RLE = {"size": list(size), "counts": counts.encode()} if isinstance(counts, str) else value
+        if isinstance(counts, list):
+            mask = rle.frPyObjects(value, *size)
+        rle.decode(mask)  # which checks that its runs fill the image
+    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{where}: has a broken RLE ({reason(error)}). Export it again or remove it.") from None
+    return mask
+
+
+# --- COCO JSON -------------------------------------------------------------------------------------------------------
+
+
+def _coco_files(config: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """Find the annotation file and the folder of images of each split."""
+    annotations, images = str(config.annotations), str(config.images)
+    if "{split}" not in annotations:
+        if not Path(annotations).expanduser().is_file():
+            raise UserError(f"data.annotations={annotations!r}: no such file (from {Path.cwd()}).")
+        return {"train": _coco_split(annotations, images)}
+    names = [name for name in (config.train_split, config.eval_split, *TRAIN, *EVAL) if name is not None]
+    found = {
+        name: _coco_split(annotations.replace("{split}", name), images.replace("{split}", name)) for name in names
+    }
+    there = {name: paths for name, paths in found.items() if paths[0].is_file()}
+    if not there:
+        raise UserError(
+            f"data.annotations={annotations!r}: there is no such file for any of the splits {list(found)} (from "
+            f"{Path.cwd()}). Correct it, or name the split with data.train_split."
+        )
+    return there
+
+
+def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
+    return Path(annotations).expanduser(), Path(images).expanduser()
+
+
+def _read_coco(
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, tuple[Path, Path]]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read COCO's detection files. Classes are numbered in the order of their ids, which may have gaps."""
+    rows: dict[str, datasets.Dataset] = {}
+    known: list[str] = []
+    for name, (path, images) in chosen.items():
+        content = _load_coco(path)
+        categories = _categories(content["categories"], path)
+        known = known or list(categories.values())
+        if set(categories.values()) != set(known):
+            odd = sorted(set(categories.values()) ^ set(known))
+            raise UserError(
+                f"{path}: has other categories than what is trained on; only one of the two has {odd[:10]}. Give "
+                "both files the same."
+            )
+        labels = {number: known.index(category) for number, category in categories.items()}
+        rows[name] = _coco_rows(content, labels, path, images, kind)
+        refuse_empty(config, name, rows[name])
+    names = class_names(config, known) or known
+    refuse_names(names, 1)
+    return rows, names
+
+
+def _load_coco(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is no valid JSON ({reason(error)}). Export it again.") from None
+    wanted = "images, annotations and categories, each a list"
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is a {type(content).__name__}, no COCO detection file, which has {wanted}.")
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(missing)}; a COCO detection file has {wanted}.")
+    for key in ("images", "annotations", "categories"):
+        for i, item in enumerate(content[key]):
+            if not isinstance(item, dict):
+                raise UserError(f"{path}: {key}[{i}] is {item!r}; a COCO detection file has mappings there.")
+    if any("segments_info" in item for item in content["annotations"][:1]):
+        raise UserError(f"{path}: is a COCO panoptic file. Take a detection file, such as instances_train2017.json.")
+    return content
+
+
+def _categories(items: list[Record], path: Path) -> dict[int, str]:
+    """Return class names by id, in the order of the ids."""
+    found: dict[int, str] = {}
+    for i, item in enumerate(items):
+        number, name = _whole(item, "id", f"{path}: categories[{i}]"), item.get("name")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: categories[{i}] has the name {name!r}, no text. Name it.")
+        if number in found or name in found.values():
+            raise UserError(f"{path}: has the category {name!r}, id {number}, twice. Rename or remove one.")
+        found[number] = name
+    return dict(sorted(found.items()))
+
+
+def _coco_rows(
+    content: dict[str, list[Any]], labels: Mapping[int, int], path: Path, folder: Path, kind: LabelKind
+) -> datasets.Dataset:
+    images = _coco_images(content["images"], path)
+    _refuse_absent([name for name, _ in images.values()], folder, path)
+    seen: set[str] = set()
+    for i, item in enumerate(content["annotations"]):
+        name = f"annotation {item['id']}" if "id" in item else f"annotations[{i}]"
+        where = f"{path}, {name}"
+        number, category = _whole(item, "image_id", where), _whole(item, "category_id", where)
+        if number not in images:
+            raise UserError(f"{where}: is of the image {number}, which is not in images. Add it, or remove this.")
+        if category not in labels:
+            raise UserError(f"{where}: has the category_id {category}, but there are only {list(labels)}. Add it.")
+        if name in seen:  # pycocotools would read the last of them twice
+            raise UserError(f"{where}: has an id that was there before. Number the annotations anew.")
+        seen.add(name)
+        images[number][1]["objects"].append(_coco_object(item, name, labels[category], kind))
+    files = [{"path": str(folder / name), "bytes": None} for name, _ in images.values()]
+    return _rows(files, [record for _, record in images.values()])
+
+
+def _coco_images(items: list[Record], path: Path) -> dict[int, tuple[str, Record]]:
+    """Return file names and records, still empty, by the id of the image."""
+    found: dict[int, tuple[str, Record]] = {}
+    for i, item in enumerate(items):
+        number, name = _whole(item, "id", f"{path}: images[{i}]"), item.get("file_name")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: images[{i}] has the file_name {name!r}, no text. Name its file.")
+        where = f"{path}, image {name!r}"
+        if number in found:
+            raise UserError(f"{where}: has the id {number}, as {found[number][0]!r} has. Number the images anew.")
+        sides = [side for side in ("height", "width") if item.get(side) is not None]
+        size = [_whole(item, side, where) for side in sides] if len(sides) == 2 else None
+        found[number] = (name, _record(number, where, size, "xywh", []))
+    return found
+
+
+def _coco_object(item: Record, name: str, label: int, kind: LabelKind) -> Record:
+    found = {"name": name, "label": label, "box": item.get("bbox") or None}
+    found |= {new: item[old] for new, old in (("area", "area"), ("crowd", "iscrowd")) if item.get(old) is not None}
+    if kind == "instances" or found["box"] is None or "area" not in found:
+        found["mask"] = item.get("segmentation")
+    return found
+
+
+def _whole(item: Record, key: str, where: str) -> int:
+    value = item.get(key)
+    if not isinstance(value, int):
+        raise UserError(
+            f"{where}: has the {key} {value!r}, no whole number, as COCO detection files have. Correct it."
+        )
+    return value
+
+
+def _refuse_absent(files: Sequence[str], folder: Path, path: Path) -> None:
+    """Raise a UserError if files are not in a folder."""
+    if not folder.is_dir():
+        raise UserError(f"data.images={str(folder)!r}: no such folder (from {Path.cwd()}).")
+    there = {entry.name for entry in folder.iterdir()}  # one look, not one for each of 118,000 files
+    absent = [name for name in files if name not in there and not (folder / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{path}: {len(absent)} of its {len(files)} images are not in {folder}: {_shown(absent)}. Set data.images "
+            "to where they are, or remove them from the file."
+        )
+
+
+# --- Pascal VOC ------------------------------------------------------------------------------------------------------
+
+
+def _voc_folders(root: Path) -> dict[str, Path]:
+    """Find the folders of Pascal VOC's layout: the folder itself, or, in a VOCdevkit, its sub-folders by `NAME/`."""
+    if (root / "Annotations").is_dir():
+        return {"": root}
+    parts = sorted(root.iterdir()) if root.is_dir() else []
+    return {f"{part.name}/": part for part in parts if (part / "Annotations").is_dir()}
+
+
+def _voc_lists(config: DataConfig, folders: Mapping[str, Path]) -> dict[str, list[tuple[Path, str]]]:
+    """Find the splits, each a list of folders and names of images; also those that a config joins by `+`."""
+    found: dict[str, list[tuple[Path, str]]] = {}
+    for prefix, folder in folders.items():
+        for path in sorted(folder.glob("ImageSets/Main/*.txt")):
+            lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+            if not lines or lines[0].split()[1:] not in (["-1"], ["0"], ["1"]):  # such lists are of one class
+                found[prefix + path.stem] = [(folder, line) for line in lines]
+    if not found:
+        raise UserError(
+            f"data.source={config.source!r}: has Annotations, but no ImageSets/Main/*.txt, which say what is trained "
+            "on. Write train.txt and val.txt there, one name of an image a line, without its suffix."
+        )
+    for wanted in (config.train_split, config.eval_split):
+        names = (wanted or "").split("+")
+        if len(names) > 1 and all(name in found for name in names):
+            found["+".join(names)] = list(dict.fromkeys(entry for name in names for entry in found[name]))
+    return found
+
+
+def _read_voc(
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, list[tuple[Path, str]]]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read Pascal VOC's XML.
+
+    Its boxes are 1-based indices of the first and the last pixel inside. As torchvision and Detectron2 users expect,
+    they become x1 - 1, y1 - 1, x2, y2, the edges of these pixels.
+    """
+    if kind == "instances":
+        raise UserError(
+            f"data.source={config.source!r}: is Pascal VOC, whose XML has no masks of objects. Set task: "
+            "object-detection, or use COCO JSON: data.images and data.annotations."
+        )
+    _refuse_overlap(chosen)
+    parsed: dict[str, list[Record]] = {}
+    for split, entries in chosen.items():
+        refuse_empty(config, split, entries)
+        paths = [folder / "Annotations" / f"{name}.xml" for folder, name in entries]
+        absent = [str(path) for path in paths if not path.is_file()]
+        if absent:
+            raise UserError(
+                f"{config.source}, split {split!r}: {len(absent)} of {len(paths)} images have no annotations: "
+                f"{_shown(absent)}. Add them, or remove the names from ImageSets/Main."
+            )
+        parsed[split] = [_voc_record(i, path) for i, path in enumerate(paths)]
+    names = class_names(config, None) or _voc_names(next(iter(parsed.values())))
+    refuse_names(names, 1)
+    numbers = {name: i for i, name in enumerate(names)}
+    for record in (record for records in parsed.values() for record in records):
+        for item in record["objects"]:
+            item["label"] = class_id(item["label"], None, numbers, f"{record['where']}, {item['name']}")
+    return {
+        split: _rows(_voc_images(config, split, chosen[split]), records) for split, records in parsed.items()
+    }, names
+
+
+def _refuse_overlap(chosen: Mapping[str, list[tuple[Path, str]]]) -> None:
+    """Raise a UserError if what is evaluated on is trained on too, as `val` is in `trainval`."""
+    (train_name, trained), *others = chosen.items()
+    for name, entries in others:
+        both = set(entries) & set(trained)
+        if both:
+            raise UserError(
+                f"data.eval_split={name!r}: {len(both)} of its {len(entries)} images are trained on, in "
+                f"{train_name!r}. Choose another, e.g. test, or train on train."
+            )
+
+
+def _voc_names(records: Iterable[Record]) -> list[str]:
+    names = names_of(item["label"] for record in records for item in record["objects"]) or []
+    return list(VOC_CLASSES) if names and set(names) <= set(VOC_CLASSES) else names
+
+
+def _voc_record(number: int, path: Path) -> Record:
+    try:
+        root = ElementTree.parse(path).getroot()
+    except (ElementTree.ParseError, OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as XML ({reason(error)}). Correct or replace it.") from None
+    known = root.find("size") is not None
+    size = [int(_voc_number(root, f"size/{side}", str(path))) for side in ("height", "width")] if known else None
+    items = root.findall("object")
+    objects = []
+    for i, item in enumerate(items, start=1):
+        where = f"{path}, object {i} of {len(items)}"
+        label = item.findtext("name", "").strip()
+        if not label:
+            raise UserError(f"{where}: has no name. Add its class, or remove it.")
+        box = [_voc_number(item, f"bndbox/{side}", where) for side in ("xmin", "ymin", "xmax", "ymax")]
+        objects.append(
+            {
+                "name": f"object {i} of {len(items)}",
+                "label": label,
+                "box": box,
+                "difficult": item.findtext("difficult", "").strip() == "1",
+            }
+        )
+    return _record(number, str(path), size, "voc", objects)
+
+
+def _voc_number(item: ElementTree.Element, key: str, where: str) -> float:
+    text = item.findtext(key)
+    if text is None:
+        raise UserError(f"{where}: has no {key}. Add it.")
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: has the {key} {text!r}, no number. Correct it.")
+    return number
+
+
+def _voc_images(config: DataConfig, split: str, entries: Sequence[tuple[Path, str]]) -> list[Record]:
+    """Find the images by name, whatever their suffix."""
+    found: dict[tuple[Path, str], list[Path]] = {}
+    for folder in dict.fromkeys(folder for folder, _ in entries):
+        pictures = folder / "JPEGImages"
+        for path in sorted(pictures.iterdir()) if pictures.is_dir() else ():
+            if path.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            found.setdefault((folder, path.stem), []).append(path)
+    absent = [str(folder / "JPEGImages" / name) for folder, name in entries if (folder, name) not in found]
+    if absent:
+        raise UserError(
+            f"{config.source}, split {split!r}: {len(absent)} of {len(entries)} images are not there: "
+            f"{_shown(absent)}, with any suffix. Add them, or remove the names from ImageSets/Main."
+        )
+    for entry in entries:
+        if len(found[entry]) > 1:
+            raise UserError(f"{found[entry][1]}: has the name of {found[entry][0].name}. Rename or remove one.")
+    return [{"path": str(found[entry][0]), "bytes": None} for entry in entries]
+
+
+# --- datasets with a column of objects -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of objects: by name, the keys of what is in it, and the names of its classes where it knows them."""
+
+    name: str
+    keys: dict[str, str]
+    classes: list[str] | None
+
+
+def _read_tables(
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, datasets.Dataset]
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read datasets with a column of objects, each a mapping of lists or a list of mappings."""
+    columns: dict[str, _Column] = {}
+    for split, rows in chosen.items():
+        refuse_empty(config, split, rows)
+        columns[split] = _object_column(config, rows, split, kind)
+    train = next(iter(chosen))
+    names = class_names(config, columns[train].classes)
+    if names is None:
+        names = names_of(
+            item.get(columns[train].keys["label"])
+            for _, items, _ in _entries(config, chosen[train], train, columns[train])
+            for item in items
+        )
+    if names is None:
+        raise UserError(f"data.objects_column: {columns[train].name!r} holds classes that are no ids or names.")
+    refuse_names(names, 1)
+    numbers = {name: i for i, name in enumerate(names)}
+    return {split: _table(config, kind, rows, split, columns[split], numbers) for split, rows in chosen.items()}, names
+
+
+def _object_column(config: DataConfig, rows: datasets.Dataset, split: str, kind: LabelKind) -> _Column:
+    fields = {name: _fields(feature) for name, feature in rows.features.items()}
+    fitting = [name for name, keys in fields.items() if _key(keys, _BOX_KEYS) and _key(keys, _CLASS_KEYS)]
+    usual = [name for name in fitting if name == _OBJECT_COLUMN]
+    name = column("objects_column", config.objects_column, usual or fitting, rows, split)
+    keys = {"box": _key(fields[name], _BOX_KEYS), "label": _key(fields[name], _CLASS_KEYS)}
+    keys |= {what: _key(fields[name], usual_keys) for what, usual_keys in _OTHER_KEYS.items()}
+    needed = {"box": _BOX_KEYS, "label": _CLASS_KEYS} | ({"mask": _OTHER_KEYS["mask"]} if kind == "instances" else {})
+    for what, usual_keys in needed.items():
+        if keys[what] is None:
+            raise UserError(
+                f"column {name!r} of split {split!r}: has the fields {list(fields[name])}, and needs one of "
+                f"{list(usual_keys)}. Rename it, or set data.objects_column."
+            )
+    known = {what: key for what, key in keys.items() if key is not None}
+    label = _item(fields[name][known["label"]])
+    if not isinstance(label, datasets.ClassLabel | datasets.Value):
+        raise UserError(f"column {name!r} of split {split!r}: holds the classes {label}, not one for each object.")
+    return _Column(name, known, list(label.names) if isinstance(label, datasets.ClassLabel) else None)
+
+
+def _item(feature: Any) -> Any:
+    return feature.feature if isinstance(feature, datasets.List | datasets.LargeList) else feature
+
+
+def _fields(feature: Any) -> dict[str, Any]:
+    inner = _item(feature)
+    return inner if isinstance(inner, dict) else {}
+
+
+def _key(fields: Mapping[str, Any], usual: Sequence[str]) -> str | None:
+    return next((key for key in usual if key in fields), None)
+
+
+def _entries(
+    config: DataConfig, rows: datasets.Dataset, split: str, objects: _Column
+) -> Iterator[tuple[str, list[Record], list[int] | None]]:
+    """Iterate over what to call each row in errors, its objects, and its size where it says."""
+    sides = [name for name in ("height", "width") if name in rows.features]
+    for i, row in enumerate(rows.select_columns([objects.name, *sides])):
+        where = f"{source_of(config)}, split {split!r}, row {i}"
+        size = [row[side] for side in sides]
+        known = len(size) == 2 and all(isinstance(side, int) for side in size)
+        yield where, _list_of_mappings(row[objects.name], where), size if known else None
+
+
+def _list_of_mappings(value: Any, where: str) -> list[Record]:
+    if not value:
+        return []
+    if isinstance(value, list):
+        return value
+    lists = {key: items for key, items in value.items() if items is not None}
+    lengths = {key: len(items) if isinstance(items, list) else None for key, items in lists.items()}
+    if len(set(lengths.values())) > 1 or None in lengths.values():
+        raise UserError(f"{where}: has lists of the lengths {lengths} in one row, one per object each. Correct it.")
+    return [dict(zip(lists, items, strict=True)) for items in zip(*lists.values(), strict=True)]
+
+
+def _table(
+    config: DataConfig,
+    kind: LabelKind,
+    rows: datasets.Dataset,
+    split: str,
+    objects: _Column,
+    numbers: Mapping[str, int],
+) -> datasets.Dataset:
+    pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+    image = column("image_column", config.image_column, pictures, rows, split)
+    images = undecoded(rows, image, split).select_columns([image])
+    own = objects.classes if config.labels is None else None
+    records = []
+    for i, (where, items, size) in enumerate(_entries(config, rows, split, objects)):
+        found = [_table_object(item, f"object {j} of {len(items)}", objects, kind) for j, item in enumerate(items, 1)]
+        for item in found:
+            item["label"] = class_id(item["label"], own, numbers, f"{where}, {item['name']}")
+        records.append(pickle.dumps(_record(i, where, size, config.box_format, found)))
+    images = images.rename_column(image, "image") if image != "image" else images
+    return images.add_column("label", records, feature=datasets.Value("large_binary"))
+
+
+def _table_object(item: Record, name: str, objects: _Column, kind: LabelKind) -> Record:
+    found = {what: item.get(key) for what, key in objects.keys.items()} | {"name": name}
+    found["box"] = found["box"] or None
+    if kind == "boxes" and found["box"] is not None and found.get("area") is not None:
+        found.pop("mask", None)
+    return found
+
+
+# --- shared ----------------------------------------------------------------------------------------------------------
+
+
+def _record(number: int, where: str, size: list[int] | None, form: str, objects: list[Record]) -> Record:
+    return {"id": number, "where": where, "size": size, "format": form, "objects": objects}
+
+
+def _rows(images: list[dict[str, Any]], records: Iterable[Record]) -> datasets.Dataset:
+    features = {"image": datasets.Image(decode=False), "label": datasets.Value("large_binary")}
+    columns = {"image": images, "label": list(map(pickle.dumps, records))}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

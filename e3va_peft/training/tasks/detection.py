@@ -1,0 +1,315 @@
+"""Object detection and instance segmentation: boxes, and masks in them, for each object of an image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.ops import box_convert, masks_to_boxes
+from torchvision.transforms import InterpolationMode, v2
+from transformers import Mask2FormerConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
+
+from e3va_peft.detection import (
+    CascadeMaskRCNN,
+    CascadeMaskRCNNConfig,
+    DetectionImageProcessor,
+    Detector,
+    DetectorConfig,
+    MaskRCNN,
+    MaskRCNNConfig,
+    RetinaNet,
+    RetinaNetConfig,
+)
+from e3va_peft.detection.pyramid import is_plain
+from e3va_peft.training.average_precision import coco_scores, voc_scores
+from e3va_peft.training.config import HEADS, LabelKind, UserError
+from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
+from e3va_peft.training.packing import pack, unpack
+from e3va_peft.training.tasks import mask2former
+from e3va_peft.training.tasks.base import (
+    KEPT,
+    PaddingCollate,
+    Task,
+    View,
+    find_config,
+    find_processor,
+    grey,
+    load_backbone,
+    load_weights,
+    make_processor,
+    name_classes,
+    normalized,
+)
+
+_HEADS: dict[str, tuple[type[DetectorConfig], type[Detector], bool]] = {
+    "retinanet": (RetinaNetConfig, RetinaNet, False),
+    "faster-rcnn": (MaskRCNNConfig, MaskRCNN, False),
+    "cascade-rcnn": (CascadeMaskRCNNConfig, CascadeMaskRCNN, False),
+    "mask-rcnn": (MaskRCNNConfig, MaskRCNN, True),
+    "cascade-mask-rcnn": (CascadeMaskRCNNConfig, CascadeMaskRCNN, True),
+}
+_NEW = ("pyramid", "rpn", "roi_heads", "dense_heads")
+_PLAIN = ("vit", "deit")  # no feature maps in transformers, and the detectors make do without
+
+
+class ObjectDetection(Task):
+    """A box for each object; scored by COCO's box AP."""
+
+    label_kind: ClassVar[LabelKind] = "boxes"
+    main_metric = "box_ap"
+    default_scale = (0.6, 1.0)
+    default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+    with_masks: ClassVar[bool] = False
+
+    def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
+        """Load a detector, or put a new one onto a backbone."""
+        found = self.load_config(labels)
+        config = detector_config(found, self.config.model, self.config.task, self.config.head)
+        name_classes(config, labels)
+        self.apply_options(config)
+        source, new = self.config.model, config is not found
+        if isinstance(config, Mask2FormerConfig):
+            return mask2former.build(config, self.config.task, source, new)
+        cls = next(model for kind, model, _ in _HEADS.values() if kind is type(config))
+        return _with_backbone(cls(config), source) if new else load_weights(cls, source, new=_NEW, config=config)
+
+    def build_processor(self) -> Any:
+        """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
+        found = find_processor(self.config.model)
+        options: dict[str, Any] = {} if found is None else {name: getattr(found, name) for name in KEPT}
+        edges = getattr(found, "size", None) or {}
+        size = self.config.image_size
+        if size is None and edges.get("longest_edge"):
+            options["size"] = {name: edges[name] for name in ("shortest_edge", "longest_edge")}
+        else:
+            size = size or 800
+            options["size"] = {"shortest_edge": size, "longest_edge": round(size * mask2former.LONGEST)}
+        options |= self.config.processor
+        return mask2former.processor(options) if self._universal else make_processor(DetectionImageProcessor, options)
+
+    @property
+    def _universal(self) -> bool:
+        """Whether the model is a Mask2Former."""
+        model = self.config.model
+        config = detector_config(find_config(model), model, self.config.task, self.config.head)
+        return isinstance(config, Mask2FormerConfig)
+
+    def training_view(self, processor: Any) -> View:
+        """Return a random size, crop, flips and colours as the run says."""
+        shortest, longest = processor.size["shortest_edge"], processor.size["longest_edge"]
+        steps: list[v2.Transform] = [v2.ToImage()]
+        augment = self.config.augment
+        if augment is None:
+            steps.append(v2.RandomShortestSize(shortest, longest))
+        else:
+            low, high = (round(factor * shortest) for factor in self.scale())
+            steps.append(v2.RandomShortestSize(list(range(low, high + 1)), round(longest * high / shortest)))
+            if augment.crop is not None:
+                fill = {tv_tensors.Image: grey(processor), tv_tensors.Mask: 0, "others": 0}
+                steps.append(v2.RandomCrop(augment.crop, pad_if_needed=True, fill=fill))
+            steps += [*self.flips(), *self.colors()]
+        steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_classes)]
+        transform = v2.Compose([*steps, *normalized(processor)[1:]])
+        return _TrainingView(transform, _universal_labels if self._universal else _detector_labels)
+
+    def evaluation_view(self, processor: Any) -> View:
+        """Return what the image processor does, and the objects at the image's own size."""
+        return _EvaluationView(processor, _universal_labels if self._universal else _detector_labels)
+
+    def collator(
+        self, model: PreTrainedModel, processor: Any
+    ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+        """Return what pads images to a batch."""
+        return PaddingCollate()
+
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
+        """Return detections and objects at the images' own sizes, packed."""
+        truth: list[Objects] = inputs["truth"]
+        found = detections(outputs, processor, [objects.size for objects in truth])
+        device = inputs["pixel_values"].device
+        return pack(found).to(device), pack(truth).to(device)
+
+    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
+        """Return COCO's AP of boxes, and Pascal VOC's."""
+        found: Any = unpack(predictions)
+        truth: Any = unpack(references)
+        scores = coco_scores(found, truth, num_labels, masks=self.with_masks)
+        return scores if self.with_masks else scores | voc_scores(found, truth, num_labels)
+
+
+class InstanceSegmentation(ObjectDetection):
+    """A mask for each object; scored by COCO's mask AP and box AP."""
+
+    label_kind: ClassVar[LabelKind] = "instances"
+    main_metric = "mask_ap"
+    with_masks = True
+
+
+def detector_config(found: Any, model: str, task: str, head: str | None = None) -> Any:
+    """Return a detector's config as it is; for a backbone, that of a new detector on it.
+
+    RetinaNet reads all stages of a pyramid but the first, the others read all; of a plain ViT the last block is read.
+
+    Args:
+        found: Config of the model.
+        model: Its name, for the error.
+        task: Name of the task.
+        head: Name of the head; None: the first that the task has.
+
+    Raises:
+        UserError: The model is neither a detector for this task nor a backbone.
+    """
+    if isinstance(found, DetectorConfig | Mask2FormerConfig):
+        masks = isinstance(found, Mask2FormerConfig) or getattr(found, "masks", False)
+        if masks != (task == "instance-segmentation"):
+            what = "masks" if masks else "boxes only"
+            raise UserError(f"model={model!r}: finds {what}, and task is {task}. Change one.")
+        return found
+    if type(found) not in MODEL_FOR_BACKBONE_MAPPING and found.model_type not in _PLAIN:
+        raise UserError(
+            f"model={model!r}: is a {found.model_type}, which is neither a detector of e3va_peft, nor Mask2Former, "
+            "nor a backbone with feature maps. Use Swin, ViT or DINOv2, e.g. microsoft/swin-base-patch4-window7-224."
+        )
+    head = head or HEADS[task][0]
+    if found.model_type not in _PLAIN:
+        names = found.stage_names[1:]
+        found.out_features = names[-1:] if is_plain(found) else names[1:] if head == "retinanet" else names
+    if head == "mask2former":
+        return mask2former.new_config(found, model)
+    cls, _, masks = _HEADS[head]
+    return cls(backbone_config=found) if cls is RetinaNetConfig else cls(backbone_config=found, masks=masks)
+
+
+def _with_backbone(model: Detector, source: str) -> Detector:
+    """Give a new detector the weights of its pretrained backbone."""
+    backbone = model.backbone
+    plain = {} if hasattr(backbone, "channels") else {"add_pooling_layer": False}
+    model.backbone = load_backbone(type(backbone), source, backbone.config, **plain)
+    return model
+
+
+def detections(
+    outputs: Any, processor: Any, sizes: Sequence[tuple[int, int]], threshold: float = 0.0
+) -> list[Detections]:
+    """Turn a model's outputs into what it found, at the images' own sizes.
+
+    Args:
+        outputs: Of a detector or a Mask2Former, in eval mode.
+        processor: Its image processor.
+        sizes: Height and width of each image.
+        threshold: Only detections that score more.
+    """
+    if hasattr(outputs, "masks_queries_logits"):
+        results = processor.post_process_instance_segmentation(
+            outputs, threshold=threshold, target_sizes=list(sizes), return_binary_maps=True
+        )
+        return [_of_segments(result) for result in results]
+    masks = outputs.pred_masks is not None
+    post_process = processor.post_process_instance_segmentation if masks else processor.post_process_object_detection
+    return [_of_boxes(found) for found in post_process(outputs, threshold=threshold, target_sizes=list(sizes))]
+
+
+def _of_boxes(found: Mapping[str, Tensor]) -> Detections:
+    return Detections(
+        boxes=found["boxes"].double().cpu().numpy(),
+        scores=found["scores"].double().cpu().numpy(),
+        labels=found["labels"].cpu().numpy(),
+        masks=encode_masks(found["masks"].cpu()) if "masks" in found else None,
+    )
+
+
+def _of_segments(result: Mapping[str, Any]) -> Detections:
+    """Turn Mask2Former's segments into detections; a mask's box is the smallest around it."""
+    segments = result["segments_info"]
+    if not segments:
+        return Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=np.int64), ())
+    masks = result["segmentation"].bool().cpu()
+    boxes = masks_to_boxes(masks).double()
+    boxes[:, 2:] += 1  # its corners are pixels, ours their outer edges
+    return Detections(
+        boxes=boxes.numpy(),
+        scores=np.array([segment["score"] for segment in segments], dtype=np.float64),
+        labels=np.array([segment["label_id"] for segment in segments], dtype=np.int64),
+        masks=encode_masks(masks),
+    )
+
+
+def _classes(sample: Mapping[str, Any]) -> Tensor:
+    """Return what is dropped along with a box that a crop cut away."""
+    return sample["labels"]
+
+
+def _detector_labels(boxes: Tensor, classes: Tensor, masks: Tensor | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Return labels as DETR has them, boxes as shares of the image."""
+    height, width = size
+    shares = box_convert(boxes.float(), "xyxy", "cxcywh") / torch.tensor([width, height, width, height])
+    labels = {"class_labels": classes, "boxes": shares}
+    return {"labels": labels if masks is None else labels | {"masks": masks.to(torch.uint8)}}
+
+
+def _universal_labels(boxes: Tensor, classes: Tensor, masks: Tensor | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Return labels as Mask2Former has them."""
+    assert masks is not None
+    return {"mask_labels": masks.float(), "class_labels": classes}
+
+
+def _mask_stack(objects: Objects, keep: np.ndarray) -> Tensor | None:
+    if objects.masks is None:
+        return None
+    masks = [decode_mask(mask) for mask, kept in zip(objects.masks, keep, strict=True) if kept]
+    return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *objects.size))).to(torch.uint8)
+
+
+class _TrainingView:
+    """Transforms image, boxes and masks together, without crowds and difficult objects."""
+
+    def __init__(self, transform: v2.Transform, labels: Callable[..., dict[str, Any]]) -> None:
+        self.transform = transform
+        self.labels = labels
+
+    def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
+        keep = ~(objects.crowd | objects.difficult)
+        boxes = torch.from_numpy(objects.boxes[keep]).float()
+        sample: dict[str, Any] = {
+            "image": image,
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=objects.size),
+            "labels": torch.from_numpy(objects.labels[keep]),
+        }
+        masks = _mask_stack(objects, keep)
+        if masks is not None:
+            sample["masks"] = tv_tensors.Mask(masks)
+        out = self.transform(sample)
+        pixels = out["image"].as_subclass(Tensor)
+        boxes, classes = out["boxes"].as_subclass(Tensor), out["labels"]
+        masks = out["masks"].as_subclass(Tensor) if "masks" in out else None
+        if masks is not None:  # a crop may leave a box and no pixel of its object, or a smaller object
+            there = masks.flatten(1).bool().any(1)
+            masks, classes = masks[there], classes[there]
+            boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+        return {"pixel_values": pixels, **self.labels(boxes, classes, masks, tuple(pixels.shape[-2:]))}
+
+
+class _EvaluationView:
+    """Resizes the image as its processor does, and the labels of the loss along; the truth stays as it is."""
+
+    def __init__(self, processor: Any, labels: Callable[..., dict[str, Any]]) -> None:
+        self.processor = processor
+        self.labels = labels
+
+    def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
+        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
+        keep = ~(objects.crowd | objects.difficult)
+        size = tuple(pixels.shape[-2:])
+        scale = torch.tensor([size[1] / objects.size[1], size[0] / objects.size[0]] * 2)
+        masks = _mask_stack(objects, keep)
+        if masks is not None:
+            masks = v2.functional.resize(masks, list(size), InterpolationMode.NEAREST_EXACT)
+        boxes = torch.from_numpy(objects.boxes[keep]).float() * scale
+        labels = self.labels(boxes, torch.from_numpy(objects.labels[keep]), masks, size)
+        return {"pixel_values": pixels, **labels, "truth": objects}
