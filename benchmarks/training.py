@@ -168,7 +168,7 @@ def measure_all(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         rates={row["method"]: row["learning_rate"] for row in rows},
     )
     task = task_of(comparison.config)
-    split, _ = load_splits(comparison.config.data, task.with_masks)
+    split, _ = load_splits(comparison.config.data, task.label_kind)
     steps = measure_steps(comparison, task, split, ROUNDS)
     for row in rows:
         reports = steps[row["method"]]

@@ -34,6 +34,8 @@ from transformers import (
     ViTModel,
 )
 
+from e3va_peft.detection import CascadeMaskRCNN, CascadeMaskRCNNConfig, RetinaNet, RetinaNetConfig
+
 STAGES = ["stage1", "stage2", "stage3"]
 SWIN = {
     "image_size": 32,
@@ -140,6 +142,13 @@ def instance_masks(batch_size: int, height: int, width: int) -> dict[str, Any]:
     return {"mask_labels": [masks] * batch_size, "class_labels": [torch.tensor([0, 2])] * batch_size}
 
 
+def objects(batch_size: int, height: int, width: int) -> dict[str, Any]:
+    masks = torch.zeros(2, height, width)
+    masks[0, : height // 2, : width // 2], masks[1, height // 4 :, width // 2 :] = 1, 1
+    boxes = torch.tensor([[0.25, 0.25, 0.5, 0.5], [0.75, 0.625, 0.5, 0.75]])
+    return {"labels": [{"class_labels": torch.tensor([0, 2]), "boxes": boxes, "masks": masks}] * batch_size}
+
+
 def swin_backbone(out_features: list[str]) -> SwinBackbone:
     return SwinBackbone(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=out_features))
 
@@ -161,6 +170,30 @@ def mask2former() -> Mask2FormerForUniversalSegmentation:
         train_num_points=32, dropout=0.0,
     )  # fmt: skip
     return Mask2FormerForUniversalSegmentation(config)
+
+
+def retinanet(backbone_config: Any, **kwargs: Any) -> RetinaNet:
+    """A RetinaNet that drops no detection and scores them apart: a little change of it little changes its outputs."""
+    config = RetinaNetConfig(
+        backbone_config=backbone_config, num_labels=3, fpn_channels=8, anchor_scales=[4], aspect_ratios=[1.0],
+        score_thresh=0.0, nms_thresh=1.0, detections_per_img=1000, **kwargs,
+    )  # fmt: skip
+    model = RetinaNet(config)
+    with torch.no_grad():
+        for conv in model.dense_heads.head.modules():
+            if isinstance(conv, nn.Conv2d):
+                conv.weight.mul_(15)  # at first all places score the same
+    return model
+
+
+def cascade(backbone_config: Any, **kwargs: Any) -> CascadeMaskRCNN:
+    """A Cascade Mask R-CNN that samples and drops little: its losses are no matter of chance."""
+    config = CascadeMaskRCNNConfig(
+        backbone_config=backbone_config, num_labels=3, fpn_channels=8, box_head_dim=16, mask_dim=8,
+        anchor_scales=[2], aspect_ratios=[1.0], score_thresh=0.0, nms_thresh=1.0, rpn_nms_thresh=1.0,
+        rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=20, **kwargs,
+    )  # fmt: skip
+    return CascadeMaskRCNN(config)
 
 
 def dinov2_config(**kwargs: Any) -> Dinov2Config:
@@ -200,9 +233,18 @@ CASES = [
          size=(28, 28), blocks=("Dinov2Layer",)),
     Case("dinov2-upernet", "dinov2", lambda: upernet(dinov2_config(out_features=STAGES)), label_map,
          size=(28, 28), blocks=("Dinov2Layer",)),
+    Case("swin-retinanet", "swin", lambda: retinanet(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=STAGES[1:])),
+         objects, blocks=_SWIN_BLOCKS),
+    Case("swin-cascade", "swin", lambda: cascade(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=["stage3"])),
+         objects, blocks=_SWIN_BLOCKS),
+    Case("vit-retinanet", "vit", lambda: retinanet(ViTConfig(**PLAIN | DROPOUT | {"patch_size": 14})), objects, blocks=("ViTLayer",),
+         **_PLAIN),
+    Case("dinov2-cascade", "dinov2", lambda: cascade(dinov2_config(out_features=["stage3"])), objects,
+         size=(28, 28), blocks=("Dinov2Layer",)),
 ]  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}
+DETECTORS = ("swin-retinanet", "swin-cascade", "vit-retinanet", "dinov2-cascade")
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -11,7 +11,7 @@ from transformers import Trainer
 
 from e3va_peft import E3VAConfig
 from e3va_peft.training import MetricsToCard, training_arguments
-from tests.models import BY_NAME, CASES, Case, every_model_but
+from tests.models import BY_NAME, CASES, DETECTORS, Case, every_model_but
 from tests.test_laws import assert_same, outputs
 
 
@@ -48,8 +48,8 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-# Mask2Former's labels are lists of masks, which want a collator of the user's
-@every_model_but("swin-mask2former")
+# labels of Mask2Former and of detectors are lists, which want a collator of the user's
+@every_model_but("swin-mask2former", *DETECTORS)
 def test_trainer_trains_evaluates_and_saves(case, tmp_path):
     run = trainer(case, tmp_path, num_train_epochs=8)
     before = weights(run.model)

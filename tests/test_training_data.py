@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from e3va_peft.training.config import DataConfig, UserError
+from e3va_peft.training.config import DataConfig, LabelKind, UserError
 from e3va_peft.training.data import Split, load_splits, missing_classes, open_image, open_label_map
 from e3va_peft.training.run import verify
 
@@ -69,19 +69,19 @@ def parquet(root: Path, **splits: Any) -> DataConfig:
     return DataConfig(source=str(root / "tables"))
 
 
-def loaded(config: DataConfig, with_masks: bool = False, **kwargs: Any) -> tuple[Split, Split]:
-    train, evaluation = load_splits(config, with_masks, **kwargs)
+def loaded(config: DataConfig, kind: LabelKind = "class", **kwargs: Any) -> tuple[Split, Split]:
+    train, evaluation = load_splits(config, kind, **kwargs)
     assert evaluation is not None
     return train, evaluation
 
 
-def single(config: DataConfig, with_masks: bool = False) -> Split:
-    return load_splits(config, with_masks)[0]
+def single(config: DataConfig, kind: LabelKind = "class") -> Split:
+    return load_splits(config, kind)[0]
 
 
-def refused(config: DataConfig, *parts: str, with_masks: bool = False) -> str:
+def refused(config: DataConfig, *parts: str, kind: LabelKind = "class") -> str:
     with pytest.raises(UserError) as error:
-        load_splits(config, with_masks)
+        load_splits(config, kind)
     assert all(part in str(error.value) for part in parts), error.value
     return str(error.value)
 
@@ -123,7 +123,7 @@ def test_an_image_folder_has_a_class_per_sub_folder(tmp_path):
 
 def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
     config = DataConfig(source=str(image_folder(tmp_path / "photos", splits=("",))))
-    train, evaluation = load_splits(config, with_masks=False)
+    train, evaluation = load_splits(config, kind="class")
     assert len(train) == 6 and evaluation is None
 
 
@@ -148,7 +148,7 @@ def test_parquet_with_classes_of_any_type(label, kind, names, tmp_path):
 
 def test_a_single_parquet_file_is_a_training_split(tmp_path):
     config = parquet(tmp_path, any_name=table([0, 1]))
-    train, evaluation = load_splits(replace(config, source=f"{config.source}/any_name.parquet"), with_masks=False)
+    train, evaluation = load_splits(replace(config, source=f"{config.source}/any_name.parquet"), kind="class")
     assert len(train) == 2 and evaluation is None
 
 
@@ -163,9 +163,9 @@ def test_parquet_with_label_maps_in_a_second_image_column(column, tmp_path):
     rows = {"image": [picture()], column: [Image.fromarray(label_map())], "id": [7]}
     config = parquet(tmp_path, train=datasets.Dataset.from_dict(rows, features=features))
     if column == "anything":
-        refused(config, "data.image_column", "Name one", with_masks=True)
+        refused(config, "data.image_column", "Name one", kind="label-map")
         config = replace(config, label_column=column)
-    image, mask = single(replace(config, labels=LABELS), with_masks=True)[0]
+    image, mask = single(replace(config, labels=LABELS), kind="label-map")[0]
     assert np.array_equal(image, picture()) and np.array_equal(mask, label_map())
 
 
@@ -182,7 +182,7 @@ def test_ade20k_folders_with_reduced_labels_and_the_names_of_object_info(tmp_pat
     config = mask_folder(tmp_path)
     info = tmp_path / "objectInfo150.txt"
     info.write_text("Idx\tRatio\tTrain\tVal\tName\n1\t0.1\t9\t1\twall\n2\t0.1\t9\t1\tbuilding, edifice\n\n")
-    train, evaluation = loaded(replace(config, labels=str(info), reduce_labels=True), with_masks=True)
+    train, evaluation = loaded(replace(config, labels=str(info), reduce_labels=True), kind="label-map")
     assert train.labels == evaluation.labels == ("wall", "building, edifice")
     expected = np.array([255, 0, 1])[label_map()]
     assert np.array_equal(train[0][1], expected) and np.array_equal(evaluation[2][1], expected)
@@ -194,11 +194,11 @@ def test_ade20k_folders_with_reduced_labels_and_the_names_of_object_info(tmp_pat
 def test_class_names_from_a_text_file(text, tmp_path):
     path = tmp_path / "names.txt"
     path.write_bytes(text.encode())
-    assert single(replace(mask_folder(tmp_path), labels=str(path)), with_masks=True).labels == tuple(LABELS)
+    assert single(replace(mask_folder(tmp_path), labels=str(path)), kind="label-map").labels == tuple(LABELS)
 
 
 def test_class_names_by_their_number(tmp_path):
-    assert single(replace(mask_folder(tmp_path), labels=4), with_masks=True).labels == ("0", "1", "2", "3")
+    assert single(replace(mask_folder(tmp_path), labels=4), kind="label-map").labels == ("0", "1", "2", "3")
 
 
 def test_folders_of_images_and_masks_without_splits_are_all_for_training(tmp_path):
@@ -207,7 +207,7 @@ def test_folders_of_images_and_masks_without_splits_are_all_for_training(tmp_pat
         for path in (tmp_path / kind / "scene").iterdir():
             path.rename(tmp_path / kind / path.name)
         (tmp_path / kind / "scene").rmdir()
-    train, evaluation = load_splits(config, with_masks=True)
+    train, evaluation = load_splits(config, kind="label-map")
     assert len(train) == 3 and evaluation is None
 
 
@@ -215,9 +215,9 @@ def test_a_test_split_without_label_maps_is_left_alone(tmp_path):
     config = mask_folder(tmp_path)
     (tmp_path / "images" / "test").mkdir()
     picture().save(tmp_path / "images" / "test" / "0.jpg")
-    assert len(loaded(config, with_masks=True)[0]) == 3
+    assert len(loaded(config, kind="label-map")[0]) == 3
     refused(
-        replace(config, eval_split="test"), "no label map", str(tmp_path / "annotations" / "test"), with_masks=True
+        replace(config, eval_split="test"), "no label map", str(tmp_path / "annotations" / "test"), kind="label-map"
     )
 
 
@@ -256,7 +256,7 @@ def test_splits_are_named_or_found_and_never_the_same(tmp_path):
 
 def test_a_source_without_a_training_split_lists_what_there_is(tmp_path):
     refused(
-        replace(mask_folder(tmp_path, ("fold1", "fold2"))), "data.train_split", "['fold1', 'fold2']", with_masks=True
+        replace(mask_folder(tmp_path, ("fold1", "fold2"))), "data.train_split", "['fold1', 'fold2']", kind="label-map"
     )
 
 
@@ -289,8 +289,8 @@ def test_a_missing_folder_is_named_with_the_place_it_was_looked_for(tmp_path):
     refused(DataConfig(source=str(tmp_path / "nowhere")), str(tmp_path / "nowhere"), "no such file or folder", "from ")
     config = mask_folder(tmp_path)
     for field in ("images", "masks"):
-        refused(replace(config, **{field: "nowhere"}), f"data.{field}='nowhere'", "no such folder", with_masks=True)
-    refused(replace(config, labels="nowhere.txt"), "data.labels='nowhere.txt'", "no such file", with_masks=True)
+        refused(replace(config, **{field: "nowhere"}), f"data.{field}='nowhere'", "no such folder", kind="label-map")
+    refused(replace(config, labels="nowhere.txt"), "data.labels='nowhere.txt'", "no such file", kind="label-map")
 
 
 def test_a_hub_id_without_network_is_explained():
@@ -311,16 +311,16 @@ def test_an_empty_split_is_named(tmp_path):
     config = mask_folder(tmp_path)
     for path in tmp_path.glob("*/validation/scene/*"):
         path.unlink()
-    refused(config, "split 'validation' is empty", str(tmp_path / "images"), with_masks=True)
+    refused(config, "split 'validation' is empty", str(tmp_path / "images"), kind="label-map")
 
 
 def test_label_maps_without_names_show_their_values(tmp_path):
-    refused(replace(mask_folder(tmp_path), labels=None), "data.labels: is missing", "[0, 1, 2]", with_masks=True)
+    refused(replace(mask_folder(tmp_path), labels=None), "data.labels: is missing", "[0, 1, 2]", kind="label-map")
 
 
 @pytest.mark.parametrize("labels", [["cat"], ["cat", "cat"], 1, []])
 def test_names_must_be_two_or_more_and_different(labels, tmp_path):
-    refused(replace(mask_folder(tmp_path), labels=labels), "data.labels=", "two or more names", with_masks=True)
+    refused(replace(mask_folder(tmp_path), labels=labels), "data.labels=", "two or more names", kind="label-map")
 
 
 def test_the_number_of_names_must_be_that_of_the_dataset(tmp_path):
@@ -359,15 +359,15 @@ def test_an_image_without_mask_and_a_mask_without_image_are_named(tmp_path):
     lonely = tmp_path / "annotations" / "training" / "scene" / "1.png"
     lonely.rename(lonely.with_name("other.png"))
     image = lonely.parent.parent.parent.parent / "images" / "training" / "scene" / "1.jpg"
-    refused(config, "1 of 3 files have no label map", str(image), "Add or remove", with_masks=True)
+    refused(config, "1 of 3 files have no label map", str(image), "Add or remove", kind="label-map")
     image.unlink()
-    refused(config, "1 of 3 files have no image", str(lonely.with_name("other.png")), with_masks=True)
+    refused(config, "1 of 3 files have no image", str(lonely.with_name("other.png")), kind="label-map")
 
 
 def test_two_images_of_one_name_are_refused_not_dropped(tmp_path):
     config = mask_folder(tmp_path)
     picture().save(tmp_path / "images" / "training" / "scene" / "1.png")
-    refused(config, "1.png", "1.jpg", "Rename or remove one", with_masks=True)
+    refused(config, "1.png", "1.jpg", "Rename or remove one", kind="label-map")
 
 
 def test_names_with_dots_find_their_label_maps(tmp_path):
@@ -376,33 +376,33 @@ def test_names_with_dots_find_their_label_maps(tmp_path):
         for i in range(3):
             path = tmp_path / kind / "training" / "scene" / f"{i}.{suffix}"
             path.rename(path.with_name(f"v1.{i}.{suffix}"))
-    assert len(single(config, with_masks=True)) == 3
+    assert len(single(config, kind="label-map")) == 3
 
 
 def test_a_mask_value_out_of_range_is_named_as_it_is_in_the_file(tmp_path):
     config = replace(mask_folder(tmp_path), labels=["wall", "sky"])
     path = str(tmp_path / "annotations" / "training" / "scene" / "0.png")
     broken(
-        single(config, with_masks=True), path, "has the label 2", "for the values 0 to 1", "data.ignore_index is 255"
+        single(config, kind="label-map"), path, "has the label 2", "for the values 0 to 1", "data.ignore_index is 255"
     )
     reduced = replace(config, reduce_labels=True)
-    single(reduced, with_masks=True).verify()
+    single(reduced, kind="label-map").verify()
     Image.fromarray(label_map(count=4)).save(path)
-    broken(single(reduced, with_masks=True), path, "has the label 3", "for the values 1 to 2", "data.reduce_labels")
+    broken(single(reduced, kind="label-map"), path, "has the label 3", "for the values 1 to 2", "data.reduce_labels")
 
 
 def test_an_ignore_index_other_than_255_is_ignored_alone(tmp_path):
     config = replace(mask_folder(tmp_path), labels=["wall", "sky"], ignore_index=2)
-    assert single(config, with_masks=True).verify().tolist() == [96, 96]
+    assert single(config, kind="label-map").verify().tolist() == [96, 96]
     Image.fromarray(np.full((12, 8), 255, np.uint8)).save(tmp_path / "annotations" / "training" / "scene" / "0.png")
-    broken(single(config, with_masks=True), "has the label 255", "data.ignore_index is 2")
+    broken(single(config, kind="label-map"), "has the label 255", "data.ignore_index is 2")
 
 
 def test_an_ignore_index_in_the_file_stays_where_labels_are_reduced_and_255_is_then_no_label(tmp_path):
     config = replace(mask_folder(tmp_path), labels=["wall", "sky"], reduce_labels=True, ignore_index=254)
     path = tmp_path / "annotations" / "training" / "scene" / "0.png"
     Image.fromarray(np.array([254, 1, 2], dtype=np.uint8)[label_map()]).save(path)
-    split = single(config, with_masks=True)
+    split = single(config, kind="label-map")
     assert np.array_equal(split[0][1], np.array([254, 0, 1])[label_map()])
     Image.fromarray(np.array([255, 1, 2], dtype=np.uint8)[label_map()]).save(path)
     broken(split, str(path), "has the label 255", "data.ignore_index is 254")
@@ -412,18 +412,18 @@ def test_an_ignore_index_above_255_is_found_in_a_16_bit_mask(tmp_path):
     config = replace(mask_folder(tmp_path), ignore_index=65535)
     wide = np.array([65535, 1, 2], dtype=np.uint16)[label_map()]
     Image.fromarray(wide).save(tmp_path / "annotations" / "training" / "scene" / "0.png")
-    assert single(config, with_masks=True).verify().tolist() == [64, 96, 96]
+    assert single(config, kind="label-map").verify().tolist() == [64, 96, 96]
 
 
 def test_an_ignore_index_that_reduced_labels_make_a_class_is_refused(tmp_path):
     config = replace(mask_folder(tmp_path), reduce_labels=True, ignore_index=0)
-    refused(config, "data.ignore_index=0", "data.reduce_labels", with_masks=True)
-    assert single(replace(config, reduce_labels=False), with_masks=True).verify().tolist() == [0, 96, 96]
+    refused(config, "data.ignore_index=0", "data.reduce_labels", kind="label-map")
+    assert single(replace(config, reduce_labels=False), kind="label-map").verify().tolist() == [0, 96, 96]
 
 
 @pytest.mark.parametrize("size", [(6, 4), (8, 12), (13, 8)], ids=["smaller", "turned", "one row more"])
 def test_a_mask_of_another_size_is_refused_with_both_sizes(size, tmp_path):
-    split = single(mask_folder(tmp_path), with_masks=True)
+    split = single(mask_folder(tmp_path), kind="label-map")
     path = tmp_path / "annotations" / "training" / "scene" / "1.png"
     Image.fromarray(label_map(*size)).save(path)
     sizes = f"is {size[1]} x {size[0]} pixels, its image", "8 x 12", "Export the label map in the size of its image"
@@ -431,7 +431,7 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes(size, tmp_path):
 
 
 def test_a_file_removed_after_the_scan_is_named(tmp_path):
-    split = single(mask_folder(tmp_path), with_masks=True)
+    split = single(mask_folder(tmp_path), kind="label-map")
     for kind, name in (("images", "0.jpg"), ("annotations", "1.png")):
         (tmp_path / kind / "training" / "scene" / name).unlink()
     broken(split, "2 of 3 examples", "0.jpg", "1.png", "is not there any more")
@@ -443,7 +443,7 @@ def test_a_row_without_image_or_label_map_is_named(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "mask": datasets.Image()})
     rows = datasets.Dataset.from_dict({"image": [picture()], "mask": [None]}, features=features)
     config = replace(parquet(tmp_path, train=rows), labels=LABELS)
-    broken(single(config, with_masks=True), "row 0: has no label")
+    broken(single(config, kind="label-map"), "row 0: has no label")
 
 
 def damaged(path: Path, damage: str) -> None:
@@ -470,7 +470,7 @@ def test_a_broken_image_is_named_with_what_to_do(damage, suffix, tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "garbage", "empty", "zeros"])
 def test_a_broken_mask_is_named_with_what_to_do(damage, tmp_path):
-    split = single(mask_folder(tmp_path), with_masks=True)
+    split = single(mask_folder(tmp_path), kind="label-map")
     path = tmp_path / "annotations" / "training" / "scene" / "2.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 3, (12, 8), dtype=np.uint8)).save(path)
     damaged(path, damage)
@@ -499,7 +499,7 @@ def test_all_broken_files_are_named_at_once_up_to_ten(tmp_path):
 
 
 def test_classes_that_never_occur_are_warned_of(tmp_path):
-    split = single(replace(mask_folder(tmp_path), labels=[*LABELS, "car"]), with_masks=True)
+    split = single(replace(mask_folder(tmp_path), labels=[*LABELS, "car"]), kind="label-map")
     assert missing_classes(split.verify(), split.labels) == ["car"]
     said = StringIO()
     verify((split, None), Console(file=said, width=500))
@@ -513,7 +513,7 @@ def test_class_255_of_many_is_counted(tmp_path):
 
 
 def test_verify_reports_each_example(tmp_path):
-    split, calls = single(mask_folder(tmp_path), with_masks=True), []
+    split, calls = single(mask_folder(tmp_path), kind="label-map"), []
     split.verify(lambda: calls.append(1))
     assert len(calls) == 3
 
@@ -578,7 +578,7 @@ def test_a_broken_exif_block_does_not_matter():
 
 
 def test_a_mask_in_the_orientation_one_sees_is_accepted_and_in_the_raw_one_refused(tmp_path):
-    split = single(mask_folder(tmp_path), with_masks=True)
+    split = single(mask_folder(tmp_path), kind="label-map")
     image = tmp_path / "images" / "training" / "scene" / "0.jpg"
     mask = tmp_path / "annotations" / "training" / "scene" / "0.png"
     rotated(image, picture())

@@ -1,4 +1,4 @@
-"""Detectors over any backbone of transformers, from torchvision's parts. To import it registers them with Auto classes."""
+"""Detectors over any backbone of transformers, from torchvision's parts, registered with the Auto classes."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForObjectDetection
 

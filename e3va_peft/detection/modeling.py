@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN, Mask R-CNN and RetinaNet as models of transformers: images and labels in, a `ModelOutput` out."""
+"""Cascade Mask R-CNN, Mask R-CNN and RetinaNet as models of transformers: labels in, a loss out."""
 
 from __future__ import annotations
 

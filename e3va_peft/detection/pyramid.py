@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,8 @@ def backbone_strides(config: Any) -> list[float]:
     patch = getattr(config, "patch_size", None if is_plain(config) else 4)  # 4: the stem of a ResNet
     if patch is None:
         raise ValueError(
-            f"backbone_config={type(config).__name__}: has no patch_size, so its strides are unknown. Give strides=[...]."
+            f"backbone_config={type(config).__name__}: has no patch_size, so its strides are unknown. Give "
+            "strides=[...]."
         )
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     if is_plain(config):
@@ -75,7 +77,7 @@ def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> list[Tensor]:
 def backbone_channels(backbone: nn.Module) -> list[int]:
     """Return the channels of each feature map."""
     config: Any = backbone.config
-    channels = list(getattr(backbone, "channels", [config.hidden_size]))
+    channels = list(backbone.channels) if hasattr(backbone, "channels") else [config.hidden_size]
     return channels[-1:] if is_plain(config) else channels
 
 
@@ -182,7 +184,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
 
     def __init__(self, strides: Sequence[float], output_size: int) -> None:
         super().__init__([str(i) for i in range(len(strides))], output_size, sampling_ratio=2)
-        first = round(torch.tensor(strides[0]).log2().item())
+        first = round(math.log2(strides[0]))
         self.scales = [1 / stride for stride in strides]
         self.map_levels = initLevelMapper(
             first, first + len(strides) - 1, canonical_scale=self.canonical_scale, canonical_level=self.canonical_level

@@ -27,6 +27,7 @@ from e3va_peft.training.config import RunConfig, UserError
 from e3va_peft.training.data import Examples, load_splits, open_image
 from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
+from e3va_peft.training.sources import IMAGE_SUFFIXES
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import forward_extras
 from e3va_peft.training.tasks.detection import detections

@@ -171,8 +171,8 @@ class Collate:
 class PaddingCollate:
     """Pads images of different sizes on their right and lower sides to a batch, and moves their labels along.
 
-    Labels differ in number, so they stay lists: `labels` of detectors, `mask_labels` and `class_labels` of Mask2Former
-    , and `truth`.
+    Labels differ in number, so they stay lists: a detector's `labels`, Mask2Former's `mask_labels` and `class_labels`,
+    and `truth`.
     """
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

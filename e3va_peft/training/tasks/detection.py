@@ -37,7 +37,6 @@ from e3va_peft.training.tasks.base import (
     PaddingCollate,
     Task,
     View,
-    find_config,
     find_processor,
     grey,
     load_backbone,
@@ -91,14 +90,11 @@ class ObjectDetection(Task):
             size = size or 800
             options["size"] = {"shortest_edge": size, "longest_edge": round(size * mask2former.LONGEST)}
         options |= self.config.processor
-        return mask2former.processor(options) if self._universal else make_processor(DetectionImageProcessor, options)
-
-    @property
-    def _universal(self) -> bool:
-        """Whether the model is a Mask2Former."""
-        model = self.config.model
-        config = detector_config(find_config(model), model, self.config.task, self.config.head)
-        return isinstance(config, Mask2FormerConfig)
+        return (
+            mask2former.processor(options)
+            if mask2former.is_meant(self.config)
+            else make_processor(DetectionImageProcessor, options)
+        )
 
     def training_view(self, processor: Any) -> View:
         """Return a random size, crop, flips and colours as the run says."""
@@ -116,11 +112,11 @@ class ObjectDetection(Task):
             steps += [*self.flips(), *self.colors()]
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_classes)]
         transform = v2.Compose([*steps, *normalized(processor)[1:]])
-        return _TrainingView(transform, _universal_labels if self._universal else _detector_labels)
+        return _TrainingView(transform, _universal_labels if mask2former.owns(processor) else _detector_labels)
 
     def evaluation_view(self, processor: Any) -> View:
         """Return what the image processor does, and the objects at the image's own size."""
-        return _EvaluationView(processor, _universal_labels if self._universal else _detector_labels)
+        return _EvaluationView(processor, _universal_labels if mask2former.owns(processor) else _detector_labels)
 
     def collator(
         self, model: PreTrainedModel, processor: Any

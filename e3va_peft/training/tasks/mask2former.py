@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
 from e3va_peft.detection.pyramid import backbone_strides, is_plain
-from e3va_peft.training.config import UserError
-from e3va_peft.training.tasks.base import load_backbone, load_weights, make_processor
+from e3va_peft.training.config import RunConfig, UserError
+from e3va_peft.training.tasks.base import find_config, load_backbone, load_weights, make_processor
 
 LONGEST = 1333 / 800
 """Longer side to shorter side of an image, at most: that of COCO's usual sizes."""
@@ -49,6 +49,21 @@ def build(config: Any, task: str, source: str, new: bool) -> Mask2FormerForUnive
     pixel_level = model.model.pixel_level_module
     pixel_level.encoder = load_backbone(type(pixel_level.encoder), source, config.backbone_config)
     return model
+
+
+def is_meant(config: RunConfig) -> bool:
+    """Whether a run's model is a Mask2Former, or gets one as its head."""
+    if config.head is not None:
+        return config.head == "mask2former"
+    try:
+        return isinstance(find_config(config.model), Mask2FormerConfig)
+    except UserError:  # no such model: its own loading says so
+        return False
+
+
+def owns(processor: Any) -> bool:
+    """Whether an image processor is Mask2Former's, and so the model."""
+    return isinstance(processor, Mask2FormerImageProcessor)
 
 
 def processor(options: Mapping[str, Any]) -> Mask2FormerImageProcessor:

@@ -34,7 +34,6 @@ from e3va_peft.training.tasks.base import (
     PaddingCollate,
     Task,
     View,
-    find_config,
     find_processor,
     grey,
     load_backbone,
@@ -97,23 +96,17 @@ class SemanticSegmentation(Task):
             options = {key: getattr(found, key) for key in KEPT}
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
-        if self._universal:
+        if mask2former.is_meant(self.config):
             longest = round(size * mask2former.LONGEST)
             options |= {"size": {"shortest_edge": size, "longest_edge": longest}, "do_reduce_labels": False}
             return mask2former.processor(options | self.config.processor)
         return make_processor(SegformerImageProcessor, options | self.config.processor)
 
-    @property
-    def _universal(self) -> bool:
-        """Whether the model is a Mask2Former."""
-        found = find_config(self.config.model)
-        return isinstance(segmenter_config(found, self.config.model, self.config.head), Mask2FormerConfig)
-
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """Return what stacks images; for Mask2Former, what pads them."""
-        return PaddingCollate() if self._universal else super().collator(model, processor)
+        return PaddingCollate() if mask2former.owns(processor) else super().collator(model, processor)
 
     def training_view(self, processor: Any) -> View:
         """Return a random scale, crop, flips and colours as the run says; without augmentation, a centre crop."""
@@ -127,11 +120,11 @@ class SemanticSegmentation(Task):
             crop = v2.RandomCrop(self.config.augment.crop or size, pad_if_needed=True, fill=fill)
             steps = [resize, crop, *self.flips(), *self.colors()]
         transform = v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]])
-        return _TrainingView(transform, ignored, self._universal)
+        return _TrainingView(transform, ignored, mask2former.owns(processor))
 
     def evaluation_view(self, processor: Any) -> View:
         """Return what the image processor does, and the label map in that size and in its own."""
-        return _EvaluationView(processor, self.config.data.ignore_index, self._universal)
+        return _EvaluationView(processor, self.config.data.ignore_index, mask2former.owns(processor))
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
         """Return confusion matrices `(B, K, K)` at the size of each label map, twice.
