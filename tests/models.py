@@ -237,8 +237,8 @@ CASES = [
          objects, blocks=_SWIN_BLOCKS),
     Case("swin-cascade", "swin", lambda: cascade(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=["stage3"])),
          objects, blocks=_SWIN_BLOCKS),
-    Case("vit-retinanet", "vit", lambda: retinanet(ViTConfig(**PLAIN | DROPOUT | {"patch_size": 14})), objects, blocks=("ViTLayer",),
-         **_PLAIN),
+    Case("vit-retinanet", "vit", lambda: retinanet(ViTConfig(**PLAIN | DROPOUT | {"patch_size": 14})), objects,
+         blocks=("ViTLayer",), **_PLAIN),
     Case("dinov2-cascade", "dinov2", lambda: cascade(dinov2_config(out_features=["stage3"])), objects,
          size=(28, 28), blocks=("Dinov2Layer",)),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from e3va_peft.training.config import (
+    TASKS,
     RunConfig,
     UserError,
     parse_config,
@@ -19,6 +20,7 @@ from e3va_peft.training.config import (
 from e3va_peft.training.methods import LEARNING_RATES
 from e3va_peft.training.run import build_arguments
 from e3va_peft.training.tasks import task_of
+from e3va_peft.training.trainer import _stepped
 
 CLASSIFY = {"task": "image-classification", "model": "m", "output": "o", "data": {"source": "photos"}}
 SEGMENT = {"task": "semantic-segmentation", "model": "m", "output": "o", "data": {"images": "i", "masks": "m"}}
@@ -281,8 +283,28 @@ def test_every_recipe_is_a_config_that_says_what_it_is(name, tmp_path):
     assert arguments(config.to_dict(), **config.training).output_dir == config.output
 
 
-def test_there_are_recipes_for_both_tasks():
-    assert {read_config(name).task for name in recipes()} == {"image-classification", "semantic-segmentation"}
+def test_there_are_recipes_for_every_task():
+    assert {read_config(name).task for name in recipes()} == set(TASKS)
+
+
+def test_the_learning_rate_falls_to_a_tenth_at_the_epochs_of_lr_steps():
+    factors = [_stepped(3, [6, 8], step) for step in range(9)]
+    assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.1, 0.1, 0.01])
+
+
+@pytest.mark.parametrize(
+    ("steps", "training", "parts"),
+    [
+        (5, {}, ["lr_steps=5", "[27, 33]"]),
+        ([], {}, ["lr_steps=[]"]),
+        ([3, 2], {}, ["lr_steps=[3, 2]", "rise"]),
+        (["9"], {}, ["lr_steps=['9']"]),
+        ([9, 12], {"num_train_epochs": 12}, ["over after 12 epochs"]),
+        ([2], {"max_steps": 100}, ["max_steps", "num_train_epochs"]),
+    ],
+)
+def test_lr_steps_that_cannot_work_are_refused(steps, training, parts):
+    refused(*parts, lr_steps=steps, training=training)
 
 
 def test_a_method_brings_its_learning_rate_and_the_config_overrides_it():

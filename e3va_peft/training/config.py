@@ -35,6 +35,9 @@ HEADS = {
 METHODS = ("e3va", "head-only", "lora", "full")
 RECIPES = resources.files("e3va_peft") / "recipes"
 
+RECIPE_EPOCHS = 10
+"""Epochs of a run that does not say."""
+
 _RESERVED = {
     "output_dir": "write output: at the top of the file",
     "remove_unused_columns": "the data has no unused columns",
@@ -148,6 +151,7 @@ class RunConfig:
         augment: How training images vary; false for not at all.
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
+        lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
         training: Any field of `transformers.TrainingArguments`.
     """
 
@@ -161,6 +165,7 @@ class RunConfig:
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     processor: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
+    lr_steps: list[float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -330,6 +335,7 @@ def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) ->
         raise UserError(f"image_size={size!r}: must be a positive number of pixels, e.g. image_size: 224.")
     config = RunConfig(**values)
     config.training = _training(config.training)
+    _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
     return config
@@ -448,6 +454,20 @@ def _check_labels(config: RunConfig) -> None:
         value = getattr(data, name)
         if task not in OBJECT_TASKS and value != getattr(DataConfig, name):
             raise UserError(f"data.{name}={value!r}: {task} has no objects. Leave it out.")
+
+
+def _check_lr_steps(config: RunConfig) -> None:
+    steps = config.lr_steps
+    if steps is None:
+        return
+    numbers = isinstance(steps, list) and steps and all(_is(value, "float") and value > 0 for value in steps)
+    if not numbers or sorted(set(steps)) != steps:
+        raise UserError(f"lr_steps={steps!r}: must be a list of epochs that rise, e.g. [27, 33].")
+    if config.training.get("max_steps", -1) > 0:
+        raise UserError(f"lr_steps={steps!r}: counts epochs, and training.max_steps is set. Use num_train_epochs.")
+    epochs = config.training.get("num_train_epochs", RECIPE_EPOCHS)
+    if steps[-1] >= epochs:
+        raise UserError(f"lr_steps={steps!r}: the run is over after {epochs} epochs. Lower it, or train longer.")
 
 
 def _check_augment(config: RunConfig) -> None:

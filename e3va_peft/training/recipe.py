@@ -9,13 +9,14 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from e3va_peft.model import record_metrics
+from e3va_peft.training.config import RECIPE_EPOCHS
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 2e-3,
     "weight_decay": 0.05,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.1,
-    "num_train_epochs": 10,
+    "num_train_epochs": RECIPE_EPOCHS,
     "report_to": "none",
 }
 

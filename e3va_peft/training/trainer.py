@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -58,6 +61,17 @@ class VisionTrainer(Trainer):
             self.remove_callback(default)
         for callback in callbacks:
             self.add_callback(callback)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
+        """Build the schedule: where the run has `lr_steps`, a linear warm-up and a tenth behind each of them."""
+        steps = self.task.config.lr_steps
+        if steps is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        milestones = [round(epoch / self.args.num_train_epochs * num_training_steps) for epoch in steps]
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(_stepped, warmup, milestones))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch.
@@ -121,6 +135,11 @@ class VisionTrainer(Trainer):
         num_labels = self.accelerator.unwrap_model(self.model).config.num_labels
         self.scores = self.task.scores(predictions, references, num_labels)
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
+
+
+def _stepped(warmup: int, milestones: Sequence[int], step: int) -> float:
+    """Return the factor of the learning rate at a step."""
+    return float(min(1.0, (step + 1) / (warmup + 1)) * 0.1 ** sum(step >= milestone for milestone in milestones))
 
 
 def _load_saved(model: PreTrainedModel, folder: str) -> None:
