@@ -67,8 +67,8 @@ def owns(processor: Any) -> bool:
 
 
 def processor(options: Mapping[str, Any]) -> Mask2FormerImageProcessor:
-    """Build the image processor; classes are counted from 0."""
-    return make_processor(Mask2FormerImageProcessor, {"ignore_index": 255, **options})
+    """Build the image processor."""
+    return make_processor(Mask2FormerImageProcessor, options)
 
 
 def map_labels(label_map: Tensor, ignore_index: int) -> dict[str, Tensor]:
