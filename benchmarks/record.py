@@ -15,16 +15,19 @@ from e3va_peft.training.run import versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def save(name: str, rows: list[dict[str, Any]], *more: str) -> None:
-    """Write `results/<name>.json` with the rows and where they come from, the versions of `more` packages included."""
+def origin(*more: str) -> dict[str, Any]:
+    """Return where a result comes from, the versions of `more` packages included."""
     revision = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    record = {
+    return {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
         "revision": revision.strip(),
         "versions": versions(*more),
         "python": platform.python_version(),
         "machine": machine(),
-        "rows": rows,
     }
+
+
+def save(name: str, rows: list[dict[str, Any]], *more: str) -> None:
+    """Write `results/<name>.json` with the rows and where they come from, the versions of `more` packages included."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    (RESULTS / f"{name}.json").write_text(json.dumps({**origin(*more), "rows": rows}, indent=2) + "\n")

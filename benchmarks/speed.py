@@ -85,10 +85,10 @@ def training_rows(key: str) -> list[dict[str, Any]]:
     ]
 
 
-def interleaved(tasks: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """Run all tasks in turn, once to warm up and then ROUNDS times."""
+def interleaved(tasks: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Run all tasks in turn, once to warm up and then in measured rounds."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
-    for number in range(ROUNDS + 1):
+    for number in range(rounds + 1):
         for name, task in tasks.items():
             seconds = task()
             if number:

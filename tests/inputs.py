@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,57 @@ def save_discs(folder: Path, train: int = 6, val: int = 3) -> Path:
     return folder
 
 
+def save_shapes(folder: Path, train: int = 6, val: int = 3) -> Path:
+    """Bright squares and dark discs on grey, in COCO's and in Pascal VOC's layout; the last image of each is empty."""
+    generator = np.random.default_rng(0)
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / "voc" / name).mkdir(parents=True)
+    categories = [{"id": 3, "name": "square"}, {"id": 7, "name": "disc"}]
+    for split, count in (("train", train), ("val", val)):
+        (folder / "coco" / split).mkdir(parents=True)
+        images, annotations = [], []
+        for i in range(count):
+            height, width, name = 44 + 4 * (i % 2), 40, f"{split}{i}"
+            y, x = np.mgrid[:height, :width]
+            pixels = generator.integers(90, 130, (height, width, 3), dtype=np.uint8)
+            masks = [(y >= 2) & (y < 16) & (2 + i <= x) & (x < 16 + i), (y - 30) ** 2 + (x - 24 + i) ** 2 < 64]
+            entries = []
+            for category, mask in zip(categories, masks if i + 1 < count else [], strict=False):
+                pixels[mask] = (250, 250, 200) if category["name"] == "square" else (10, 10, 60)
+                rows, columns = np.where(mask)
+                x1, y1, x2, y2 = (int(v) for v in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+                runs = np.flatnonzero(np.diff(np.r_[0, mask.T.ravel(), 0])).tolist()
+                counts = np.diff([0, *runs, mask.size]).tolist()
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i,
+                        "category_id": category["id"],
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": int(mask.sum()),
+                        "iscrowd": 0,
+                        "segmentation": {"size": [height, width], "counts": counts},
+                    }
+                )
+                entries.append(
+                    f"<object><name>{category['name']}</name><difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin>"
+                    f"<ymin>{y1 + 1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
+                )
+            images.append({"id": i, "file_name": f"{name}.png", "height": height, "width": width})
+            for place in (folder / "coco" / split / f"{name}.png", folder / "voc" / "JPEGImages" / f"{name}.jpg"):
+                Image.fromarray(pixels).save(place)
+            (folder / "voc" / "Annotations" / f"{name}.xml").write_text(
+                f"<annotation><filename>{name}.jpg</filename><size><width>{width}</width><height>{height}</height>"
+                f"<depth>3</depth></size>{''.join(entries)}</annotation>"
+            )
+        listed = "\n".join(f"{split}{i}" for i in range(count))
+        (folder / "voc" / "ImageSets" / "Main" / f"{split}.txt").write_text(listed)
+        (folder / "coco" / f"{split}.json").write_text(
+            json.dumps({"images": images, "annotations": annotations, "categories": categories})
+        )
+    return folder
+
+
 QUICK: dict[str, Any] = {
     "num_train_epochs": 3,
     "per_device_train_batch_size": 4,
@@ -99,6 +151,52 @@ def segment(root: Path, output: str = "run", **training: Any) -> dict[str, Any]:
         "output": str(root / output),
         "image_size": 32,
         "model_options": {"hidden_size": 16, "auxiliary_channels": 8},
+        "training": QUICK | {"per_device_train_batch_size": 2} | training,
+    }
+
+
+SMALL_HEADS: dict[str, dict[str, Any]] = {
+    "retinanet": {"fpn_channels": 16},
+    "mask2former": {
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
+        "encoder_feedforward_dim": 16,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "num_attention_heads": 2,
+        "dim_feedforward": 16,
+        "num_queries": 5,
+        "train_num_points": 32,
+    },
+}
+_SMALL_RCNN = {
+    "fpn_channels": 16,
+    "box_head_dim": 16,
+    "mask_dim": 8,
+    "rpn_pre_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_train": 50,
+    "rpn_pre_nms_top_n_test": 50,
+    "rpn_post_nms_top_n_test": 20,
+    "box_batch_size_per_image": 16,
+}
+
+
+def detect(root: Path, head: str = "retinanet", layout: str = "voc", output: str = "run", **training: Any) -> Any:
+    """The values of a config that finds shapes with a small head over the tiny Swin; with masks where the head has."""
+    if not (root / "model").exists():
+        save_swin(root / "model")
+    if not (root / "shapes").exists():
+        save_shapes(root / "shapes")
+    coco = {"images": str(root / "shapes/coco/{split}"), "annotations": str(root / "shapes/coco/{split}.json")}
+    return {
+        "task": "instance-segmentation" if "mask" in head else "object-detection",
+        "model": str(root / "model"),
+        "head": head,
+        "data": coco if layout == "coco" else {"source": str(root / "shapes/voc"), "labels": ["square", "disc"]},
+        "output": str(root / output),
+        "image_size": 32,
+        "model_options": SMALL_HEADS.get(head, _SMALL_RCNN),
         "training": QUICK | {"per_device_train_batch_size": 2} | training,
     }
 

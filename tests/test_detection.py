@@ -514,20 +514,18 @@ COLORS = torch.tensor([[1.0, -1.0, -1.0], [-1.0, -1.0, 1.0]])
 
 
 def pictures(count: int = 4) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Two rectangles on noise in each picture, their classes are their colours."""
+    """Two rectangles on noise in each picture, side by side; their classes are their colours."""
     generator = torch.Generator().manual_seed(0)
     pixels, labels = 0.2 * torch.randn(count, 3, SIZE, SIZE, generator=generator), []
     for picture in pixels:
         masks, corners = torch.zeros(2, SIZE, SIZE), []
         for label in range(2):
-            width, height = torch.randint(16, 29, (2,), generator=generator).tolist()
-            x, y = torch.randint(2, 34 - 16, (2,), generator=generator).tolist()
-            x += 30 * label
-            x, y = min(x, SIZE - width), min(2 * y, SIZE - height)
+            width, height = torch.randint(20, 33, (2,), generator=generator).tolist()
+            x = 32 * label + int(torch.randint(33 - width, (), generator=generator))
+            y = int(torch.randint(SIZE + 1 - height, (), generator=generator))
             masks[label, y : y + height, x : x + width] = 1
             picture[:, y : y + height, x : x + width] = COLORS[label][:, None, None]
             corners.append([x, y, x + width, y + height])
-        masks[0] *= 1 - masks[1]
         boxes = box_convert(torch.tensor(corners) / SIZE, "xyxy", "cxcywh")
         labels.append({"class_labels": torch.tensor([0, 1]), "boxes": boxes, "masks": masks})
     return pixels, labels

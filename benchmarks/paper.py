@@ -1,0 +1,291 @@
+"""The paper's dense-prediction systems at the paper's sizes: memory and time of one training step of five methods.
+
+    python benchmarks/paper.py memory SETTING [--methods e3va,full] [--precision bf16]  # peaks, at the paper's size
+    python benchmarks/paper.py time SETTING [--rounds 5]  # on a quiet machine, at a reduced size
+    python benchmarks/paper.py memory SETTING --tiny --size 200x120  # a smoke test: a Swin-T, and nothing in results/
+
+Models are what `e3va train` builds for the recipes of these systems, with random weights: no byte depends on them, and
+proposals come at random boxes, as many as ever. Images and objects are drawn, the same for all methods. fp32 weights,
+fused AdamW with its moments in place, mixed precision by the rules of the CPU. Memory is that of one forward, which
+counts what is kept for backward, and one whole step, which counts the peak of live tensor bytes. Time is the median
+over rounds that take one step of every method in turn, after one round to warm up; all five models are in memory then,
+hence the reduced size.
+
+Each measurement is written to `results/paper.json` when it is done, with the command that made it; what is there
+already is not measured again without `--again`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from record import RESULTS, origin
+from speed import interleaved, step
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
+
+from e3va_peft.detection import CascadeMaskRCNN, RetinaNet
+from e3va_peft.measure.baselines import adapt
+from e3va_peft.measure.blueprint import model_config
+from e3va_peft.measure.parameters import backbone_share
+from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use
+from e3va_peft.measure.step import MIB, _peak, _saved_bytes, _step
+from e3va_peft.training.batchnorm import allow_single_values
+from e3va_peft.training.run import write_whole
+from e3va_peft.training.tasks.base import name_classes
+from e3va_peft.training.tasks.detection import detector_config
+from e3va_peft.training.tasks.segmentation import segmenter_config
+
+METHODS = ("e3va", "head-only", "lora", "lora-checkpointing", "full")
+WHAT = ("kind", "setting", "method", "precision", "width", "height")  # tells one measurement from another
+
+Size = tuple[int, int]  # width and height, as the paper writes them
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A system of the paper and its batch.
+
+    Attributes:
+        title: How it is called in tables.
+        backbone: Short name of its Swin.
+        head: Of the names in `e3va train`.
+        num_labels: Classes.
+        size: Of the paper's images.
+        timed_size: At which five models fit into memory.
+        batch: Images per step.
+        objects: On each image; 0 for label maps.
+    """
+
+    title: str
+    backbone: str
+    head: str
+    num_labels: int
+    size: Size
+    timed_size: Size
+    batch: int = 1
+    objects: int = 0
+
+    def build(self, backbone: str) -> PreTrainedModel:
+        """Build the model on a backbone, as `e3va train` does."""
+        found = model_config(backbone)
+        if self.head == "upernet":
+            config = segmenter_config(found, backbone)
+            name_classes(config, [str(i) for i in range(self.num_labels)])
+            return allow_single_values(AutoModelForSemanticSegmentation.from_config(config))
+        task = "object-detection" if self.head == "retinanet" else "instance-segmentation"
+        config = detector_config(found, backbone, task, self.head)
+        name_classes(config, [str(i) for i in range(self.num_labels)])
+        return (RetinaNet if self.head == "retinanet" else CascadeMaskRCNN)(config)
+
+    def inputs(self, size: Size) -> dict[str, Any]:
+        """Draw a batch, the same at every call."""
+        torch.manual_seed(0)
+        width, height = size
+        pixel_values = torch.randn(self.batch, 3, height, width)
+        if not self.objects:
+            labels = torch.randint(0, self.num_labels, (self.batch, height, width))
+            return {"pixel_values": pixel_values, "labels": labels}
+        return {"pixel_values": pixel_values, "labels": [self._draw_objects(size) for _ in range(self.batch)]}
+
+    def _draw_objects(self, size: Size) -> dict[str, Tensor]:
+        width, height = size
+        centres = 0.3 + 0.4 * torch.rand(self.objects, 2)
+        boxes = torch.cat([centres, 0.1 + 0.4 * torch.rand(self.objects, 2)], 1)
+        label = {"class_labels": torch.randint(0, self.num_labels, (self.objects,)), "boxes": boxes}
+        if self.head != "retinanet":
+            x1, y1, x2, y2 = box_convert(boxes, "cxcywh", "xyxy")[..., None, None].unbind(1)  # (objects, 1, 1) each
+            x, y = torch.arange(width) / width, torch.arange(height)[:, None] / height
+            label["masks"] = (x >= x1) & (x < x2) & (y >= y1) & (y < y2)
+        return label
+
+
+SETTINGS = {
+    "coco-cascade-swin-b": Setting(
+        "COCO, Cascade Mask R-CNN, Swin-B", "swin-b", "cascade-mask-rcnn", 80, (1333, 800), (533, 320), objects=8
+    ),
+    "coco-cascade-swin-l": Setting(
+        "COCO, Cascade Mask R-CNN, Swin-L", "swin-l", "cascade-mask-rcnn", 80, (1333, 800), (533, 320), objects=8
+    ),
+    "voc-retinanet-swin-l": Setting(
+        "VOC, RetinaNet, Swin-L", "swin-l", "retinanet", 20, (1000, 600), (500, 300), objects=5
+    ),
+    "ade20k-upernet-swin-l": Setting(  # the paper does not say how many images a GPU gets
+        "ADE20K, UperNet, Swin-L", "swin-l", "upernet", 150, (512, 512), (256, 256), batch=2
+    ),
+}
+
+
+def prepare(setting: Setting, backbone: str, method: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Build a model, make it trainable by a method, and give it its optimizer."""
+    torch.manual_seed(0)
+    model = adapt(setting.build(backbone), {"name": method}).train()
+    return model, optimizer_in_use(model)
+
+
+def loss_of(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype | None = None) -> Tensor:
+    """Return the loss, with the proposals, crops and dropout that all methods see."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        return model(**batch).loss
+
+
+def memory_row(setting: Setting, backbone: str, size: Size, method: str, precision: str) -> dict[str, Any]:
+    """Measure the memory of a method's step."""
+    batch = setting.inputs(size)
+    model, optimizer = prepare(setting, backbone, method)
+    forward = partial(loss_of, model, batch, PRECISIONS[precision])
+    parameters = list(model.parameters())
+    fixed = [*parameters, *model.buffers()]
+    saved_bytes = _saved_bytes(forward, fixed)
+    milliseconds: list[float] = []
+
+    def whole_step() -> None:
+        milliseconds.extend(_step(forward, optimizer, parameters, set()))
+
+    peak = _peak(whole_step, parameters, fixed, optimizer, batch).split()
+    row = {
+        "saved_bytes": saved_bytes,
+        "peak_bytes": sum(peak.values()),
+        **{f"peak_{kind}": found for kind, found in peak.items()},
+        "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+        "seconds_metered": sum(milliseconds) / 1000,  # one step, with the meter at work
+    }
+    if method == "e3va":
+        share = backbone_share(model)
+        row |= {"backbone_trained": share.trainable, "backbone_parameters": share.total}
+    return row
+
+
+def measure_memory(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure each method that is asked for and not recorded yet."""
+    setting = SETTINGS[args.setting]
+    for method in args.methods:
+        about = describe(args, method)
+        if not args.again and recorded(args.output, about):
+            print(f"{args.setting}: {method}, {args.precision}: recorded before", flush=True)
+            continue
+        row = memory_row(setting, about["backbone"], args.size, method, args.precision)
+        gc.collect()  # the meter keeps the collector out, and the next model needs the room
+        print(
+            f"{args.setting}: {method}, {args.precision}: {row['saved_bytes'] / MIB:.0f} MiB saved, "
+            f"{row['peak_bytes'] / MIB:.0f} MiB peak, {row['seconds_metered']:.0f} s",
+            flush=True,
+        )
+        yield about | row
+
+
+def measure_time(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Time all methods that are asked for, interleaved."""
+    about = {method: describe(args, method) for method in args.methods}
+    if not args.again and all(recorded(args.output, each) for each in about.values()):
+        print(f"{args.setting}: recorded before", flush=True)
+        return
+    setting = SETTINGS[args.setting]
+    batch = setting.inputs(args.size)
+    models = {method: prepare(setting, about[method]["backbone"], method) for method in args.methods}
+    tasks: dict[str, Callable[[], float]] = {
+        method: partial(step, partial(loss_of, model, batch, PRECISIONS[args.precision]), optimizer)
+        for method, (model, optimizer) in models.items()
+    }
+    for method, times in interleaved(tasks, args.rounds).items():
+        print(f"{args.setting}: {method}: {statistics.median(times):.2f} s", flush=True)
+        reduced = args.size != setting.size
+        yield about[method] | {"reduced": reduced, "seconds": statistics.median(times), "rounds": times}
+
+
+def describe(args: argparse.Namespace, method: str) -> dict[str, Any]:
+    """Return the fields that say what a row is about."""
+    setting = SETTINGS[args.setting]
+    return {
+        "kind": args.kind,
+        "setting": args.setting,
+        "title": setting.title,
+        "method": method,
+        "precision": args.precision,
+        "backbone": "swin-t" if args.tiny else setting.backbone,
+        "width": args.size[0],
+        "height": args.size[1],
+        "batch": setting.batch,
+        "objects": setting.objects,
+    }
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return what is recorded."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two rows are of the same measurement."""
+    return all(row[name] == other[name] for name in WHAT)
+
+
+def recorded(path: Path, about: dict[str, Any]) -> bool:
+    """Whether a measurement is recorded."""
+    return any(same(row, about) for row in read_rows(path))
+
+
+def record(path: Path, row: dict[str, Any]) -> None:
+    """Write a row in place of an earlier one, with where it comes from."""
+    kept = [other for other in read_rows(path) if not same(other, row)]
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, json.dumps({"rows": [*kept, row | {"origin": origin()}]}, indent=2) + "\n")
+
+
+def pixels(text: str) -> Size:
+    """Read WIDTHxHEIGHT."""
+    width, height = map(int, text.split("x"))
+    return width, height
+
+
+def names(text: str) -> list[str]:
+    """Read methods, separated by commas."""
+    found = text.split(",")
+    if unknown := set(found) - set(METHODS):
+        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose among {', '.join(METHODS)}")
+    return found
+
+
+def read_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("memory", "time"))
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("--methods", type=names, default=METHODS, help="separated by commas; all by default")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--size", type=pixels, help="WIDTHxHEIGHT; memory: the paper's, time: a reduced one")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--again", action="store_true", help="measure also what is recorded")
+    parser.add_argument("--tiny", action="store_true", help="smoke test on a Swin-T, recorded in a temporary folder")
+    args = parser.parse_args()
+    setting = SETTINGS[args.setting]
+    args.size = args.size or (setting.size if args.kind == "memory" else setting.timed_size)
+    args.output = (Path(tempfile.gettempdir()) / "e3va-tiny" if args.tiny else RESULTS) / "paper.json"
+    return args
+
+
+def main() -> None:
+    """Measure and record."""
+    args = read_arguments()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(2)
+    measure = measure_memory if args.kind == "memory" else measure_time
+    for row in measure(args):
+        record(args.output, row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""Object detection and instance segmentation by `e3va train`: views, batches, scores, runs, drawings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_convert
+
+from e3va_peft.training.config import HEADS, UserError, parse_config
+from e3va_peft.training.data import load_splits
+from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
+from e3va_peft.training.packing import unpack
+from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
+from e3va_peft.training.run import train
+from e3va_peft.training.tasks import task_of
+from e3va_peft.training.tasks.base import PaddingCollate
+from tests.inputs import detect, segment
+from tests.models import BY_NAME
+
+EVERY_HEAD = sorted({*HEADS["object-detection"], *HEADS["instance-segmentation"]})
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    detect(folder)
+    return folder
+
+
+def task(root: Path, head: str, **fields: Any) -> Any:
+    return task_of(parse_config(detect(root, head, layout="coco") | fields))
+
+
+def splits(run: Any) -> tuple[Any, Any]:
+    return load_splits(run.config.data, run.label_kind)
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc"])
+def test_both_layouts_hold_the_same_objects(layout, root):
+    run = task_of(parse_config(detect(root, "retinanet", layout)))
+    for split in splits(run):
+        assert split.labels == ("square", "disc")
+        objects = [split[i][1] for i in range(len(split))]
+        assert [each.labels.tolist() for each in objects] == [[0, 1]] * (len(split) - 1) + [[]]
+        np.testing.assert_array_equal(objects[0].boxes, [[2, 2, 16, 16], [17, 23, 32, 38]])
+
+
+@pytest.mark.parametrize("augment", [False, {"flip": True}, {"crop": 24, "scale": [0.8, 1.4]}], ids=str)
+def test_image_boxes_and_masks_stay_aligned(augment, root):
+    run = task(root, "mask-rcnn", augment=augment)
+    split, _ = splits(run)
+    view = run.training_view(run.build_processor())
+    torch.manual_seed(0)
+    seen = 0
+    for _ in range(8):
+        example = view(*split[0])
+        height, width = example["pixel_values"].shape[-2:]
+        labels = example["labels"]
+        assert labels["masks"].shape == (len(labels["class_labels"]), height, width)
+        corners = box_convert(labels["boxes"], "cxcywh", "xyxy") * torch.tensor([width, height, width, height])
+        for label, box, mask in zip(labels["class_labels"], corners, labels["masks"].bool(), strict=True):
+            rows, columns = torch.where(mask)
+            around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            assert box.tolist() == pytest.approx([int(v) for v in around], abs=1e-3)
+            inside = example["pixel_values"].mean(0)[mask].median()
+            assert (inside > 0.5) == (label == 0), "a bright square, a dark disc"
+            seen += 1
+    assert seen > 8
+
+
+def test_training_leaves_out_crowds_and_difficult_objects(root):
+    run = task(root, "retinanet")
+    image = Image.new("RGB", (40, 40))
+    boxes = np.array([[0, 0, 20, 20], [20, 20, 40, 40], [5, 5, 9, 9]], dtype=float)
+    flags = {"crowd": np.array([True, False, False]), "difficult": np.array([False, True, False])}
+    objects = Objects(0, (40, 40), boxes, np.array([0, 1, 1]), np.ones(3), **flags)
+    for view in (run.training_view(run.build_processor()), run.evaluation_view(run.build_processor())):
+        assert view(image, objects)["labels"]["class_labels"].tolist() == [1]
+
+
+@pytest.mark.parametrize("head", ["mask-rcnn", "mask2former"])
+def test_evaluation_keeps_the_aspect_ratio_and_the_truth(head, root):
+    run = task(root, head)
+    _, split = splits(run)
+    processor = run.build_processor()
+    for i in range(len(split)):
+        image, objects = split[i]
+        example = run.evaluation_view(processor)(image, objects)
+        assert example["truth"] is objects or len(example["truth"]) == len(objects)
+        height, width = example["pixel_values"].shape[-2:]
+        assert min(height, width) == 32
+        masks = example["labels"]["masks"] if head == "mask-rcnn" else example["mask_labels"]
+        assert masks.shape == (len(objects), height, width)
+
+
+def test_a_padded_batch_moves_boxes_and_masks_along():
+    boxes = torch.tensor([[0.5, 0.5, 1.0, 1.0]])
+    label = {"class_labels": torch.tensor([0]), "boxes": boxes, "masks": torch.ones(1, 10, 20)}
+    small = {"pixel_values": torch.ones(3, 10, 20), "labels": label, "truth": "a"}
+    none = {"class_labels": torch.zeros(0), "boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 40, 10)}
+    batch = PaddingCollate()([small, {"pixel_values": torch.ones(3, 40, 10), "labels": none, "truth": "b"}])
+    assert batch["pixel_values"].shape == (2, 3, 40, 20) and batch["truth"] == ["a", "b"]
+    assert batch["pixel_mask"].sum((1, 2)).tolist() == [200, 400]
+    moved = batch["labels"][0]
+    torch.testing.assert_close(box_convert(moved["boxes"], "cxcywh", "xyxy"), torch.tensor([[0, 0, 1, 0.25]]))
+    assert moved["masks"].shape == (1, 40, 20) and moved["masks"].sum() == 200
+    assert batch["labels"][1]["masks"].shape == (0, 40, 20)
+
+
+@pytest.mark.parametrize("head", EVERY_HEAD)
+def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
+    record = train(parse_config(detect(tmp_path, head, "coco", num_train_epochs=4, load_best_model_at_end=False)))
+    losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+    assert losses[-1] < losses[0]
+    scores, labels = evaluate(str(tmp_path / "run"))
+    assert labels == ("square", "disc")
+    name = "mask_ap" if "mask" in head else "box_ap"
+    assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-4)
+    assert ("voc_ap50" in scores) == (name == "box_ap")
+    kind = load_trained(str(tmp_path / "run")).task
+    assert kind == ("instance-segmentation" if "mask" in head else "object-detection")
+
+
+@pytest.mark.parametrize("method", ["head-only", "lora", "full"])
+def test_every_method_adapts_a_detector(method, tmp_path):
+    values = detect(tmp_path, "cascade-mask-rcnn", "coco", num_train_epochs=1) | {"method": method}
+    record = train(parse_config(values))
+    scores, _ = evaluate(str(tmp_path / "run"))
+    assert scores["loss"] > 0 and record["method"] == method
+
+
+def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
+    values = detect(tmp_path, "cascade-mask-rcnn", "coco", num_train_epochs=30, learning_rate=1e-2)
+    values["training"] |= {"eval_strategy": "no"}
+    values["model_options"] |= {"fpn_channels": 32, "box_head_dim": 64, "mask_dim": 32, "anchor_scales": [4]}
+    values |= {"augment": False}
+    record = train(parse_config(values))
+    assert record["metrics"]["box_ap50"] > 0.5 and record["metrics"]["mask_ap50"] > 0.5
+    shown = tmp_path / "shapes" / "coco" / "val"
+    entries = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "found", threshold=0.3)
+    assert json.loads((tmp_path / "found" / "predictions.json").read_text()) == entries
+    found = {each["label"] for entry in entries for each in entry["objects"]}
+    assert found == {"square", "disc"}
+    first = entries[0]["objects"][0]
+    assert first["mask"]["size"] == [44, 40] and len(first["box"]) == 4 and 0.3 < first["score"] <= 1
+    drawing = np.asarray(Image.open(entries[0]["overlay"]))
+    assert drawing.shape == (44, 40, 3)
+    assert (drawing != np.asarray(Image.open(shown / "val0.png"))).any()
+
+
+def test_drawings_mark_masks_and_boxes_and_leave_an_empty_image_alone():
+    image = Image.new("RGB", (30, 20))
+    mask = np.zeros((1, 20, 30), dtype=bool)
+    mask[0, 5:15, 10:20] = True
+    found = Detections(np.array([[10.0, 5, 20, 15]]), np.array([0.9]), np.array([0]), encode_masks(mask))
+    drawn = np.asarray(draw_objects(image, found, ["thing"])).any(-1)
+    assert drawn[5:15, 10:20].all() and not drawn[:4].any()
+    nothing = Detections(np.zeros((0, 4)), np.zeros(0), np.zeros(0, dtype=int), ())
+    assert not np.asarray(draw_objects(image, nothing, ["thing"])).any()
+
+
+def test_evidence_of_a_batch_is_that_of_each_image(root):
+    run = task(root, "mask-rcnn")
+    split, _ = splits(run)
+    processor = run.build_processor()
+    model = run.build_model(split.labels).eval()
+    view = run.evaluation_view(processor)
+    examples = [view(*split[i]) for i in (0, 2)]  # of one size
+    rows = []
+    for batch in (examples, examples[:1], examples[1:]):
+        inputs = run.collator(model, processor)(batch)
+        truth = inputs.pop("truth")
+        with torch.no_grad():
+            found, true = run.evidence(model(**inputs), inputs | {"truth": truth}, processor)
+        rows.append((unpack(found), unpack(true)))
+    together, alone = rows[0], [rows[1], rows[2]]
+    for i in (0, 1):
+        np.testing.assert_allclose(together[0][i].boxes, alone[i][0][0].boxes, atol=1e-2)
+        np.testing.assert_array_equal(together[1][i].boxes, split[2 * i][1].boxes)
+        assert together[0][i].masks is not None and decode_mask(together[1][i].masks[0]).shape == split[2 * i][1].size
+
+
+def test_mask2former_segments_semantically(tmp_path):
+    values = segment(tmp_path, num_train_epochs=2)
+    values |= {"head": "mask2former", "model_options": detect(tmp_path, "mask2former")["model_options"]}
+    record = train(parse_config(values))
+    scores, labels = evaluate(str(tmp_path / "run"))
+    assert labels == ("ground", "disc") and scores["mean_iou"] == pytest.approx(record["metrics"]["mean_iou"])
+    assert load_trained(str(tmp_path / "run")).task == "semantic-segmentation"
+    (entry,) = predict(str(tmp_path / "run"), [str(tmp_path / "discs/images/val/0.jpg")], tmp_path / "found")
+    assert Image.open(entry["mask"]).size == (40, 44)
+
+
+def test_a_pretrained_detector_gets_a_new_head_for_other_classes(root, tmp_path):
+    first = task(root, "mask-rcnn").build_model(["a", "b"])
+    first.save_pretrained(tmp_path / "detector")
+    values = detect(root, "mask-rcnn", "coco") | {"model": str(tmp_path / "detector"), "head": None}
+    second = task_of(parse_config(values)).build_model(["a", "b", "c"])
+    assert second.config.num_labels == 3
+    for name, parameter in second.backbone.named_parameters():
+        torch.testing.assert_close(parameter, first.backbone.get_parameter(name))
+    kept = "rpn.head.cls_logits.weight"
+    torch.testing.assert_close(second.get_parameter(kept), first.get_parameter(kept))
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier"])
+def test_plain_transformers_become_detectors(name, root, tmp_path):
+    BY_NAME[name].base().save_pretrained(tmp_path / "plain")
+    values = detect(root, "retinanet") | {"model": str(tmp_path / "plain")}
+    model = task_of(parse_config(values)).build_model(["a", "b"])
+    loss = model.train()(
+        torch.randn(1, 3, 30, 44), labels=[{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5] * 4])}]
+    ).loss
+    assert torch.isfinite(loss)
+
+
+def test_a_head_of_another_task_is_refused(root):
+    with pytest.raises(UserError, match=r"head='upernet': must be one of retinanet"):
+        parse_config(detect(root) | {"head": "upernet"})
+
+
+def test_a_detector_of_the_other_task_is_refused(root, tmp_path):
+    task(root, "mask-rcnn").build_model(["a", "b"]).save_pretrained(tmp_path / "detector")
+    values = detect(root, "retinanet") | {"model": str(tmp_path / "detector"), "head": None}
+    with pytest.raises(UserError, match=r"finds masks, and task is object-detection"):
+        task_of(parse_config(values)).build_model(["a", "b"])
+
+
+def test_what_is_no_backbone_is_refused_with_those_that_are(root, tmp_path):
+    BY_NAME["swin-upernet"].base().save_pretrained(tmp_path / "segmenter")
+    with pytest.raises(UserError, match=r"upernet.*neither a detector.*Use Swin, ViT or DINOv2"):
+        task(root, "retinanet", model=str(tmp_path / "segmenter")).build_model(["a", "b"])
+
+
+def test_mask2former_wants_several_resolutions(root, tmp_path):
+    BY_NAME["dinov2-classifier"].base().save_pretrained(tmp_path / "plain")
+    with pytest.raises(UserError, match=r"head=mask2former: wants a backbone of several resolutions"):
+        task(root, "mask2former", model=str(tmp_path / "plain")).build_model(["a", "b"])
