@@ -1,0 +1,391 @@
+"""Objects from COCO JSON, Pascal VOC XML and tables: what is read, what is dropped, and what is refused by name."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from faster_coco_eval.core import mask as rle
+from PIL import Image
+
+from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.data import Split, load_splits
+from e3va_peft.training.objects import decode_mask
+
+WIDTH, HEIGHT = 20, 10
+POLYGON = [2.0, 1.0, 12.0, 1.0, 12.0, 7.0, 2.0, 7.0]
+COCO: dict[str, Any] = {
+    "images": [
+        {"id": 5, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 9, "file_name": "b.png", "width": WIDTH, "height": HEIGHT},
+    ],
+    "annotations": [
+        {"id": 1, "image_id": 5, "category_id": 90, "bbox": [2, 1, 10, 6], "area": 55, "segmentation": [POLYGON]},
+    ],
+    "categories": [{"id": 90, "name": "dog"}, {"id": 3, "name": "cat"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(path: Path, width: int = WIDTH, height: int = HEIGHT, mode: str = "RGB", **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (width, height)).save(path, **options)
+    return path
+
+
+def load(kind: str, **data: Any) -> tuple[Split, Split | None]:
+    task = "object-detection" if kind == "boxes" else "instance-segmentation"
+    config = parse_config({"task": task, "model": "m", "output": "o", "data": data})
+    return load_splits(config.data, kind)
+
+
+def coco(folder: Path, kind: str = "boxes", content: Any = COCO, **data: Any) -> tuple[Split, Split | None]:
+    for name in ("a.png", "b.png"):
+        if not (folder / "images" / name).exists():
+            picture(folder / "images" / name)
+    file = folder / "objects.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    return load(kind, images=str(folder / "images"), annotations=str(file), **data)
+
+
+def changed(part: str, index: int = 0, **values: Any) -> dict[str, Any]:
+    """COCO's file with some fields of one entry changed; a field that is None is taken out."""
+    content = copy.deepcopy(COCO)
+    entry = content[part][index]
+    entry.update(values)
+    content[part][index] = {key: value for key, value in entry.items() if value is not None}
+    return content
+
+
+def notes(split: Split) -> list[str]:
+    found: list[str] = []
+    split.verify(note=found.append)
+    return found
+
+
+# --- COCO ------------------------------------------------------------------------------------------------------------
+
+
+def test_coco_numbers_classes_by_their_ids_whatever_the_gaps(tmp_path):
+    split, none = coco(tmp_path)
+    assert none is None and split.labels == ("cat", "dog") and len(split) == 2
+    image, objects = split[0]
+    assert image.size == (WIDTH, HEIGHT) and objects.size == (HEIGHT, WIDTH) and objects.image_id == 5
+    assert objects.boxes.tolist() == [[2, 1, 12, 7]] and objects.labels.tolist() == [1]
+    assert objects.areas.tolist() == [55] and objects.masks is None and not objects.crowd.any()
+
+
+def test_an_image_without_objects_stays(tmp_path):
+    for kind in ("boxes", "instances"):
+        split, _ = coco(tmp_path, kind)
+        objects = split[1][1]
+        assert len(objects) == 0 and objects.boxes.shape == (0, 4) and objects.image_id == 9
+        assert objects.masks == (() if kind == "instances" else None)
+    assert split.verify().tolist() == [0, 1]
+
+
+def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path):
+    compressed = rle.merge(rle.frPyObjects([POLYGON], HEIGHT, WIDTH))
+    mask = rle.decode(compressed).astype(bool)
+    runs = np.flatnonzero(np.diff(np.r_[0, mask.T.ravel(), 0])).tolist()
+    counts = np.diff([0, *runs, mask.size]).tolist()
+    forms = [[POLYGON], {"size": [HEIGHT, WIDTH], "counts": compressed["counts"].decode()},
+             {"size": [HEIGHT, WIDTH], "counts": counts}]  # fmt: skip
+    for form in forms:
+        split, _ = coco(tmp_path, "instances", changed("annotations", segmentation=form))
+        (found,) = split[0][1].masks
+        np.testing.assert_array_equal(decode_mask(found), mask)
+
+
+def test_crowds_are_marked_and_boxes_and_areas_come_from_masks_where_there_are_none(tmp_path):
+    content = changed("annotations", iscrowd=1, bbox=None, area=None)
+    objects = coco(tmp_path, "boxes", content)[0][0][1]
+    assert objects.crowd.tolist() == [True] and objects.boxes.tolist() == [[2, 1, 12, 7]]
+    assert objects.areas.tolist() == [60]
+
+
+def test_the_splits_of_a_pattern_are_those_that_have_a_file(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a.png", "b.png"):
+            picture(tmp_path / f"{split}2017" / name)
+        (tmp_path / f"instances_{split}2017.json").write_text(json.dumps(COCO))
+    train, evaluation = load(
+        "boxes", images=str(tmp_path / "{split}2017"), annotations=str(tmp_path / "instances_{split}2017.json")
+    )
+    assert evaluation is not None and "val" in evaluation.name and len(train) == len(evaluation) == 2
+
+
+def test_a_share_of_one_file_can_be_set_aside(tmp_path):
+    train, evaluation = coco(tmp_path, eval_fraction=0.5)
+    assert evaluation is not None and (len(train), len(evaluation)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("box", "clipped"), [([-5, 1, 10, 6], [0, 1, 5, 7]), ([15, 5, 50, 50], [15, 5, 20, 10])], ids=str
+)
+def test_a_box_that_leaves_its_image_is_clipped_and_counted(box, clipped, tmp_path):
+    split, _ = coco(tmp_path, content=changed("annotations", bbox=box))
+    assert split[0][1].boxes.tolist() == [clipped]
+    assert any("1 boxes" in note and "annotation 1" in note for note in notes(split))
+
+
+@pytest.mark.parametrize("box", [[30, 1, 5, 5], [2, 1, 0, 6], [2, 1, 5, 0], [-9, 0, 4, 4]], ids=str)
+def test_a_box_without_area_in_its_image_is_dropped_and_counted(box, tmp_path):
+    split, _ = coco(tmp_path, content=changed("annotations", bbox=box))
+    assert len(split[0][1]) == 0
+    assert any("1 objects" in note and "annotation 1" in note for note in notes(split))
+
+
+def test_an_empty_mask_is_dropped_and_counted(tmp_path):
+    empty = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+    split, _ = coco(tmp_path, "instances", changed("annotations", segmentation=empty))
+    assert len(split[0][1]) == 0 and any("annotation 1" in note for note in notes(split))
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (changed("annotations", bbox=[9, 1, -4, 6]), ["annotation 1", "negative width"]),
+        (changed("annotations", bbox=[9, 1, 4]), ["annotation 1", "four numbers"]),
+        (changed("annotations", bbox=[9, 1, 4, float("nan")]), ["annotation 1", "four numbers"]),
+        (changed("annotations", segmentation=[[1, 2, 3, 4]]), ["annotation 1", "polygon of 4", "three points"]),
+        (changed("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), ["annotation 1", "polygon of 7"]),
+        (changed("annotations", segmentation=None), ["annotation 1", "no segmentation"]),
+        (
+            changed("annotations", segmentation={"size": [20, 20], "counts": [400]}),
+            ["annotation 1", "[20, 20]", "[10, 20]"],
+        ),
+        (
+            changed("annotations", segmentation={"size": [HEIGHT, WIDTH], "counts": [7]}),
+            ["annotation 1", "broken RLE"],
+        ),
+        (changed("annotations", segmentation=7), ["annotation 1", "polygons nor an RLE"]),
+        (changed("annotations", area=-3), ["annotation 1", "area"]),
+        (changed("images", width=21), ["a.png", "21 x 10", "20 x 10"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_malformed_entry_is_named_when_the_data_is_checked(content, parts, tmp_path):
+    split, _ = coco(tmp_path, "instances", content)
+    with pytest.raises(UserError) as error:
+        split.verify()
+    assert all(part in str(error.value) for part in [*parts, "1 of 2 examples"]), error.value
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("{", ["no valid JSON"]),
+        ([], ["is a list", "images, annotations and categories"]),
+        ({"images": [], "annotations": []}, ["has no categories"]),
+        ({**COCO, "categories": [*COCO["categories"], {"id": 3, "name": "x"}]}, ["'x', id 3, twice"]),
+        ({**COCO, "images": [COCO["images"][0]] * 2}, ["'a.png'", "id 5"]),
+        ({**COCO, "annotations": COCO["annotations"] * 2}, ["annotation 1", "there before"]),
+        ({**COCO, "annotations": [{"segments_info": [], "image_id": 5}]}, ["panoptic"]),
+        (changed("annotations", category_id=4), ["annotation 1", "category_id 4", "[3, 90]"]),
+        (changed("annotations", image_id=4), ["annotation 1", "image 4", "not in images"]),
+        (changed("annotations", category_id="dog"), ["annotation 1", "'dog'", "whole number"]),
+        (changed("images", file_name="c.png"), ["1 of its 2 images", "c.png", "data.images"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
+)
+def test_a_file_that_is_no_coco_detection_file_is_refused(content, parts, tmp_path):
+    with pytest.raises(UserError) as error:
+        coco(tmp_path, content=content)
+    message = str(error.value)
+    assert all(part in message for part in [*parts, "objects.json"]), message
+
+
+def test_other_categories_in_the_evaluation_file_are_refused(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a.png", "b.png"):
+            picture(tmp_path / split / name)
+        categories = COCO["categories"] if split == "train" else [{"id": 90, "name": "wolf"}, {"id": 3, "name": "cat"}]
+        (tmp_path / f"{split}.json").write_text(json.dumps({**COCO, "categories": categories}))
+    with pytest.raises(UserError, match=r"val\.json.*dog.*wolf"):
+        load("boxes", images=str(tmp_path / "{split}"), annotations=str(tmp_path / "{split}.json"))
+
+
+def test_annotations_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"data\.annotations=.*none\.json.*no such file"):
+        load("boxes", images=str(tmp_path), annotations=str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "I;16", "CMYK"])
+def test_images_of_any_mode_become_rgb(mode, tmp_path):
+    file = "a.tif" if mode in ("CMYK", "I;16") else "a.png"
+    picture(tmp_path / "images" / file, mode=mode)
+    split, _ = coco(tmp_path, content=changed("images", file_name=file))
+    assert split[0][0].mode == "RGB"
+
+
+def test_an_image_that_exif_rotates_away_from_its_boxes_is_refused(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees when it is shown
+    picture(tmp_path / "images" / "a.jpg", exif=exif)
+    split, _ = coco(tmp_path, content=changed("images", file_name="a.jpg"))
+    with pytest.raises(UserError, match=r"(?s)a\.jpg.*EXIF.*rotate"):
+        split[0]
+    upright = changed("images", file_name="a.jpg", width=HEIGHT, height=WIDTH)  # boxes of what is seen
+    assert coco(tmp_path, content=upright)[0][0][0].size == (HEIGHT, WIDTH)
+
+
+# --- Pascal VOC ------------------------------------------------------------------------------------------------------
+
+
+def voc(folder: Path, name: str = "a", objects: str = "", size: str | None = None) -> Path:
+    picture(folder / "JPEGImages" / f"{name}.jpg")
+    size = f"<size><width>{WIDTH}</width><height>{HEIGHT}</height></size>" if size is None else size
+    for place in ("Annotations", "ImageSets/Main"):
+        (folder / place).mkdir(parents=True, exist_ok=True)
+    (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+    return folder
+
+
+def thing(name: str = "dog", box: tuple[Any, ...] = (3, 2, 12, 7), more: str = "") -> str:
+    sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    return f"<object><name>{name}</name>{more}<bndbox>{sides}</bndbox></object>"
+
+
+def lists(folder: Path, **names: str) -> Path:
+    for split, text in names.items():
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(text)
+    return folder
+
+
+def test_voc_boxes_are_pixels_counted_from_one_and_difficult_ones_are_marked(tmp_path):
+    voc(tmp_path, "a", thing(more="<difficult>1</difficult>") + thing("cat", (1, 1, WIDTH, HEIGHT)))
+    voc(tmp_path, "b")
+    train, evaluation = load("boxes", source=str(lists(tmp_path, train="a\n", val="b\n", dog_train="a  1\n")))
+    objects = train[0][1]
+    assert objects.boxes.tolist() == [[2, 1, 12, 7], [0, 0, WIDTH, HEIGHT]]
+    assert objects.difficult.tolist() == [True, False] and objects.areas.tolist() == [60, 200]
+    assert train.labels[objects.labels[0]] == "dog" and len(train.labels) == 20, "VOC's own classes"
+    assert evaluation is not None and len(evaluation[0][1]) == 0
+
+
+def test_a_devkit_joins_its_years(tmp_path):
+    for year, name in (("VOC2007", "a"), ("VOC2012", "b")):
+        lists(voc(tmp_path / year, name, thing("x")), trainval=name, test="")
+    voc(tmp_path / "VOC2007", "t", thing("y"))
+    lists(tmp_path / "VOC2007", test="t")
+    train, evaluation = load(
+        "boxes",
+        source=str(tmp_path),
+        train_split="VOC2007/trainval+VOC2012/trainval",
+        eval_split="VOC2007/test",
+        labels=["x", "y"],
+    )
+    assert len(train) == 2 and evaluation is not None and evaluation[0][1].labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("objects", "parts"),
+    [
+        ("<object>", ["a.xml", "XML"]),
+        ("<object><name>dog</name></object>", ["a.xml", "object 1 of 1", "bndbox/xmin"]),
+        (thing(box=("x", 1, 2, 3)), ["object 1 of 1", "xmin 'x'"]),
+        (thing(box=(9, 2, 3, 7)), ["object 1 of 1", "negative width"]),
+        (thing(name=""), ["object 1 of 1", "no name"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_malformed_xml_is_named(objects, parts, tmp_path):
+    with pytest.raises(UserError) as error:
+        load("boxes", source=str(lists(voc(tmp_path, "a", objects), train="a")))[0].verify()
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_voc_that_does_not_match_its_folder_is_refused(tmp_path):
+    lists(voc(tmp_path, "a", thing()), train="a\nb")
+    with pytest.raises(UserError, match=r"1 of 2 images have no annotations: .*b\.xml"):
+        load("boxes", source=str(tmp_path))
+    (tmp_path / "Annotations" / "b.xml").write_text("<annotation></annotation>")
+    with pytest.raises(UserError, match=r"1 of 2 images are not there: .*JPEGImages.b"):
+        load("boxes", source=str(tmp_path))
+
+
+def test_voc_of_another_size_than_its_image_is_refused(tmp_path):
+    voc(tmp_path, "a", thing(), "<size><width>21</width><height>10</height></size>")
+    with pytest.raises(UserError, match=r"a\.xml.*21 x 10"):
+        load("boxes", source=str(lists(tmp_path, train="a")))[0].verify()
+
+
+def test_voc_has_no_masks_and_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"XML has no masks.*object-detection"):
+        load("instances", source=str(lists(voc(tmp_path, "a", thing()), train="a")))
+
+
+def test_training_images_are_not_scored_on(tmp_path):
+    with pytest.raises(UserError, match=r"data\.eval_split='val': 1 of its 1 images are trained on"):
+        load("boxes", source=str(lists(voc(tmp_path, "a", thing()), trainval="a", val="a")), train_split="trainval")
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+
+def parquet(folder: Path, objects: list[Any], **columns: list[Any]) -> str:
+    images = [str(picture(folder / f"{i}.png")) for i in range(len(objects))]
+    rows = datasets.Dataset.from_dict({"image": images, "objects": objects, **columns})
+    rows.cast_column("image", datasets.Image()).to_parquet(folder / "rows.parquet")
+    return str(folder / "rows.parquet")
+
+
+@pytest.mark.parametrize(
+    "objects",
+    [
+        [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}],
+        [[{"bbox": [2.0, 1.0, 10.0, 6.0], "label": "dog"}]],
+    ],
+    ids=["lists", "mappings"],
+)
+def test_both_common_schemas_of_the_hub_are_read(objects, tmp_path):
+    split, _ = load("boxes", source=parquet(tmp_path, objects))
+    assert split.labels == ("dog",) and split[0][1].boxes.tolist() == [[2, 1, 12, 7]]
+
+
+@pytest.mark.parametrize(
+    ("form", "box"), [("xywh", [2, 1, 10, 6]), ("xyxy", [2, 1, 12, 7]), ("cxcywh", [0.35, 0.4, 0.5, 0.6])]
+)
+def test_boxes_of_every_format_are_the_same(form, box, tmp_path):
+    source = parquet(tmp_path, [{"bbox": [[float(v) for v in box]], "category": ["dog"]}])
+    split, _ = load("boxes", source=source, box_format=form)
+    np.testing.assert_allclose(split[0][1].boxes, [[2, 1, 12, 7]])
+
+
+def test_boxes_of_another_format_are_refused(tmp_path):
+    source = parquet(tmp_path, [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}])
+    split, _ = load("boxes", source=source, box_format="cxcywh")
+    with pytest.raises(UserError, match=r"row 0, object 1 of 1.*shares of the image.*data\.box_format"):
+        split.verify()
+
+
+def test_masks_are_needed_for_instances(tmp_path):
+    source = parquet(tmp_path, [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}])
+    with pytest.raises(UserError, match=r"objects.*segmentation"):
+        load("instances", source=source)
+
+
+@pytest.mark.parametrize(
+    ("data", "parts"),
+    [
+        ({"annotations": "a.json"}, ["images"]),
+        ({"images": "i", "masks": "m"}, ["masks"]),
+        ({"source": "s", "box_format": "yolo"}, ["box_format='yolo'", "xywh"]),
+        ({"source": "s", "reduce_labels": True}, ["reduce_labels"]),
+    ],
+    ids=str,
+)
+def test_fields_that_cannot_work_together_are_refused(data, parts):
+    with pytest.raises(UserError) as error:
+        load("boxes", **data)
+    assert all(part in str(error.value) for part in parts), error.value
