@@ -123,7 +123,7 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
 def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
     record = train(parse_config(detect(tmp_path, head, "coco", num_train_epochs=4, load_best_model_at_end=False)))
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-3:]) < sum(losses[:3])  # the last epoch, the first
     scores, labels = evaluate(str(tmp_path / "run"))
     assert labels == ("square", "disc")
     name = "mask_ap" if "mask" in head else "box_ap"

@@ -303,9 +303,8 @@ class RetinaNet(Detector):
     config_class = RetinaNetConfig
 
     def _build_heads(self, config: Any, channels: list[int]) -> None:
-        source = (
-            config.fpn_channels if is_plain(config.backbone_config) else channels[-1]
-        )  # a ViT's map is no coarsest
+        plain = is_plain(config.backbone_config)  # its one map is finer than the pyramid's coarsest level
+        source = config.fpn_channels if plain else channels[-1]
         self.pyramid = build_pyramid(config, channels, LastLevelP6P7(source, config.fpn_channels))
         self.dense_heads = _DenseHeads(config, pyramid_strides(config, extra=2))
 

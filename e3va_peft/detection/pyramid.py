@@ -77,7 +77,7 @@ def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> list[Tensor]:
 def backbone_channels(backbone: nn.Module) -> list[int]:
     """Return the channels of each feature map."""
     config: Any = backbone.config
-    channels = list(backbone.channels) if hasattr(backbone, "channels") else [config.hidden_size]
+    channels = list(getattr(backbone, "channels", None) or [config.hidden_size])
     return channels[-1:] if is_plain(config) else channels
 
 
