@@ -153,6 +153,34 @@ def compare() -> str:
     return markdown(header, body)
 
 
+def dense() -> str:
+    """Table of `e3va compare` on objects: one block for each `results/dense-*.json` that is recorded."""
+    titles = {
+        "dense-nuclei-cascade": "nuclei, Cascade Mask R-CNN, mask AP",
+        "dense-nuclei-mask2former": "nuclei, Mask2Former, mask AP",
+        "dense-blood-cells-retinanet": "blood cells, RetinaNet, box AP",
+        "dense-blood-cells-cascade": "blood cells, Cascade R-CNN, box AP",
+    }
+    body = []
+    for name, title in titles.items():
+        if not (ROOT / "benchmarks" / "results" / f"{name}.json").is_file():
+            continue
+        for row in rows(name):
+            spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
+            body.append(
+                [
+                    title,
+                    row["method"],
+                    f"{row['mean']:.3f}{spread}",
+                    f"{row['trained_parameters'] / 1e6:.2f} M",
+                    f"{row['saved_bytes'] / MIB:.0f} MiB",
+                    f"{row['step_seconds']:.2f}",
+                ]
+            )
+            title = ""
+    return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
+
+
 def plan() -> str:
     """Table of `plan.py`: bytes of E3VA and full fine-tuning, and the largest error of all methods."""
     recorded = rows("plan")
@@ -185,6 +213,7 @@ TABLES = {
     "quantized": quantized,
     "training": training,
     "compare": compare,
+    "dense": dense,
     "plan": plan,
 }
 

@@ -25,6 +25,8 @@ _PIPELINES = {
     "ForSemanticSegmentation": "image-segmentation",
     "ForUniversalSegmentation": "image-segmentation",
     "ForObjectDetection": "object-detection",
+    "RetinaNet": "object-detection",
+    "MaskRCNN": "image-segmentation",
 }
 
 

@@ -682,6 +682,20 @@ def processor_of(size: int = 48) -> DetectionImageProcessor:
     return DetectionImageProcessor(size={"shortest_edge": size, "longest_edge": 2 * size})
 
 
+def test_an_image_without_objects_and_one_with_a_crowd_become_labels():
+    image, annotation = photo()
+    crowd = copy.deepcopy(annotation)
+    crowd["annotations"][0]["iscrowd"] = 1
+    nothing = annotation | {"annotations": []}
+    encoded = processor_of()(
+        images=[image] * 2, annotations=[crowd, nothing], return_segmentation_masks=True, return_tensors="pt"
+    )
+    some, none = encoded["labels"]
+    assert some["class_labels"].tolist() == [annotation["annotations"][1]["category_id"]]
+    assert len(some["masks"]) == 1 and some["masks"].any()
+    assert none["boxes"].shape == (0, 4) and none["masks"].shape == (0, *encoded["pixel_values"].shape[-2:])
+
+
 @every_detector
 def test_coco_annotations_become_labels_that_a_detector_takes(build):
     image, annotation = photo()

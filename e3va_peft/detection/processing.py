@@ -20,6 +20,37 @@ class DetectionImageProcessor(DetrImageProcessor):
     Its way out are `post_process_object_detection` and `post_process_instance_segmentation`.
     """
 
+    def prepare_annotation(self, image: Tensor, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Turn one image's COCO annotations into labels, without crowds; also where an image has no object.
+
+        DETR's own stacks the masks of an image without objects, and those of crowds with those of objects.
+        """
+        if "annotations" not in target:
+            return super().prepare_annotation(image, target, *args, **kwargs)
+        objects = [item for item in target["annotations"] if not item.get("iscrowd")]
+        with_masks = kwargs.pop("return_segmentation_masks", False)
+        labels: dict[str, Any] = super().prepare_annotation(
+            image,
+            {**target, "annotations": objects},
+            *args,
+            return_segmentation_masks=bool(with_masks and objects),
+            **kwargs,
+        )
+        if with_masks and not objects:
+            labels["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
+        return labels
+
+    def resize_annotation(
+        self, annotation: dict[str, Any], orig_size: Any, target_size: tuple[int, int], **kwargs: Any
+    ) -> dict[str, Any]:
+        """Resize labels with their image; also those of an image without objects, whose masks DETR's own stacks."""
+        empty = "masks" in annotation and not len(annotation["masks"])
+        given = {name: value for name, value in annotation.items() if not (empty and name == "masks")}
+        resized: dict[str, Any] = super().resize_annotation(given, orig_size, target_size, **kwargs)
+        if empty:
+            resized["masks"] = annotation["masks"].new_zeros(0, *target_size)
+        return resized
+
     def post_process_object_detection(
         self, outputs: Any, threshold: float = 0.5, target_sizes: Sizes | None = None
     ) -> list[dict[str, Tensor]]:

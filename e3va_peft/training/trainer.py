@@ -65,13 +65,12 @@ class VisionTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Build the schedule: where the run has `lr_steps`, a linear warm-up and a tenth behind each of them."""
         steps = self.task.config.lr_steps
-        if steps is None or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        milestones = [round(epoch / self.args.num_train_epochs * num_training_steps) for epoch in steps]
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, partial(_stepped, warmup, milestones))
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        if steps is not None and self.lr_scheduler is None:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            milestones = [round(epoch / self.args.num_train_epochs * num_training_steps) for epoch in steps]
+            self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, partial(_stepped, warmup, milestones))
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch.
