@@ -318,6 +318,7 @@ def main() -> None:
     """Measure and record."""
     args = read_arguments()
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of a checkpoint within a checkpoint
     torch.set_num_threads(2)
     measure = measure_memory if args.kind == "memory" else measure_time
     for row in measure(args):

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
+
+# Training memory in MB as published for E3VA, the frozen backbone and full fine-tuning (V-PETL Bench's table).
+PUBLISHED_MEMORY = {"coco-cascade-swin-b": (7639, 7137, 17061), "voc-retinanet-swin-l": (4819, 3967, 15679)}
+PAPER_METHODS = {
+    "e3va": "E3VA",
+    "head-only": "head only",
+    "lora": "LoRA",
+    "lora-checkpointing": "LoRA + checkpointing",
+    "full": "full",
+}
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -204,6 +214,72 @@ def plan() -> str:
     return markdown(["one training step", "E3VA, MiB", "full, MiB", "largest error of five methods"], body)
 
 
+def paper_rows(kind: str, *fields: str) -> list[dict[str, dict[str, Any]]]:
+    """Return rows of `paper.py` by method, in groups that agree in fields, one system after another."""
+    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in rows("paper"):
+        if row["kind"] == kind:
+            groups.setdefault(tuple(row[name] for name in ("title", *fields)), {})[row["method"]] = row
+    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
+
+
+def paper_title(row: dict[str, Any]) -> str:
+    """Name a system of the paper and its batch."""
+    return f"{row['title']}, {row['width']} × {row['height']}, batch {row['batch']}"
+
+
+def saving(least: float, most: float) -> str:
+    """Format how much less is needed."""
+    return f"{100 * (least / most - 1):+.1f} %".replace("-", "−")
+
+
+def paper() -> str:
+    """Table of `paper.py`: peaks, what E3VA saves of them, and what was published."""
+    body = []
+    for found in paper_rows("memory", "width", "height", "precision"):
+        first = next(iter(found.values()))
+        peaks = {method: row["peak_bytes"] for method, row in found.items()}
+        ours = memory_savings(*(peaks.get(method) for method in ("e3va", "head-only", "full")))
+        theirs = memory_savings(*PUBLISHED_MEMORY.get(first["setting"], (None, None, None)))
+        body.append(
+            [
+                f"{paper_title(first)}, {first['precision']}",
+                paper_share(found.get("e3va")),
+                *(f"{peaks[method] / GIB:.2f}" if method in peaks else "" for method in PAPER_METHODS),
+                *(f"{own} ({published})" if published else own for own, published in zip(ours, theirs, strict=True)),
+            ]
+        )
+    header = ["peak of a training step, GiB", "of the backbone trained", *PAPER_METHODS.values()]
+    return markdown([*header, "E3VA against full", "of the backbone's memory left"], body)
+
+
+def memory_savings(e3va: int | None, head: int | None, full: int | None) -> tuple[str, str]:
+    """Format what E3VA saves against full fine-tuning, and what it leaves of what the backbone costs."""
+    whole = saving(e3va, full) if e3va and full else ""
+    return whole, f"{100 * (e3va - head) / (full - head):.1f} %" if e3va and head and full else ""
+
+
+def paper_share(row: dict[str, Any] | None) -> str:
+    """Format the share of a backbone that E3VA trains."""
+    return f"{100 * row['backbone_trained'] / row['backbone_parameters']:.2f} %" if row else ""
+
+
+def paper_time() -> str:
+    """Table of `paper.py`: seconds of a whole training step, and what E3VA saves of them."""
+    body = []
+    for found in paper_rows("time", "width", "height"):
+        seconds = {method: row["seconds"] for method, row in found.items()}
+        both = {"e3va", "full"} <= seconds.keys()
+        body.append(
+            [
+                paper_title(next(iter(found.values()))),
+                *(f"{seconds[method]:.2f}" if method in seconds else "" for method in PAPER_METHODS),
+                saving(seconds["e3va"], seconds["full"]) if both else "",
+            ]
+        )
+    return markdown(["seconds of a training step", *PAPER_METHODS.values(), "E3VA against full"], body)
+
+
 TABLES = {
     "demo": demo,
     "memory": memory,
@@ -215,6 +291,8 @@ TABLES = {
     "compare": compare,
     "dense": dense,
     "plan": plan,
+    "paper": paper,
+    "paper-time": paper_time,
 }
 
 

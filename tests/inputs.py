@@ -155,7 +155,7 @@ def segment(root: Path, output: str = "run", **training: Any) -> dict[str, Any]:
     }
 
 
-SMALL_HEADS: dict[str, dict[str, Any]] = {
+_SMALL_HEADS: dict[str, dict[str, Any]] = {
     "retinanet": {"fpn_channels": 16},
     "mask2former": {
         "feature_size": 32,
@@ -182,6 +182,11 @@ _SMALL_RCNN = {
 }
 
 
+def small_head(head: str) -> dict[str, Any]:
+    """The options of a config that make a head small."""
+    return _SMALL_HEADS.get(head, _SMALL_RCNN)
+
+
 def detect(root: Path, head: str = "retinanet", layout: str = "voc", output: str = "run", **training: Any) -> Any:
     """The values of a config that finds shapes with a small head over the tiny Swin; with masks where the head has."""
     if not (root / "model").exists():
@@ -196,7 +201,7 @@ def detect(root: Path, head: str = "retinanet", layout: str = "voc", output: str
         "data": coco if layout == "coco" else {"source": str(root / "shapes/voc"), "labels": ["square", "disc"]},
         "output": str(root / output),
         "image_size": 32,
-        "model_options": SMALL_HEADS.get(head, _SMALL_RCNN),
+        "model_options": small_head(head),
         "training": QUICK | {"per_device_train_batch_size": 2} | training,
     }
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pycocotools.mask
 import pytest
 from faster_coco_eval.core import mask as rle
 from PIL import Image
+from rich.console import Console
 
 from e3va_peft.training.config import UserError, parse_config
 from e3va_peft.training.data import Split, load_splits
 from e3va_peft.training.objects import decode_mask
+from e3va_peft.training.run import verify
 
 WIDTH, HEIGHT = 20, 10
 POLYGON = [2.0, 1.0, 12.0, 1.0, 12.0, 7.0, 2.0, 7.0]
@@ -106,6 +110,15 @@ def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path):
         np.testing.assert_array_equal(decode_mask(found), mask)
 
 
+def test_several_polygons_are_one_mask_as_pycocotools_draws_it(tmp_path):
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        polygons = [(random.random((6, 2)) * [WIDTH, HEIGHT]).round(2).ravel().tolist() for _ in range(3)]
+        (found,) = coco(tmp_path, "instances", changed("annotations", segmentation=polygons))[0][0][1].masks
+        reference = pycocotools.mask.merge(pycocotools.mask.frPyObjects(polygons, HEIGHT, WIDTH))
+        np.testing.assert_array_equal(decode_mask(found), decode_mask(reference))
+
+
 def test_crowds_are_marked_and_boxes_and_areas_come_from_masks_where_there_are_none(tmp_path):
     content = changed("annotations", iscrowd=1, bbox=None, area=None)
     objects = coco(tmp_path, "boxes", content)[0][0][1]
@@ -168,6 +181,11 @@ def test_an_empty_mask_is_dropped_and_counted(tmp_path):
             changed("annotations", segmentation={"size": [HEIGHT, WIDTH], "counts": [7]}),
             ["annotation 1", "broken RLE"],
         ),
+        (
+            changed("annotations", segmentation={"size": [HEIGHT, WIDTH], "counts": "zzz"}),
+            ["annotation 1", "broken RLE"],
+        ),
+        (changed("annotations", segmentation=[[1e9, 2, 3, 4, 5, 6]]), ["annotation 1", "far away"]),
         (changed("annotations", segmentation=7), ["annotation 1", "polygons nor an RLE"]),
         (changed("annotations", area=-3), ["annotation 1", "area"]),
         (changed("images", width=21), ["a.png", "21 x 10", "20 x 10"]),
@@ -194,6 +212,10 @@ def test_a_malformed_entry_is_named_when_the_data_is_checked(content, parts, tmp
         (changed("annotations", category_id=4), ["annotation 1", "category_id 4", "[3, 90]"]),
         (changed("annotations", image_id=4), ["annotation 1", "image 4", "not in images"]),
         (changed("annotations", category_id="dog"), ["annotation 1", "'dog'", "whole number"]),
+        (changed("categories", name=None), ["categories[0]", "name None"]),
+        (changed("images", file_name=None), ["images[0]", "file_name None"]),
+        (changed("images", height="10"), ["'a.png'", "height '10'"]),
+        ({**COCO, "annotations": [7]}, ["annotations[0] is 7"]),
         (changed("images", file_name="c.png"), ["1 of its 2 images", "c.png", "data.images"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
@@ -213,6 +235,45 @@ def test_other_categories_in_the_evaluation_file_are_refused(tmp_path):
         (tmp_path / f"{split}.json").write_text(json.dumps({**COCO, "categories": categories}))
     with pytest.raises(UserError, match=r"val\.json.*dog.*wolf"):
         load("boxes", images=str(tmp_path / "{split}"), annotations=str(tmp_path / "{split}.json"))
+
+
+def test_annotations_may_have_no_ids_and_are_then_named_by_their_place(tmp_path):
+    split, _ = coco(tmp_path, content=changed("annotations", id=None, bbox=[30, 1, 5, 5]))
+    assert any("annotations[0]" in note for note in notes(split))
+
+
+def test_names_of_the_config_replace_those_of_the_file_in_the_order_of_its_ids(tmp_path):
+    split, _ = coco(tmp_path, labels=["Katze", "Hund"])
+    assert split.labels == ("Katze", "Hund") and split[0][1].labels.tolist() == [1]
+    with pytest.raises(UserError, match=r"data\.labels: has 3 names, the dataset 2"):
+        coco(tmp_path, labels=["a", "b", "c"])
+
+
+def test_categories_of_the_evaluation_file_are_matched_by_name_not_by_id(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a.png", "b.png"):
+            picture(tmp_path / split / name)
+    swapped = [{"id": 3, "name": "dog"}, {"id": 90, "name": "cat"}]
+    (tmp_path / "train.json").write_text(json.dumps(COCO))
+    (tmp_path / "val.json").write_text(json.dumps({**COCO, "categories": swapped}))
+    train, evaluation = load("boxes", images=str(tmp_path / "{split}"), annotations=str(tmp_path / "{split}.json"))
+    assert train[0][1].labels.tolist() == [1] and evaluation[0][1].labels.tolist() == [0]
+
+
+def test_dropped_objects_are_warned_of_once_for_a_split(tmp_path):
+    objects = [{**COCO["annotations"][0], "id": i, "bbox": [30, 1, 5, 5]} for i in range(3)]
+    said = StringIO()
+    verify(coco(tmp_path, content={**COCO, "annotations": objects}), Console(file=said, width=999))
+    assert said.getvalue().count("are left out") == 1 and "3 objects" in said.getvalue()
+    assert "annotation 0, ..." in said.getvalue()
+
+
+def test_a_folder_of_images_or_a_pattern_that_matches_nothing_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"no such file for any of the splits \['train'"):
+        load("boxes", images=str(tmp_path), annotations=str(tmp_path / "{split}.json"))
+    (tmp_path / "objects.json").write_text(json.dumps(COCO))
+    with pytest.raises(UserError, match=r"data\.images=.*nowhere.*no such folder"):
+        load("boxes", images=str(tmp_path / "nowhere"), annotations=str(tmp_path / "objects.json"))
 
 
 def test_annotations_that_are_not_there_are_named(tmp_path):
@@ -325,6 +386,31 @@ def test_voc_has_no_masks_and_says_so(tmp_path):
         load("instances", source=str(lists(voc(tmp_path, "a", thing()), train="a")))
 
 
+def test_voc_without_lists_of_images_says_what_to_write(tmp_path):
+    with pytest.raises(UserError, match=r"no ImageSets/Main/\*\.txt.*Write train\.txt"):
+        load("boxes", source=str(voc(tmp_path, "a", thing())))
+    lists(tmp_path, dog_train="a  1\n", cat_train="a -1\n")
+    with pytest.raises(UserError, match=r"no ImageSets/Main"):
+        load("boxes", source=str(tmp_path))
+
+
+def test_voc_names_its_own_classes_and_refuses_others_than_those_trained_on(tmp_path):
+    voc(tmp_path, "a", thing("wbc") + thing("rbc"))
+    voc(tmp_path, "b", thing("platelet"))
+    assert load("boxes", source=str(lists(tmp_path, train="a")))[0].labels == ("rbc", "wbc")
+    with pytest.raises(UserError, match=r"b\.xml, object 1 of 1: has the label 'platelet'.*data\.labels"):
+        load("boxes", source=str(lists(tmp_path, val="b")))
+
+
+def test_of_two_images_of_one_name_none_is_guessed_and_other_files_do_not_matter(tmp_path):
+    lists(voc(tmp_path, "a", thing()), train="a")
+    (tmp_path / "JPEGImages" / "a.txt").write_text("0 0.5 0.5 1 1")
+    assert len(load("boxes", source=str(tmp_path))[0]) == 1
+    picture(tmp_path / "JPEGImages" / "a.png")
+    with pytest.raises(UserError, match=r"a\.png: has the name of a\.jpg"):
+        load("boxes", source=str(tmp_path))
+
+
 def test_training_images_are_not_scored_on(tmp_path):
     with pytest.raises(UserError, match=r"data\.eval_split='val': 1 of its 1 images are trained on"):
         load("boxes", source=str(lists(voc(tmp_path, "a", thing()), trainval="a", val="a")), train_split="trainval")
@@ -369,6 +455,72 @@ def test_boxes_of_another_format_are_refused(tmp_path):
         split.verify()
 
 
+def test_an_image_folder_with_a_metadata_file_is_read(tmp_path):
+    lines = []
+    for i, name in enumerate(("a.png", "b.png")):
+        picture(tmp_path / "photos" / "train" / name)
+        objects = {"bbox": [[2, 1, 10, 6]] * i, "categories": [1] * i, "segmentation": [[POLYGON]] * i}
+        lines.append(json.dumps({"file_name": name, "objects": objects}))
+    (tmp_path / "photos" / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    split, _ = load("instances", source=str(tmp_path / "photos"), labels=["cat", "dog"])
+    assert len(split[0][1]) == 0 and split[1][1].labels.tolist() == [1]
+    assert decode_mask(split[1][1].masks[0]).sum() == 60
+
+
+def test_classes_of_a_dataset_are_matched_by_name(tmp_path):
+    for name, classes in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        box = datasets.List(datasets.Value("float32"))
+        inner = {"bbox": datasets.List(box), "category": datasets.List(datasets.ClassLabel(names=classes))}
+        features = datasets.Features({"image": datasets.Image(), "objects": inner})
+        row = {"image": [str(picture(tmp_path / "a.png"))], "objects": [{"bbox": [[2, 1, 10, 6]], "category": [0]}]}
+        datasets.Dataset.from_dict(row, features=features).save_to_disk(tmp_path / "set" / name)
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    train, evaluation = load("boxes", source=str(tmp_path / "set"))
+    assert train.labels == ("cat", "dog")
+    assert train[0][1].labels.tolist() == [0] and evaluation[0][1].labels.tolist() == [1]
+
+
+def test_flags_areas_and_masks_of_a_table_are_read(tmp_path):
+    mask = rle.merge(rle.frPyObjects([POLYGON], HEIGHT, WIDTH))
+    item = {"bbox": [2, 1, 10, 6], "label": 2, "area": 7.0, "is_crowd": True, "difficult": True, "segmentation": mask}
+    objects = load("instances", source=parquet(tmp_path, [[item]]))[0][0][1]
+    assert objects.crowd.tolist() == objects.difficult.tolist() == [True]
+    assert objects.areas.tolist() == [7] and objects.labels.tolist() == [2]
+    np.testing.assert_array_equal(decode_mask(objects.masks[0]), rle.decode(mask))
+
+
+@pytest.mark.parametrize(
+    ("objects", "data", "parts"),
+    [
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0, 1]}, {}, ["row 1", "lengths {'bbox': 1, 'label': 2}"]),
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [2]}, {"labels": ["a", "b"]}, ["row 1, object 1 of 1", "label 2"]),
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [None]}, {}, ["row 1, object 1 of 1", "label None"]),
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, {"objects_column": "x"}, ["data.objects_column='x'"]),
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, {"objects_column": "image"}, ["'image'", "bboxes"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_table_that_cannot_work_is_refused_with_its_row(objects, data, parts, tmp_path):
+    source = parquet(tmp_path, [{"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, objects])
+    with pytest.raises(UserError) as error:
+        load("boxes", source=source, **data)
+    assert all(part in str(error.value) for part in parts), error.value
+
+
+def test_a_row_without_objects_stays_and_a_class_in_lists_is_refused(tmp_path):
+    split, _ = load("boxes", source=parquet(tmp_path, [{"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, None]))
+    assert len(split) == 2 and len(split[1][1]) == 0
+    with pytest.raises(UserError, match="not one for each object"):
+        load("boxes", source=parquet(tmp_path / "x", [{"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [[0, 1]]}]))
+
+
+def test_the_size_that_a_table_states_is_checked(tmp_path):
+    objects = [{"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}]
+    split, _ = load("boxes", source=parquet(tmp_path, objects, width=[21], height=[10]))
+    with pytest.raises(UserError, match=r"row 0: is 21 x 10 pixels, its image .* 20 x 10"):
+        split[0]
+
+
 def test_masks_are_needed_for_instances(tmp_path):
     source = parquet(tmp_path, [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}])
     with pytest.raises(UserError, match=r"objects.*segmentation"):
@@ -382,6 +534,9 @@ def test_masks_are_needed_for_instances(tmp_path):
         ({"images": "i", "masks": "m"}, ["masks"]),
         ({"source": "s", "box_format": "yolo"}, ["box_format='yolo'", "xywh"]),
         ({"source": "s", "reduce_labels": True}, ["reduce_labels"]),
+        ({"source": "s", "label_column": "c"}, ["label_column='c'", "objects_column"]),
+        ({"images": "i", "annotations": "a", "box_format": "xyxy"}, ["box_format='xyxy'", "COCO"]),
+        ({"images": "i/{split}", "annotations": "a.json"}, ["data.annotations", "{split}"]),
     ],
     ids=str,
 )
@@ -389,3 +544,12 @@ def test_fields_that_cannot_work_together_are_refused(data, parts):
     with pytest.raises(UserError) as error:
         load("boxes", **data)
     assert all(part in str(error.value) for part in parts), error.value
+
+
+@pytest.mark.parametrize(
+    "field", [{"annotations": "a.json"}, {"objects_column": "o"}, {"box_format": "xyxy"}], ids=str
+)
+@pytest.mark.parametrize("task", ["image-classification", "semantic-segmentation"])
+def test_tasks_without_objects_refuse_their_fields(task, field):
+    with pytest.raises(UserError, match=f"{next(iter(field))}=.*{task} has no objects"):
+        parse_config({"task": task, "model": "m", "output": "o", "data": {"source": "s", **field}})

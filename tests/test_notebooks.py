@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.inputs import save_colors, save_discs, save_swin
+from tests.inputs import save_colors, save_discs, save_shapes, save_swin, small_head
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 
@@ -80,6 +80,25 @@ def test_where_the_memory_goes_shows_it(tmp_path):
     notebook = run("03_where_the_memory_goes.ipynb", parameters, tmp_path)
     assert len(pictures_of(notebook)) == 4
     assert "lora-checkpointing" in text_of(notebook) and "ms per step" in text_of(notebook)
+
+
+def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
+    model, shapes = save_swin(tmp_path / "model"), save_shapes(tmp_path / "shapes")
+    discs = save_discs(tmp_path / "discs")
+    options = {name: json.dumps(small_head(name)) for name in ("cascade-mask-rcnn", "retinanet", "mask2former")}
+    notebook = run(
+        "04_dense_prediction.ipynb",
+        f"MODEL, VOC, EPOCHS, BATCH, IMAGE_SIZE = {str(model)!r}, {str(shapes / 'voc')!r}, 2, 2, 32\n"
+        f"COCO_IMAGES, COCO_ANNOTATIONS = '{shapes}/coco/{{split}}', '{shapes}/coco/{{split}}.json'\n"
+        f"IMAGES, MASKS, LABELS = {str(discs / 'images')!r}, {str(discs / 'masks')!r}, ['ground', 'disc']\n"
+        f"CASCADE_OPTIONS = {options['cascade-mask-rcnn']}\nRETINANET_OPTIONS = {options['retinanet']}\n"
+        f"MASK2FORMER_OPTIONS = {options['mask2former']}",
+        tmp_path,
+    )
+    for name in ("cascade", "retinanet", "mask2former"):
+        assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["method"] == "e3va"
+    assert len(pictures_of(notebook)) == 3  # two rows of truth and finds, one of overlays
+    assert "trained parameters for a backbone of" in text_of(notebook) and "mask_ap" in str(notebook.cells)
 
 
 def test_notebooks_are_committed_without_outputs():
