@@ -4,11 +4,11 @@
     python benchmarks/paper.py time SETTING [--rounds 5]  # on a quiet machine, at a reduced size
     python benchmarks/paper.py memory SETTING --tiny --size 200x120  # a smoke test: a Swin-T, and nothing in results/
 
-Models are what `e3va train` builds for the recipes of these systems, with random weights: no byte depends on them, and
-proposals come at random boxes, as many as ever. Images and objects are drawn, the same for all methods. fp32 weights,
-fused AdamW with its moments in place. Memory is that of one forward, which counts what is kept for backward, and one
-whole step, which counts the peak of live tensor bytes. Time is the median over rounds that take one step of every
-method in turn, after one round to warm up; all five models are in memory then, hence the reduced size.
+Models are what `e3va train` builds for the recipes of these systems, with random weights. Bytes do not depend on them,
+but for some kB: they decide which boxes an R-CNN looks at. Images and objects are drawn, the same for all methods.
+fp32 weights, fused AdamW with its moments in place. Memory is that of one forward, which counts what is kept for
+backward, and one whole step, which counts the peak of live tensor bytes. Time is the median over rounds that take one
+step of every method in turn, after one round to warm up; all five models are in memory then, hence the reduced size.
 
 bf16 is mixed precision by the rules of the CPU. Below the meter its products are computed in fp32, see `WideProducts`:
 the same tensors, and so the same bytes, in minutes in place of hours.

@@ -247,3 +247,8 @@ def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_pa
 def test_the_command_says_what_is_wrong_without_a_traceback():
     result = CliRunner().invoke(app, ["plan", "--model", "swin-t", "--memory", "lots"])
     assert result.exit_code == 1 and "error: memory='lots'" in result.output and "Traceback" not in result.output
+
+
+def test_a_detector_is_not_planned_and_the_way_to_measure_it_is_named():
+    with pytest.raises(UserError, match=r"task='object-detection': must be one of .* depends on its images"):
+        model_builder("swin-t", "object-detection", 3)

@@ -74,8 +74,9 @@ def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTra
     Raises:
         UserError: There is no such model, or it is of no use for the task.
     """
-    if task not in TASKS:
-        raise UserError(f"task={task!r}: must be one of {', '.join(TASKS)}.{nearest(task, TASKS)}")
+    if task not in CLASSES:
+        why = " What a detector keeps depends on its images: measure a step (e3va compare)." if task in TASKS else ""
+        raise UserError(f"task={task!r}: must be one of {', '.join(CLASSES)}.{why or nearest(task, CLASSES)}")
     found = model_config(model)
     config = segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
     name_classes(config, [str(i) for i in range(num_labels)])
