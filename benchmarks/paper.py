@@ -13,6 +13,9 @@ step of every method in turn, after one round to warm up; all five models are in
 bf16 is mixed precision by the rules of the CPU. Below the meter its products are computed in fp32, see `WideProducts`:
 the same tensors, and so the same bytes, in minutes in place of hours.
 
+Full fine-tuning fills the gaps of glibc's heap besides: set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 65536
+where memory is short, as `plan.py` does.
+
 Each measurement is written to `results/paper.json` when it is done, with the command that made it; what is there
 already is not measured again without `--again`.
 """

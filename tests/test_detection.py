@@ -52,7 +52,7 @@ from e3va_peft.detection import (
     RetinaNetConfig,
     roi,
 )
-from e3va_peft.detection.pyramid import PyramidAnchors, feature_maps, pyramid_strides
+from e3va_peft.detection.pyramid import PyramidAnchors, feature_maps, map_strides, pyramid_strides
 from e3va_peft.detection.roi import CascadeRoIHeads
 from e3va_peft.training.average_precision import coco_scores
 from e3va_peft.training.objects import Detections, Objects, encode_masks
@@ -207,10 +207,11 @@ class Body(nn.Module):
         super().__init__()
         self.parts = (detector.backbone, detector.pyramid)
         self.out_channels = detector.config.fpn_channels
+        self.strides = map_strides(detector.config)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         backbone, pyramid = self.parts
-        return pyramid({str(i): level for i, level in enumerate(feature_maps(backbone, x))})
+        return pyramid({str(i): level for i, level in enumerate(feature_maps(backbone, x, self.strides))})
 
 
 UNCHANGED = {"min_size": SIZE, "max_size": SIZE, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
@@ -903,3 +904,11 @@ def test_trainer_trains_evaluates_saves_and_resumes(build, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step == 9
     assert_same(resumed.model.state_dict(), whole.model.state_dict(), rtol=1e-6, atol=1e-7)
+
+
+def test_strides_that_do_not_fit_the_feature_maps_are_refused():
+    config = RetinaNetConfig(
+        backbone_config=SwinConfig(**SWIN, out_features=["stage2", "stage3"]), fpn_channels=8, strides=[8, 16]
+    )
+    with pytest.raises(ValueError, match=r"strides=\[8.0, 16.0\]: .* are \[\(16, 16\), \(8, 8\)\]\. Give .*strides"):
+        RetinaNet(config).eval()(torch.randn(1, 3, 64, 64))

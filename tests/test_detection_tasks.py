@@ -73,7 +73,8 @@ def test_image_boxes_and_masks_stay_aligned(augment, root):
         for label, box, mask in zip(labels["class_labels"], corners, labels["masks"].bool(), strict=True):
             rows, columns = torch.where(mask)
             around = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
-            assert box.tolist() == pytest.approx([int(v) for v in around], abs=1e-3)
+            exact = 1e-3 if augment and "crop" in augment else 0.6  # a mask has whole pixels, a box need not
+            assert box.tolist() == pytest.approx([int(v) for v in around], abs=exact)
             inside = example["pixel_values"].mean(0)[mask].median()
             assert (inside > 0.5) == (label == 0), "a bright square, a dark disc"
             seen += 1

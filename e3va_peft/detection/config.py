@@ -17,7 +17,7 @@ class DetectorConfig(PreTrainedConfig):
 
     Attributes:
         backbone_config: Config of any backbone of transformers that yields feature maps, or of a plain ViT or DeiT.
-        strides: Pixels between neighbours of each feature map. None: worked out from the backbone's patch size.
+        strides: Pixels between neighbours of each feature map of the backbone. None: worked out from its patch size.
         fpn_channels: Channels of the feature pyramid.
         anchor_scales: Sides of a level's anchors, as multiples of its stride.
         aspect_ratios: Height to width of the anchors.

@@ -26,9 +26,11 @@ from e3va_peft.detection.pyramid import (
     backbone_channels,
     build_backbone,
     build_pyramid,
+    check_strides,
     feature_maps,
     in_full_precision,
     is_plain,
+    map_strides,
     pyramid_strides,
 )
 from e3va_peft.detection.roi import CascadeRoIHeads, build_proposal_network
@@ -103,8 +105,8 @@ class Detector(PreTrainedModel):
             pixel_values: `(B, 3, H, W)`, normalised, padded on the right and lower sides.
             pixel_mask: `(B, H, W)`, 1 where there is an image; None where nothing is padded.
             labels: For each image, as DETR's image processors give them: `class_labels` (n,), classes 0..K-1; `boxes`
-                (n, 4), centre x, centre y, width, height as shares of H and W; and for a model with masks `masks`
-                (n, H, W). n may be 0.
+                (n, 4), centre x, centre y, width, height as shares of H and W, padding included; and for a model with
+                masks `masks` (n, H, W). n may be 0.
             kwargs: Ignored; what Trainer may add.
 
         Raises:
@@ -119,7 +121,9 @@ class Detector(PreTrainedModel):
         targets = None if labels is None else [self._target(i, label, pixel_values) for i, label in enumerate(labels)]
         if targets is not None and len(targets) != len(pixel_values):
             raise ValueError(f"labels: has {len(targets)} entries for {len(pixel_values)} images. Give one for each.")
-        maps = feature_maps(self.backbone, pixel_values)
+        strides = map_strides(self.config)
+        maps = feature_maps(self.backbone, pixel_values, strides)
+        check_strides(maps, strides, pixel_values.shape[-2:])
         features = self.pyramid({str(i): level for i, level in enumerate(maps)})
         output = DetectionOutput()
         if targets is not None:
@@ -193,6 +197,10 @@ class Detector(PreTrainedModel):
                         weigh(layer.weight)
                         if layer.bias is not None:
                             nn.init.zeros_(layer.bias)
+        if isinstance(
+            module, MaskRCNNPredictor
+        ):  # torchvision's own begin at +-16 with one class; this is detectron2's
+            nn.init.normal_(module.mask_fcn_logits.weight, std=0.001)
         if isinstance(module, RetinaNetHead):
             nn.init.constant_(module.classification_head.cls_logits.bias, -math.log((1 - _PRIOR) / _PRIOR))
 

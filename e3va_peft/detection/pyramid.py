@@ -42,7 +42,9 @@ def backbone_strides(config: Any) -> list[float]:
     Raises:
         ValueError: It has neither stages nor a patch size.
     """
-    patch = getattr(config, "patch_size", None if is_plain(config) else 4)  # 4: the stem of a ResNet
+    patch = getattr(config, "patch_stride", None) or getattr(config, "patch_size", None)
+    if patch is None and not is_plain(config):
+        patch = 4  # the stem of a ResNet
     if patch is None:
         raise ValueError(
             f"backbone_config={type(config).__name__}: has no patch_size, so its strides are unknown. Give "
@@ -51,19 +53,21 @@ def backbone_strides(config: Any) -> list[float]:
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     if is_plain(config):
         return [float(patch)]
-    stages = [list(config.stage_names).index(name) for name in config.out_features]
-    return [float(patch * 2 ** (stage - 1)) for stage in stages]
+    names = [name for name in config.stage_names if name != "stem"]
+    return [float(patch * 2 ** names.index(name)) for name in config.out_features]
 
 
-def feature_maps(backbone: nn.Module, pixel_values: Tensor) -> list[Tensor]:
+def feature_maps(backbone: nn.Module, pixel_values: Tensor, strides: Sequence[float]) -> list[Tensor]:
     """Run a backbone, `(B, 3, H, W)` to one map `(B, C, h, w)` per stage, or to the one map of a plain ViT.
+
+    `strides` are those of the maps.
 
     A plain ViT needs whole patches: the image is padded with zeros on its right and lower sides.
     """
     config: Any = backbone.config
     if not is_plain(config):
         return list(backbone(pixel_values).feature_maps)
-    patch = int(backbone_strides(config)[0])
+    patch = int(strides[0])
     height, width = pixel_values.shape[-2:]
     right, below = -width % patch, -height % patch
     pixels = F.pad(pixel_values, (0, right, 0, below)) if right or below else pixel_values
@@ -140,11 +144,36 @@ def build_pyramid(config: Any, channels: Sequence[int], extra_blocks: ExtraFPNBl
     return FeaturePyramidNetwork(list(channels), config.fpn_channels, extra_blocks=extra_blocks)
 
 
+def map_strides(config: Any) -> list[float]:
+    """Return the strides of a detector's feature maps: its config's, or what its backbone's config tells."""
+    if config.strides is not None:
+        return [float(stride) for stride in config.strides]
+    return backbone_strides(config.backbone_config)
+
+
+def check_strides(maps: Sequence[Tensor], strides: Sequence[float], size: Sequence[int]) -> None:
+    """Check feature maps against the strides that anchors and pooling go by.
+
+    Raises:
+        ValueError: A map is not of the size that its stride gives.
+    """
+    sizes = [tuple(x.shape[-2:]) for x in maps]
+    fits = len(maps) == len(strides) and all(
+        abs(side / stride - found) <= 1
+        for found_size, stride in zip(sizes, strides, strict=False)
+        for side, found in zip(size, found_size, strict=True)
+    )
+    if not fits:
+        raise ValueError(
+            f"strides={list(strides)}: the backbone's feature maps of {tuple(size)} pixels are {sizes}. Give "
+            "the detector's config strides=[...], the pixels between neighbours of each map."
+        )
+
+
 def pyramid_strides(config: Any, extra: int) -> list[float]:
     """Return the stride of each level of a detector's pyramid, coarser levels included."""
-    given = config.strides
-    strides = [float(s) for s in given] if given is not None else backbone_strides(config.backbone_config)
-    if given is None and is_plain(config.backbone_config):
+    strides = map_strides(config)
+    if is_plain(config.backbone_config):
         strides = [strides[0] / scale for scale in _PLAIN_SCALES]
     return strides + [strides[-1] * 2**i for i in range(1, extra + 1)]
 

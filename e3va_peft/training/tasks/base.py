@@ -183,7 +183,7 @@ class PaddingCollate:
             "pixel_values": torch.stack([_padded(example["pixel_values"], full) for example in examples]),
             "pixel_mask": torch.stack([_padded(torch.ones(*size, dtype=torch.long), full) for size in sizes]),
         }
-        for name in set(examples[0]) - {"pixel_values"}:
+        for name in [name for name in examples[0] if name != "pixel_values"]:
             values = [example[name] for example in examples]
             if name == "labels":
                 values = [_moved(value, size, full) for value, size in zip(values, sizes, strict=True)]

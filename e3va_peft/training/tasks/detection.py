@@ -63,7 +63,11 @@ class ObjectDetection(Task):
     label_kind: ClassVar[LabelKind] = "boxes"
     main_metric = "box_ap"
     default_scale = (0.6, 1.0)
-    default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
+    default_training: ClassVar = {
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 1,
+        "eval_accumulation_steps": 50,  # what was found is moved off the GPU
+    }
     with_masks: ClassVar[bool] = False
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
@@ -102,17 +106,20 @@ class ObjectDetection(Task):
         steps: list[v2.Transform] = [v2.ToImage()]
         augment = self.config.augment
         if augment is None:
-            steps.append(v2.RandomShortestSize(shortest, longest))
+            steps.append(_ShortestSize(shortest, longest))
         else:
             low, high = (round(factor * shortest) for factor in self.scale())
-            steps.append(v2.RandomShortestSize(list(range(low, high + 1)), round(longest * high / shortest)))
+            steps.append(_ShortestSize(list(range(low, high + 1)), round(longest * high / shortest)))
             if augment.crop is not None:
                 fill = {tv_tensors.Image: grey(processor), tv_tensors.Mask: 0, "others": 0}
                 steps.append(v2.RandomCrop(augment.crop, pad_if_needed=True, fill=fill))
             steps += [*self.flips(), *self.colors()]
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_classes)]
         transform = v2.Compose([*steps, *normalized(processor)[1:]])
-        return _TrainingView(transform, _universal_labels if mask2former.owns(processor) else _detector_labels)
+        cropped = augment is not None and augment.crop is not None
+        return _TrainingView(
+            transform, cropped, _universal_labels if mask2former.owns(processor) else _detector_labels
+        )
 
     def evaluation_view(self, processor: Any) -> View:
         """Return what the image processor does, and the objects at the image's own size."""
@@ -127,6 +134,8 @@ class ObjectDetection(Task):
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
         """Return detections and objects at the images' own sizes, packed."""
         truth: list[Objects] = inputs["truth"]
+        if mask2former.owns(processor):
+            mask2former.refuse_padding(inputs)
         found = detections(outputs, processor, [objects.size for objects in truth])
         device = inputs["pixel_values"].device
         return pack(found).to(device), pack(truth).to(device)
@@ -203,7 +212,7 @@ def detections(
     """
     if hasattr(outputs, "masks_queries_logits"):
         results = processor.post_process_instance_segmentation(
-            outputs, threshold=threshold, target_sizes=list(sizes), return_binary_maps=True
+            mask2former.on_cpu(outputs), threshold=threshold, target_sizes=list(sizes), return_binary_maps=True
         )
         return [_of_segments(result) for result in results]
     masks = outputs.pred_masks is not None
@@ -213,8 +222,8 @@ def detections(
 
 def _of_boxes(found: Mapping[str, Tensor]) -> Detections:
     return Detections(
-        boxes=found["boxes"].double().cpu().numpy(),
-        scores=found["scores"].double().cpu().numpy(),
+        boxes=found["boxes"].cpu().double().numpy(),
+        scores=found["scores"].cpu().double().numpy(),
         labels=found["labels"].cpu().numpy(),
         masks=encode_masks(found["masks"].cpu()) if "masks" in found else None,
     )
@@ -262,11 +271,21 @@ def _mask_stack(objects: Objects, keep: np.ndarray) -> Tensor | None:
     return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *objects.size))).to(torch.uint8)
 
 
+class _ShortestSize(v2.RandomShortestSize):
+    """torchvision's, with masks resized to where their image is: its own nearest pixel is half a pixel off."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        if isinstance(inpt, tv_tensors.Mask):
+            return v2.functional.resize(inpt, params["size"], InterpolationMode.NEAREST_EXACT)
+        return super().transform(inpt, params)
+
+
 class _TrainingView:
     """Transforms image, boxes and masks together, without crowds and difficult objects."""
 
-    def __init__(self, transform: v2.Transform, labels: Callable[..., dict[str, Any]]) -> None:
+    def __init__(self, transform: v2.Transform, cropped: bool, labels: Callable[..., dict[str, Any]]) -> None:
         self.transform = transform
+        self.cropped = cropped
         self.labels = labels
 
     def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
@@ -284,7 +303,7 @@ class _TrainingView:
         pixels = out["image"].as_subclass(Tensor)
         boxes, classes = out["boxes"].as_subclass(Tensor), out["labels"]
         masks = out["masks"].as_subclass(Tensor) if "masks" in out else None
-        if masks is not None:  # a crop may leave a box and no pixel of its object, or a smaller object
+        if masks is not None and self.cropped:  # a crop may leave a box and no pixel of its object, or less of it
             there = masks.flatten(1).bool().any(1)
             masks, classes = masks[there], classes[there]
             boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -69,6 +70,26 @@ def owns(processor: Any) -> bool:
 def processor(options: Mapping[str, Any]) -> Mask2FormerImageProcessor:
     """Build the image processor."""
     return make_processor(Mask2FormerImageProcessor, options)
+
+
+def refuse_padding(inputs: Mapping[str, Any]) -> None:
+    """Refuse a batch with padding: Mask2Former's image processor would stretch it over the image.
+
+    Raises:
+        UserError: The images of a batch differ in size.
+    """
+    mask = inputs["pixel_mask"]
+    if not bool(mask.all()):
+        raise UserError(
+            f"training.per_device_eval_batch_size={len(mask)}: the images of a batch differ in size, and "
+            "Mask2Former's masks cannot be scored with padding. Set it to 1."
+        )
+
+
+def on_cpu(outputs: Any) -> Any:
+    """Return outputs whose queries are on the CPU, where the image processor makes its maps."""
+    names = ("class_queries_logits", "masks_queries_logits")
+    return SimpleNamespace(**{name: getattr(outputs, name).float().cpu() for name in names})
 
 
 def map_labels(label_map: Tensor, ignore_index: int) -> dict[str, Tensor]:

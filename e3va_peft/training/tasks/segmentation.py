@@ -131,6 +131,8 @@ class SemanticSegmentation(Task):
 
         Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
         """
+        if mask2former.owns(processor):
+            mask2former.refuse_padding(inputs)
         sizes = [tuple(truth.shape) for truth in inputs["truth"]]
         universal = hasattr(outputs, "class_queries_logits")
         num_labels = outputs.class_queries_logits.shape[-1] - 1 if universal else outputs.logits.shape[1]
