@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 MIB, GIB = 2**20, 2**30
 
 # Training memory in MB as published for E3VA, the frozen backbone and full fine-tuning (V-PETL Bench's table).
@@ -27,7 +28,7 @@ PAPER_METHODS = {
 
 def rows(name: str) -> list[dict[str, Any]]:
     """Read the rows of a recorded benchmark."""
-    path = ROOT / "benchmarks" / "results" / f"{name}.json"
+    path = RESULTS / f"{name}.json"
     if not path.is_file():
         sys.exit(f"{path.name} is missing: record it with benchmarks/{name}.py (see its docstring)")
     return json.loads(path.read_text())["rows"]
@@ -122,9 +123,8 @@ def quantized() -> str:
     return markdown(header, body)
 
 
-def training() -> str:
-    """Table of `training.py`: both settings, one row per method."""
-    titles = {"nuclei": "nuclei, mean IoU", "cifar10": "CIFAR-10, accuracy"}
+def scored(titles: dict[str, str]) -> str:
+    """Table of methods on real data: a block for each recorded file, by its title."""
     body = []
     for name, title in titles.items():
         for row in rows(name):
@@ -141,6 +141,12 @@ def training() -> str:
             )
             title = ""
     return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
+
+
+def training() -> str:
+    """Table of `training.py`: both settings, one row per method."""
+    titles = {"nuclei": "nuclei, mean IoU", "cifar10": "CIFAR-10, accuracy"}
+    return scored(titles)
 
 
 def compare() -> str:
@@ -171,24 +177,8 @@ def dense() -> str:
         "dense-blood-cells-retinanet": "blood cells, RetinaNet, box AP",
         "dense-blood-cells-cascade": "blood cells, Cascade R-CNN, box AP",
     }
-    body = []
-    for name, title in titles.items():
-        if not (ROOT / "benchmarks" / "results" / f"{name}.json").is_file():
-            continue
-        for row in rows(name):
-            spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
-            body.append(
-                [
-                    title,
-                    row["method"],
-                    f"{row['mean']:.3f}{spread}",
-                    f"{row['trained_parameters'] / 1e6:.2f} M",
-                    f"{row['saved_bytes'] / MIB:.0f} MiB",
-                    f"{row['step_seconds']:.2f}",
-                ]
-            )
-            title = ""
-    return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
+    recorded = {name: title for name, title in titles.items() if (RESULTS / f"{name}.json").is_file()}
+    return scored(recorded)
 
 
 def plan() -> str:

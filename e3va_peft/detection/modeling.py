@@ -76,6 +76,7 @@ class Detector(PreTrainedModel):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
+        self.strides = map_strides(config)
         self.backbone = build_backbone(config.backbone_config)
         self._build_heads(config, backbone_channels(self.backbone))
         self.post_init()
@@ -121,9 +122,8 @@ class Detector(PreTrainedModel):
         targets = None if labels is None else [self._target(i, label, pixel_values) for i, label in enumerate(labels)]
         if targets is not None and len(targets) != len(pixel_values):
             raise ValueError(f"labels: has {len(targets)} entries for {len(pixel_values)} images. Give one for each.")
-        strides = map_strides(self.config)
-        maps = feature_maps(self.backbone, pixel_values, strides)
-        check_strides(maps, strides, pixel_values.shape[-2:])
+        maps = feature_maps(self.backbone, pixel_values, self.strides)
+        check_strides(maps, self.strides, pixel_values.shape[-2:])
         features = self.pyramid({str(i): level for i, level in enumerate(maps)})
         output = DetectionOutput()
         if targets is not None:

@@ -53,8 +53,13 @@ def backbone_strides(config: Any) -> list[float]:
     patch = patch[0] if isinstance(patch, list | tuple) else patch
     if is_plain(config):
         return [float(patch)]
-    names = [name for name in config.stage_names if name != "stem"]
+    names = stage_names(config)
     return [float(patch * 2 ** names.index(name)) for name in config.out_features]
+
+
+def stage_names(config: Any) -> list[str]:
+    """Return the names of a backbone's stages, without the stem that most have in front of them."""
+    return [name for name in config.stage_names if name != "stem"]
 
 
 def feature_maps(backbone: nn.Module, pixel_values: Tensor, strides: Sequence[float]) -> list[Tensor]:

@@ -19,8 +19,7 @@ from transformers.utils import logging
 
 from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
 
-KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
-"""Options of a model's image processor that another processor for it takes over."""
+_KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
@@ -243,6 +242,11 @@ def find_processor(model: str) -> Any:
                 f"{file}: cannot be read ({error}). Mend it, or remove it for ImageNet's values."
             ) from None
         return None
+
+
+def kept_options(found: Any) -> dict[str, Any]:
+    """Return the options of a model's image processor that another one for it takes over; none where it has none."""
+    return {} if found is None else {name: getattr(found, name) for name in _KEPT}
 
 
 def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:

@@ -26,19 +26,19 @@ from e3va_peft.detection import (
     RetinaNet,
     RetinaNetConfig,
 )
-from e3va_peft.detection.pyramid import is_plain
+from e3va_peft.detection.pyramid import is_plain, stage_names
 from e3va_peft.training.average_precision import coco_scores, voc_scores
 from e3va_peft.training.config import HEADS, LabelKind, UserError
 from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.packing import pack, unpack
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
-    KEPT,
     PaddingCollate,
     Task,
     View,
     find_processor,
     grey,
+    kept_options,
     load_backbone,
     load_weights,
     make_processor,
@@ -68,7 +68,6 @@ class ObjectDetection(Task):
         "per_device_eval_batch_size": 1,
         "eval_accumulation_steps": 50,  # what was found is moved off the GPU
     }
-    with_masks: ClassVar[bool] = False
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a detector, or put a new one onto a backbone."""
@@ -85,7 +84,7 @@ class ObjectDetection(Task):
     def build_processor(self) -> Any:
         """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
         found = find_processor(self.config.model)
-        options: dict[str, Any] = {} if found is None else {name: getattr(found, name) for name in KEPT}
+        options = kept_options(found)
         edges = getattr(found, "size", None) or {}
         size = self.config.image_size
         if size is None and edges.get("longest_edge"):
@@ -117,13 +116,11 @@ class ObjectDetection(Task):
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_classes)]
         transform = v2.Compose([*steps, *normalized(processor)[1:]])
         cropped = augment is not None and augment.crop is not None
-        return _TrainingView(
-            transform, cropped, _universal_labels if mask2former.owns(processor) else _detector_labels
-        )
+        return _TrainingView(transform, cropped, _labels_for(processor))
 
     def evaluation_view(self, processor: Any) -> View:
         """Return what the image processor does, and the objects at the image's own size."""
-        return _EvaluationView(processor, _universal_labels if mask2former.owns(processor) else _detector_labels)
+        return _EvaluationView(processor, _labels_for(processor))
 
     def collator(
         self, model: PreTrainedModel, processor: Any
@@ -144,8 +141,9 @@ class ObjectDetection(Task):
         """Return COCO's AP of boxes, and Pascal VOC's."""
         found: Any = unpack(predictions)
         truth: Any = unpack(references)
-        scores = coco_scores(found, truth, num_labels, masks=self.with_masks)
-        return scores if self.with_masks else scores | voc_scores(found, truth, num_labels)
+        if self.label_kind == "instances":
+            return coco_scores(found, truth, num_labels, masks=True)
+        return coco_scores(found, truth, num_labels) | voc_scores(found, truth, num_labels)
 
 
 class InstanceSegmentation(ObjectDetection):
@@ -153,7 +151,6 @@ class InstanceSegmentation(ObjectDetection):
 
     label_kind: ClassVar[LabelKind] = "instances"
     main_metric = "mask_ap"
-    with_masks = True
 
 
 def detector_config(found: Any, model: str, task: str, head: str | None = None) -> Any:
@@ -183,7 +180,7 @@ def detector_config(found: Any, model: str, task: str, head: str | None = None) 
         )
     head = head or HEADS[task][0]
     if found.model_type not in _PLAIN:
-        names = found.stage_names[1:]
+        names = stage_names(found)
         found.out_features = names[-1:] if is_plain(found) else names[1:] if head == "retinanet" else names
     if head == "mask2former":
         return mask2former.new_config(found, model)
@@ -210,7 +207,7 @@ def detections(
         sizes: Height and width of each image.
         threshold: Only detections that score more.
     """
-    if hasattr(outputs, "masks_queries_logits"):
+    if mask2former.owns(processor):
         results = processor.post_process_instance_segmentation(
             mask2former.on_cpu(outputs), threshold=threshold, target_sizes=list(sizes), return_binary_maps=True
         )
@@ -264,11 +261,19 @@ def _universal_labels(boxes: Tensor, classes: Tensor, masks: Tensor | None, size
     return {"mask_labels": masks.float(), "class_labels": classes}
 
 
-def _mask_stack(objects: Objects, keep: np.ndarray) -> Tensor | None:
+def _labels_for(processor: Any) -> Callable[..., dict[str, Any]]:
+    return _universal_labels if mask2former.owns(processor) else _detector_labels
+
+
+def _trained_on(objects: Objects) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return boxes, classes and masks of what is trained on: no crowds, no difficult objects."""
+    keep = ~(objects.crowd | objects.difficult)
+    boxes, classes = torch.from_numpy(objects.boxes[keep]).float(), torch.from_numpy(objects.labels[keep])
     if objects.masks is None:
-        return None
+        return boxes, classes, None
     masks = [decode_mask(mask) for mask, kept in zip(objects.masks, keep, strict=True) if kept]
-    return torch.from_numpy(np.stack(masks) if masks else np.zeros((0, *objects.size))).to(torch.uint8)
+    stack = np.stack(masks) if masks else np.zeros((0, *objects.size))
+    return boxes, classes, torch.from_numpy(stack).to(torch.uint8)
 
 
 class _ShortestSize(v2.RandomShortestSize):
@@ -289,14 +294,12 @@ class _TrainingView:
         self.labels = labels
 
     def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
-        keep = ~(objects.crowd | objects.difficult)
-        boxes = torch.from_numpy(objects.boxes[keep]).float()
+        boxes, classes, masks = _trained_on(objects)
         sample: dict[str, Any] = {
             "image": image,
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=objects.size),
-            "labels": torch.from_numpy(objects.labels[keep]),
+            "labels": classes,
         }
-        masks = _mask_stack(objects, keep)
         if masks is not None:
             sample["masks"] = tv_tensors.Mask(masks)
         out = self.transform(sample)
@@ -319,12 +322,10 @@ class _EvaluationView:
 
     def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
         pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        keep = ~(objects.crowd | objects.difficult)
+        boxes, classes, masks = _trained_on(objects)
         size = tuple(pixels.shape[-2:])
         scale = torch.tensor([size[1] / objects.size[1], size[0] / objects.size[0]] * 2)
-        masks = _mask_stack(objects, keep)
         if masks is not None:
             masks = v2.functional.resize(masks, list(size), InterpolationMode.NEAREST_EXACT)
-        boxes = torch.from_numpy(objects.boxes[keep]).float() * scale
-        labels = self.labels(boxes, torch.from_numpy(objects.labels[keep]), masks, size)
+        labels = self.labels(boxes * scale, classes, masks, size)
         return {"pixel_values": pixels, **labels, "truth": objects}

@@ -30,12 +30,12 @@ from e3va_peft.training.config import UserError
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
-    KEPT,
     PaddingCollate,
     Task,
     View,
     find_processor,
     grey,
+    kept_options,
     load_backbone,
     load_weights,
     make_processor,
@@ -91,9 +91,7 @@ class SemanticSegmentation(Task):
     def build_processor(self) -> Any:
         """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
         found = find_processor(self.config.model)
-        options: dict[str, Any] = {}
-        if found is not None:
-            options = {key: getattr(found, key) for key in KEPT}
+        options = kept_options(found)
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
         if mask2former.is_meant(self.config):
@@ -131,11 +129,12 @@ class SemanticSegmentation(Task):
 
         Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
         """
+        sizes = [tuple(truth.shape) for truth in inputs["truth"]]
         if mask2former.owns(processor):
             mask2former.refuse_padding(inputs)
-        sizes = [tuple(truth.shape) for truth in inputs["truth"]]
-        universal = hasattr(outputs, "class_queries_logits")
-        num_labels = outputs.class_queries_logits.shape[-1] - 1 if universal else outputs.logits.shape[1]
+            num_labels = outputs.class_queries_logits.shape[-1] - 1
+        else:
+            num_labels = outputs.logits.shape[1]
         counts = torch.stack(
             [
                 confusion_matrix(found, truth.to(found.device), num_labels, self.config.data.ignore_index)
@@ -151,7 +150,7 @@ class SemanticSegmentation(Task):
 
 def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Turn a segmenter's outputs into a class for each pixel, `(H, W)` for each image, at the images' own sizes."""
-    if hasattr(outputs, "class_queries_logits"):
+    if mask2former.owns(processor):
         return processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
     return [
         F.interpolate(scores[None].float(), size, mode="bilinear").argmax(1)[0]
