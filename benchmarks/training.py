@@ -1,8 +1,13 @@
-"""Train e3va, head-only, lora and full side by side on real data with `e3va train`, and record what came out.
+"""Train methods side by side on real data with `e3va train`, and record what came out.
 
 python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS  # parquet with image and label; a ViT
 python benchmarks/training.py nuclei  --data DATA --model MODEL --runs RUNS  # dsb2018/{images,semantic}; a Swin
+python benchmarks/training.py nuclei-cascade --data DATA --model MODEL --runs RUNS      # dsb2018/{images,annotations}
+python benchmarks/training.py nuclei-mask2former --data TILES --model MODEL --runs RUNS  # dsb2018 by tiles.py, 64 px
+python benchmarks/training.py blood-cells-retinanet --data DATA --model MODEL --runs RUNS  # bccd, Pascal VOC layout
+python benchmarks/training.py blood-cells-cascade --data DATA --model MODEL --runs RUNS
 python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS --measure  # on a quiet machine
+python benchmarks/training.py nuclei --data DATA --model MODEL --runs RUNS --methods lora,full --seeds 1  # some of it
 
 Each method gets the same head, data order and epochs, and the best of its own learning rates, judged on a part of the
 *training* images that is set aside; the evaluation images are seen once per seed, at the end. Without `--measure` it
@@ -15,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ import torch
 from record import save
 from transformers.utils import logging
 
+from e3va_peft.measure.baselines import adapt
 from e3va_peft.measure.compare import Comparison, measure_steps
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.data import load_splits
@@ -30,13 +36,19 @@ from e3va_peft.training.run import finished, train
 from e3va_peft.training.tasks import task_of
 
 ROUNDS = 7
+DENSE = ("e3va", "head-only", "partial-1", "lora", "full")
+_NUCLEI = ("data.images=DATA/images/{split}", "data.annotations=DATA/annotations/instances_{split}.json")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A comparison: the recipe it takes, the fields it changes, and each method's learning rates."""
+    """A comparison: the recipe it takes, the fields it changes, and each method's learning rates.
+
+    In `data`, DATA is the folder of the data. A method with one rate is not searched.
+    """
 
     recipe: str
+    data: tuple[str, ...]
     metric: str
     seeds: tuple[int, ...]
     overrides: tuple[str, ...]
@@ -47,6 +59,7 @@ class Setting:
 SETTINGS = {
     "cifar10": Setting(
         recipe="cifar10-focus-vit",
+        data=("data.source=DATA",),
         metric="accuracy",
         seeds=(0,),
         overrides=("training.num_train_epochs=2",),
@@ -60,6 +73,7 @@ SETTINGS = {
     ),
     "nuclei": Setting(
         recipe="nuclei-upernet-swin",
+        data=("data.images=DATA/images", "data.masks=DATA/semantic"),
         metric="mean_iou",
         seeds=(0, 1, 2),
         overrides=("training.num_train_epochs=6",),
@@ -71,6 +85,48 @@ SETTINGS = {
             "full": (3e-4, 1e-3, 2e-3, 4e-3),
         },
     ),
+    "nuclei-cascade": Setting(
+        recipe="nuclei-cascade-mask-rcnn-swin",
+        data=_NUCLEI,
+        metric="mask_ap",
+        seeds=(0,),
+        overrides=("training.num_train_epochs=3",),
+        search=(),
+        grid=dict.fromkeys(DENSE, (1e-3,)),
+    ),
+    "nuclei-mask2former": Setting(
+        recipe="nuclei-mask2former-swin",
+        data=_NUCLEI,
+        metric="mask_ap",
+        seeds=(0,),
+        overrides=("data.eval_samples=400",),
+        search=(),
+        grid=dict.fromkeys(DENSE, (5e-4,)),
+    ),
+    "blood-cells-retinanet": Setting(
+        recipe="blood-cells-retinanet-swin",
+        data=("data.source=DATA",),
+        metric="box_ap",
+        seeds=(0, 1, 2),
+        overrides=("training.num_train_epochs=3",),
+        search=("data.train_split=train", "data.eval_split=val"),
+        grid={
+            "e3va": (1e-3, 2e-3, 4e-3),
+            "head-only": (1e-3, 2e-3, 4e-3),
+            "partial-1": (1e-3, 2e-3, 4e-3),
+            "lora": (5e-4, 1e-3, 2e-3),
+            "full": (2e-4, 5e-4, 1e-3),
+        },
+    ),
+    "blood-cells-cascade": Setting(
+        recipe="blood-cells-cascade-swin",
+        data=("data.source=DATA",),
+        metric="box_ap",
+        seeds=(0,),
+        overrides=("training.num_train_epochs=3",),
+        search=(),
+        grid=dict.fromkeys(DENSE, (1e-3,)),
+    ),
 }
 
 
@@ -78,23 +134,12 @@ def configure(args: argparse.Namespace, method: str, rate: float, seed: int, sea
     """Return the config of one run."""
     setting = SETTINGS[args.setting]
     name = f"{method}-{rate:g}-{'search' if search else seed}"
-    data = (
-        [f"data.images={args.data}/images", f"data.masks={args.data}/semantic"]
-        if args.setting == "nuclei"
-        else [f"data.source={args.data}"]
-    )
+    data = [override.replace("DATA", args.data) for override in setting.data]
     common = overrides(f"{args.runs}/{args.setting}/{name}", args.model, rate, seed)
-    return read_config(
-        setting.recipe,
-        [
-            *data,
-            *common,
-            f"method={method}",
-            f"data.verify={str(not search).lower()}",
-            *setting.overrides,
-            *(setting.search if search else ()),
-        ],
-    )
+    verified = f"data.verify={str(not search).lower()}"
+    changed = (*setting.overrides, *(setting.search if search else ()))
+    config = read_config(setting.recipe, [*data, *common, verified, *changed])
+    return replace(config, method={"name": method})  # which may be one that `e3va train` does not have
 
 
 def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
@@ -114,12 +159,14 @@ def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
 
 def result(config: RunConfig) -> dict[str, Any]:
     """Train, or read what an earlier call trained."""
-    return finished(config) or train(config)
+    return finished(config) or train(config, adapt=adapt)
 
 
 def best_rate(args: argparse.Namespace, method: str) -> tuple[float, dict[str, float]]:
     """Search a method's learning rate on a part of the training images that is set aside."""
     setting = SETTINGS[args.setting]
+    if len(setting.grid[method]) == 1:
+        return setting.grid[method][0], {}
     found = {}
     for rate in setting.grid[method]:
         found[rate] = result(configure(args, method, rate, 0, search=True))["metrics"][setting.metric]
@@ -130,14 +177,16 @@ def best_rate(args: argparse.Namespace, method: str) -> tuple[float, dict[str, f
 def train_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train every method, and return a row for each."""
     setting = SETTINGS[args.setting]
-    rates = {method: best_rate(args, method) for method in setting.grid}
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in setting.grid}
-    for seed in setting.seeds:
+    rates = {method: best_rate(args, method) for method in args.methods or setting.grid}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in rates}
+    for seed in setting.seeds if args.seeds is None else args.seeds:
         for method, (rate, _) in rates.items():
             runs[method].append(result(configure(args, method, rate, seed, search=False)))
             print(f"{method}, seed {seed}: {runs[method][-1]['metrics']}", flush=True)
     rows = []
     for method, done in runs.items():
+        if not done:
+            continue
         scores = [run["metrics"][setting.metric] for run in done]
         rows.append(
             {
@@ -185,7 +234,11 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--runs", required=True)
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--methods", type=lambda text: text.split(","), help="train only these")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",") if seed], help="and these")
     args = parser.parse_args()
+    if args.measure and (args.methods or args.seeds is not None):
+        parser.error("--measure records all methods and seeds: leave out --methods and --seeds")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)

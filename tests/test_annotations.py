@@ -158,8 +158,12 @@ def test_a_box_without_area_in_its_image_is_dropped_and_counted(box, tmp_path):
     assert any("1 objects" in note and "annotation 1" in note for note in notes(split))
 
 
-def test_an_empty_mask_is_dropped_and_counted(tmp_path):
-    empty = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
+@pytest.mark.parametrize(
+    "empty",
+    [{"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}, [[1, 2, 3, 4]], [[], [1, 2], [1, 2, 3, 4]]],
+    ids=["RLE", "line", "nothing, point and line"],
+)
+def test_an_empty_mask_is_dropped_and_counted(empty, tmp_path):
     split, _ = coco(tmp_path, "instances", changed("annotations", segmentation=empty))
     assert len(split[0][1]) == 0 and any("annotation 1" in note for note in notes(split))
 
@@ -170,7 +174,6 @@ def test_an_empty_mask_is_dropped_and_counted(tmp_path):
         (changed("annotations", bbox=[9, 1, -4, 6]), ["annotation 1", "negative width"]),
         (changed("annotations", bbox=[9, 1, 4]), ["annotation 1", "four numbers"]),
         (changed("annotations", bbox=[9, 1, 4, float("nan")]), ["annotation 1", "four numbers"]),
-        (changed("annotations", segmentation=[[1, 2, 3, 4]]), ["annotation 1", "polygon of 4", "three points"]),
         (changed("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), ["annotation 1", "polygon of 7"]),
         (changed("annotations", segmentation=None), ["annotation 1", "no segmentation"]),
         (
@@ -258,6 +261,15 @@ def test_categories_of_the_evaluation_file_are_matched_by_name_not_by_id(tmp_pat
     (tmp_path / "val.json").write_text(json.dumps({**COCO, "categories": swapped}))
     train, evaluation = load("boxes", images=str(tmp_path / "{split}"), annotations=str(tmp_path / "{split}.json"))
     assert train[0][1].labels.tolist() == [1] and evaluation[0][1].labels.tolist() == [0]
+
+
+def test_a_line_beside_a_polygon_adds_nothing(tmp_path):
+    polygon = [2, 1, 6, 1, 6, 7, 2, 7]
+    masks = [
+        coco(tmp_path / name, "instances", changed("annotations", segmentation=polygons))[0][0][1].masks[0]
+        for name, polygons in {"alone": [polygon], "beside": [[1, 2, 3, 4], polygon]}.items()
+    ]
+    assert masks[0] == masks[1]
 
 
 def test_dropped_objects_are_warned_of_once_for_a_split(tmp_path):

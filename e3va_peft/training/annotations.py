@@ -16,7 +16,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 
 from e3va_peft.training.config import DataConfig, LabelKind, UserError, read_text, reason
-from e3va_peft.training.objects import RLE, Objects
+from e3va_peft.training.objects import RLE, Objects, encode_masks
 from e3va_peft.training.sources import (
     EVAL,
     IMAGE_SUFFIXES,
@@ -193,14 +193,17 @@ def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
     if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
         raise UserError(f"{where}: has a segmentation that is neither a list of polygons nor an RLE. Convert it.")
     for polygon in value:
-        if not _numbers(polygon) or len(polygon) < 6 or len(polygon) % 2:
+        if not _numbers(polygon) or len(polygon) % 2:
             raise UserError(
-                f"{where}: has a polygon of {len(polygon)} numbers; it takes x and y of three points or more. Correct "
-                "or remove it."
+                f"{where}: has a polygon of {len(polygon)} values; it takes the numbers x and y of each point. "
+                "Correct or remove it."
             )
-        if max(map(abs, polygon)) > _FAR * max(size):
+        if max(map(abs, polygon), default=0) > _FAR * max(size):
             raise UserError(f"{where}: has a polygon that leads far away from its image. Correct or remove it.")
-    merged: RLE = rle.merge(rle.frPyObjects(value, *size))
+    areas = [polygon for polygon in value if len(polygon) >= 6]  # one or two points cover nothing
+    if not areas:
+        return encode_masks(np.zeros((1, *size), dtype=bool))[0]
+    merged: RLE = rle.merge(rle.frPyObjects(areas, *size))
     return merged
 
 

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
 )
 
+from e3va_peft.detection.pyramid import stage_names
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.config import UserError
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
@@ -178,7 +179,7 @@ def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
             f"model={model!r}: is a {found.model_type}, which is neither a segmenter nor a backbone with feature "
             "maps. Use Swin, DINOv2 or a UperNet, e.g. microsoft/swin-base-patch4-window7-224."
         )
-    names = found.stage_names[1:]
+    names = stage_names(found)
     found.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
     return mask2former.new_config(found, model) if head == "mask2former" else UperNetConfig(backbone_config=found)
 
