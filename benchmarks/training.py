@@ -112,10 +112,10 @@ SETTINGS = {
         search=("data.train_split=train", "data.eval_split=val"),
         grid={
             "e3va": (1e-3, 2e-3, 4e-3),
-            "head-only": (1e-3, 2e-3, 4e-3),
-            "partial-1": (1e-3, 2e-3, 4e-3),
+            "head-only": (2e-3,),
+            "partial-1": (2e-3,),
             "lora": (5e-4, 1e-3, 2e-3),
-            "full": (2e-4, 5e-4, 1e-3),
+            "full": (3e-4, 1e-3),
         },
     ),
     "blood-cells-cascade": Setting(
