@@ -22,10 +22,29 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def run(name: str, parameters: str, folder: Path) -> nbformat.NotebookNode:
-    notebook = nbformat.read(NOTEBOOKS / name, as_version=4)
+# Processes, each of which imports everything, take longer than all they do.
+IN_PROCESS = """
+from e3va_peft.cli import app
+def e3va(*arguments):
+    assert not app([*map(str, arguments)], standalone_mode=False)
+"""
+
+
+def read(name: str) -> nbformat.NotebookNode:
+    return nbformat.read(NOTEBOOKS / name, as_version=4)
+
+
+def command_cell(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    (cell,) = [c for c in notebook.cells if "def e3va(" in c.source]
+    return cell
+
+
+def run(name: str, parameters: str, folder: Path, in_process: bool = False) -> nbformat.NotebookNode:
+    notebook = read(name)
     (cell,) = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", ())]
     cell.source += "\n" + parameters
+    if in_process:
+        command_cell(notebook).source += "\n" + IN_PROCESS
     resources = {"metadata": {"path": str(folder)}}
     return NotebookClient(notebook, timeout=180, kernel_name="python3", resources=resources).execute()
 
@@ -94,11 +113,18 @@ def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
         f"CASCADE_OPTIONS = {options['cascade-mask-rcnn']}\nRETINANET_OPTIONS = {options['retinanet']}\n"
         f"MASK2FORMER_OPTIONS = {options['mask2former']}",
         tmp_path,
+        in_process=True,
     )
     for name in ("cascade", "retinanet", "mask2former"):
         assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["method"] == "e3va"
     assert len(pictures_of(notebook)) == 3  # two rows of truth and finds, one of overlays
     assert "trained parameters for a backbone of" in text_of(notebook) and "mask_ap" in str(notebook.cells)
+
+
+def test_commands_are_run_in_one_way():
+    cells = [command_cell(read(name)) for name in ("02_train_your_own.ipynb", "04_dense_prediction.ipynb")]
+    first, second = (cell.source.split("\n\n\n")[0] for cell in cells)
+    assert first == second and first.startswith("def e3va(")
 
 
 def test_notebooks_are_committed_without_outputs():
