@@ -172,6 +172,18 @@ def test_drawings_mark_masks_and_boxes_and_leave_an_empty_image_alone():
     assert not np.asarray(draw_objects(image, nothing, ["thing"])).any()
 
 
+@pytest.mark.parametrize("scores", [[0.3, 0.9], [0.9, 0.3]])
+def test_where_masks_overlap_the_better_one_is_seen(scores):
+    masks = np.zeros((2, 20, 30), dtype=bool)
+    masks[0, 5:15, 5:20], masks[1, 5:15, 10:25] = True, True
+    boxes, labels = np.array([[0.0, 0, 30, 20], [0, 0, 30, 20]]), np.array([0, 1])
+    found = Detections(boxes, np.array(scores), labels, encode_masks(masks))
+    drawn = np.asarray(draw_objects(Image.new("RGB", (30, 20)), found, ["one", "other"]))
+    first, shared, second = (tuple(drawn[12, x].tolist()) for x in (7, 15, 22))
+    assert any(first) and any(second) and first != second
+    assert shared == (first if scores[0] > scores[1] else second)
+
+
 def test_evidence_of_a_batch_is_that_of_each_image(root):
     run = task(root, "mask-rcnn")
     split, _ = splits(run)

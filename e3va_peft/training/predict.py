@@ -272,7 +272,8 @@ def _objects(trained: Trained, image: Image.Image, output: Path, name: str, thre
 def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequence[str]) -> Image.Image:
     """Draw boxes, masks where there are any, and the names of the classes if there are several.
 
-    One class: each object in a colour of its own. Several classes: one colour for each class.
+    One class: each object in a colour of its own. Several classes: one colour for each class. Where masks overlap, the
+    one with the higher score is seen, of annotated ones the first.
 
     Args:
         image: RGB, of the size that the objects are given in.
@@ -285,8 +286,11 @@ def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequ
     if not len(objects):
         return image
     if objects.masks is not None:
-        masks = torch.from_numpy(np.stack([decode_mask(mask) for mask in objects.masks])).bool()
-        pixels = draw_segmentation_masks(pixels, masks, alpha=_OPACITY, colors=chosen)
+        masks = torch.from_numpy(np.stack([decode_mask(mask) for mask in objects.masks]))
+        order = np.argsort(-objects.scores, kind="stable") if isinstance(objects, Detections) else range(len(objects))
+        masks = masks[list(order)]
+        seen = masks & (masks.cumsum(0) == 1)  # torchvision paints black where masks overlap
+        pixels = draw_segmentation_masks(pixels, seen, alpha=_OPACITY, colors=[chosen[i] for i in order])
     names = [labels[label] for label in objects.labels.tolist()]
     if isinstance(objects, Detections):
         names = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores.tolist(), strict=True)]
