@@ -170,12 +170,12 @@ def compare() -> str:
 
 
 def dense() -> str:
-    """Table of `e3va compare` on objects: one block for each `results/dense-*.json` that is recorded."""
+    """Table of `e3va compare` and `training.py` on objects: one block for each recorded file."""
     titles = {
         "dense-nuclei-cascade": "nuclei, Cascade Mask R-CNN, mask AP",
-        "dense-nuclei-mask2former": "nuclei, Mask2Former, mask AP",
+        "nuclei-mask2former": "nuclei in tiles, Mask2Former, mask AP",
         "dense-blood-cells-retinanet": "blood cells, RetinaNet, box AP",
-        "dense-blood-cells-cascade": "blood cells, Cascade R-CNN, box AP",
+        "blood-cells-cascade": "blood cells, Cascade R-CNN, box AP",
     }
     recorded = {name: title for name, title in titles.items() if (RESULTS / f"{name}.json").is_file()}
     return scored(recorded)

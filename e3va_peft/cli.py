@@ -171,7 +171,8 @@ def evaluate(
 
         _check_new_file(output)
         if data is None and not (Path(source) / CONFIG).is_file():
-            raise UserError(f"{source}: is no folder of a run and knows no data. Name a config: --data my.yaml.")
+            what = "is no folder of a run and knows no data" if Path(source).is_dir() else "no such folder"
+            raise UserError(f"{source}: {what}. Name a run, or the data of an adapter: --data my.yaml.")
         scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
         Console().print(metrics_table(scores, labels))
         if output is not None:
@@ -221,7 +222,7 @@ def _in_a_line(entry: dict[str, Any]) -> str:
         return ", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items())
     if "objects" in entry:
         counts = Counter(found["label"] for found in entry["objects"])
-        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing"
+        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing above the threshold"
     return ", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"])
 
 

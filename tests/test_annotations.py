@@ -148,7 +148,7 @@ def test_a_share_of_one_file_can_be_set_aside(tmp_path):
 def test_a_box_that_leaves_its_image_is_clipped_and_counted(box, clipped, tmp_path):
     split, _ = coco(tmp_path, content=changed("annotations", bbox=box))
     assert split[0][1].boxes.tolist() == [clipped]
-    assert any("1 boxes" in note and "annotation 1" in note for note in notes(split))
+    assert any("1 of the 1 boxes" in note and "annotation 1" in note for note in notes(split))
 
 
 @pytest.mark.parametrize("box", [[30, 1, 5, 5], [2, 1, 0, 6], [2, 1, 5, 0], [-9, 0, 4, 4]], ids=str)
@@ -261,6 +261,18 @@ def test_categories_of_the_evaluation_file_are_matched_by_name_not_by_id(tmp_pat
     (tmp_path / "val.json").write_text(json.dumps({**COCO, "categories": swapped}))
     train, evaluation = load("boxes", images=str(tmp_path / "{split}"), annotations=str(tmp_path / "{split}.json"))
     assert train[0][1].labels.tolist() == [1] and evaluation[0][1].labels.tolist() == [0]
+
+
+@pytest.mark.parametrize("outside", [6, 5])
+def test_a_split_most_of_whose_boxes_leave_their_images_is_refused(outside, tmp_path):
+    boxes = [[15, 5, 19, 9]] * outside + [[1, 1, 5, 5]] * (10 - outside)
+    objects = [{**COCO["annotations"][0], "id": i, "bbox": box} for i, box in enumerate(boxes)]
+    split, _ = coco(tmp_path, content={**COCO, "annotations": objects})
+    if outside == 5:
+        assert any("5 of the 10 boxes" in note for note in notes(split))
+        return
+    with pytest.raises(UserError, match=r"6 of the 10 boxes .*annotation 0.*read as x, y .*width, height.*box_format"):
+        notes(split)
 
 
 def test_a_line_beside_a_polygon_adds_nothing(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from faster_coco_eval.core import mask as rle
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from peft import PeftModel, get_peft_model
 from PIL import Image
@@ -620,6 +621,9 @@ def test_wrong_labels_are_refused_with_place_and_remedy(build):
     )
     refused(model, r"labels\[1\]: has no boxes", labels=relabelled(boxes=None))
     refused(
+        model, r"labels\[1\]\['boxes'\]: go up to 30.*shares", labels=relabelled(boxes=objects(1)["boxes"] * 0 + 30)
+    )
+    refused(
         model, r"labels\[1\]\['boxes'\]: has shape \(2, 4\), not \(3, 4\)", labels=relabelled(boxes=torch.ones(2, 4))
     )
     refused(model, "goes from 0 to 3, the model has the classes 0 to 2.*without a background",
@@ -697,6 +701,38 @@ def test_an_image_without_objects_and_one_with_a_crowd_become_labels():
     assert some["class_labels"].tolist() == [annotation["annotations"][1]["category_id"]]
     assert len(some["masks"]) == 1 and some["masks"].any()
     assert none["boxes"].shape == (0, 4) and none["masks"].shape == (0, *encoded["pixel_values"].shape[-2:])
+
+
+@pytest.mark.parametrize("form", ["numbers", "text"])
+def test_masks_may_be_run_lengths(form):
+    image, annotation = photo()
+    packed = copy.deepcopy(annotation)
+    for item in packed["annotations"]:
+        (found,) = rle.frPyObjects(item["segmentation"], 60, 40)
+        flat = rle.decode(found).ravel(order="F")
+        edges = np.flatnonzero(np.diff(np.r_[0, flat]))
+        counts = np.diff(np.r_[0, edges, flat.size]).tolist() if form == "numbers" else found["counts"].decode()
+        item["segmentation"] = {"size": [60, 40], "counts": counts}
+    encoded = processor_of()(
+        images=[image] * 2, annotations=[annotation, packed], return_segmentation_masks=True, return_tensors="pt"
+    )
+    drawn, run_lengths = (label["masks"] for label in encoded["labels"])
+    assert drawn.any() and torch.equal(drawn, run_lengths)
+
+
+def test_a_box_outside_of_its_image_is_left_out_with_its_mask():
+    image, annotation = photo()
+    annotation["annotations"][0]["bbox"] = [50, 6, 20, 30]
+    label = processor_of()(image, annotation, return_segmentation_masks=True, return_tensors="pt")["labels"][0]
+    assert label["class_labels"].tolist() == [1] and len(label["masks"]) == 1
+    assert label["masks"][0, 54, 40] and not label["masks"][0, 10, 10]  # the triangle
+
+
+def test_an_object_without_a_mask_is_refused_by_its_box():
+    image, annotation = photo()
+    del annotation["annotations"][1]["segmentation"]
+    with pytest.raises(ValueError, match=r"bbox \[20, 30, 16, 20\] has no segmentation"):
+        processor_of()(image, annotation, return_segmentation_masks=True, return_tensors="pt")
 
 
 @every_detector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from e3va_peft.training.predict import draw_objects, evaluate, load_trained, pre
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import PaddingCollate
-from tests.inputs import detect, segment
+from tests.inputs import detect, save_swin, segment, small_head
 from tests.models import BY_NAME
 
 EVERY_HEAD = sorted({*HEADS["object-detection"], *HEADS["instance-segmentation"]})
@@ -161,6 +162,28 @@ def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     assert (drawing != np.asarray(Image.open(shown / "val0.png"))).any()
 
 
+def test_the_readmes_python_goes_from_a_coco_file_to_masks(root, tmp_path, monkeypatch):
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n((?:(?!```).)*CascadeMaskRCNN\(.*?)```", readme, re.DOTALL)
+    options = ", ".join(f"{name}={value!r}" for name, value in small_head("cascade-mask-rcnn").items())
+    for theirs, ours in {
+        "coco/train2017": f"{root}/shapes/coco/train",
+        "coco/annotations/instances_train2017.json": f"{root}/shapes/coco/train.json",
+        "microsoft/swin-base-patch4-window7-224-in22k": str(save_swin(tmp_path / "model")),
+        "num_labels=len(number)": f"num_labels=len(number), {options}",
+        "DetectionImageProcessor()": "DetectionImageProcessor(size={'shortest_edge': 32, 'longest_edge': 64})",
+        '"stage3", "stage4"': '"stage3"',
+        "num_train_epochs=3": "max_steps=2, report_to=[]",
+    }.items():
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert (tmp_path / "runs" / "python" / "adapter" / "adapter_model.safetensors").is_file()
+    assert names["found"]["masks"].shape == (len(names["found"]["scores"]), *names["sizes"][0])
+
+
 def test_drawings_mark_masks_and_boxes_and_leave_an_empty_image_alone():
     image = Image.new("RGB", (30, 20))
     mask = np.zeros((1, 20, 30), dtype=bool)
@@ -240,8 +263,10 @@ def test_plain_transformers_become_detectors(name, root, tmp_path):
 
 
 def test_a_head_of_another_task_is_refused(root):
-    with pytest.raises(UserError, match=r"head='upernet': must be one of retinanet"):
+    with pytest.raises(UserError, match=r"head='upernet': is for task: semantic-segmentation, and task is object"):
         parse_config(detect(root) | {"head": "upernet"})
+    with pytest.raises(UserError, match=r"head='yolo': must be one of retinanet, faster-rcnn"):
+        parse_config(detect(root) | {"head": "yolo"})
 
 
 def test_a_detector_of_the_other_task_is_refused(root, tmp_path):

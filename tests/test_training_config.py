@@ -71,6 +71,11 @@ def test_a_mistyped_name_is_refused_and_the_nearest_one_offered(fields, named, n
     assert f"Did you mean {nearest}" in message
 
 
+def test_where_no_name_is_near_all_are_listed():
+    message = refused("data.limit:", data={"source": "photos", "limit": 3})
+    assert "There are source, images, masks, annotations" in message and "train_samples" in message
+
+
 @pytest.mark.parametrize("name", ["output_dir", "remove_unused_columns", "label_names"])
 def test_training_arguments_that_the_run_sets_are_refused(name):
     refused(f"training.{name}: cannot be set", training={name: "x"})

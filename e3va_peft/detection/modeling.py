@@ -35,6 +35,7 @@ from e3va_peft.detection.pyramid import (
 )
 from e3va_peft.detection.roi import CascadeRoIHeads, build_proposal_network
 
+_LARGEST = 1.5  # of a box in shares of its image: cropping and rounding leave it near 1
 _PRIOR = 0.01  # probability of an object that RetinaNet begins with
 
 
@@ -150,6 +151,11 @@ class Detector(PreTrainedModel):
             raise ValueError(
                 f"labels[{index}]['class_labels']: goes from {int(classes.min())} to {int(classes.max())}, the "
                 f"model has the classes 0 to {known - 1}. Number classes from 0, without a background."
+            )
+        if len(boxes) and float(boxes.max()) > _LARGEST:
+            raise ValueError(
+                f"labels[{index}]['boxes']: go up to {float(boxes.max()):g}. They must be centre x and y, width and "
+                "height as shares of pixel_values' width and height, 0 to 1, as DETR's."
             )
         height, width = pixel_values.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from faster_coco_eval.core import mask as rle
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
@@ -21,23 +22,27 @@ class DetectionImageProcessor(DetrImageProcessor):
     """
 
     def prepare_annotation(self, image: Tensor, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Turn one image's COCO annotations into labels, without crowds; also where an image has no object.
+        """Turn one image's COCO annotations into labels, without crowds and boxes without area in the image.
 
-        DETR's own stacks the masks of an image without objects, and those of crowds with those of objects.
+        Masks may be polygons or run lengths, as numbers or text. DETR's own reads no text, wants pycocotools, and
+        stacks the masks of an image without objects, and those of crowds with those of objects.
+
+        Raises:
+            ValueError: An object has no segmentation, and `return_segmentation_masks` is set.
         """
         if "annotations" not in target:
             return super().prepare_annotation(image, target, *args, **kwargs)
-        objects = [item for item in target["annotations"] if not item.get("iscrowd")]
+        height, width = image.shape[-2:]
+        objects = [
+            item for item in target["annotations"] if not item.get("iscrowd") and _is_inside(item, height, width)
+        ]
         with_masks = kwargs.pop("return_segmentation_masks", False)
         labels: dict[str, Any] = super().prepare_annotation(
-            image,
-            {**target, "annotations": objects},
-            *args,
-            return_segmentation_masks=bool(with_masks and objects),
-            **kwargs,
+            image, {**target, "annotations": objects}, *args, return_segmentation_masks=False, **kwargs
         )
-        if with_masks and not objects:
-            labels["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
+        if with_masks:
+            masks = [_mask(item, height, width) for item in objects]
+            labels["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
         return labels
 
     def resize_annotation(
@@ -106,6 +111,29 @@ class DetectionImageProcessor(DetrImageProcessor):
             empty = torch.zeros(0, height, width, dtype=torch.bool, device=found["boxes"].device)
             found["masks"] = torch.stack(pasted) if pasted else empty
         return results
+
+
+def _is_inside(item: dict[str, Any], height: int, width: int) -> bool:
+    """Whether a box has an area in its image. DETR's own drops others, but we need to know which."""
+    x, y, w, h = item["bbox"]
+    return min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+
+
+def _mask(item: dict[str, Any], height: int, width: int) -> Tensor:
+    """Decode an object's mask, `(H, W)` bool."""
+    found = item.get("segmentation")
+    if not found:
+        raise ValueError(
+            f"annotations: the object with the bbox {item['bbox']} has no segmentation (polygons or RLE). Add it, or "
+            "leave out return_segmentation_masks."
+        )
+    if isinstance(found, list):
+        found = rle.merge(rle.frPyObjects(found, height, width))
+    elif isinstance(found["counts"], list):
+        found = rle.frPyObjects(found, height, width)
+    elif isinstance(found["counts"], str):
+        found = {**found, "counts": found["counts"].encode()}
+    return torch.from_numpy(rle.decode(found)).bool()
 
 
 def _detections(outputs: Any, threshold: float, target_sizes: Sizes | None) -> list[dict[str, Tensor]]:

@@ -69,11 +69,13 @@ class Decoded:
         objects: What is left.
         dropped: Names of annotations without any area inside of the image.
         clipped: Names of boxes that left the image by more than a pixel.
+        box_format: How the boxes were read.
     """
 
     objects: Objects
     dropped: list[str]
     clipped: list[str]
+    box_format: str
 
 
 def find_objects(config: DataConfig) -> tuple[dict[str, Any], Reader]:
@@ -134,7 +136,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         difficult=np.array([bool(item.get("difficult")) for _, _, item, _ in kept], dtype=bool),
         masks=tuple(mask for *_, mask in kept if mask is not None) if with_masks else None,
     )
-    return Decoded(objects, dropped, clipped)
+    return Decoded(objects, dropped, clipped, record["format"])
 
 
 def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: str) -> np.ndarray:

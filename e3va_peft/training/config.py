@@ -329,6 +329,11 @@ def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) ->
     values["model"] = str(values["model"])
     values["output"] = str(values["output"]).replace("{method}", values["method"]["name"])
     if values.get("head") is not None:
+        for task, heads in HEADS.items():
+            if values["head"] in heads and values["head"] not in HEADS[values["task"]]:
+                raise UserError(
+                    f"head={values['head']!r}: is for task: {task}, and task is {values['task']}. Change one."
+                )
         _choice("head", values["head"], HEADS[values["task"]])
     size = values.get("image_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -522,4 +527,5 @@ def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> Non
     for key in values:
         if key not in names:
             where = f"{section}.{key}" if section else str(key)
-            raise UserError(f"{where}: no such field.{nearest(str(key), names)}")
+            hint = nearest(str(key), names) or f" There are {', '.join(names)}."
+            raise UserError(f"{where}: no such field.{hint}")

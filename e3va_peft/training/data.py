@@ -39,6 +39,13 @@ from e3va_peft.training.sources import (
 _CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 _MASK_COLUMNS = ("label", "labels", "annotation", "mask", "masks", "semantic_mask", "segmentation_mask")
 _SHOWN = 10  # broken files to name at once
+_ENOUGH = 10  # boxes to judge their format by
+_BOXES = {
+    "xywh": "x, y of the upper left corner, width, height in pixels",
+    "xyxy": "x, y of the upper left and of the lower right corner in pixels",
+    "cxcywh": "x, y of the centre, width, height as shares of the image",
+    "voc": "xmin, ymin, xmax, ymax in pixels that count from 1",
+}
 _PART = 10_000  # rows whose labels are read at once
 
 
@@ -126,6 +133,8 @@ class Split:
         errors: list[str] = []
         dropped: list[str] = []
         clipped: list[str] = []
+        objects = 0
+        box_format = ""
 
         def check(index: int) -> int | np.ndarray | Decoded | UserError:
             try:
@@ -142,18 +151,27 @@ class Split:
                 if isinstance(found, Decoded):
                     dropped += found.dropped
                     clipped += found.clipped
+                    objects += len(found.objects) + len(found.dropped)
+                    box_format = found.box_format
                 counts += self._count(found)
         if errors:
             more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             raise UserError(f"{len(errors)} of {len(self)} examples:\n" + "\n".join(errors[:_SHOWN]) + more)
+        outside = dropped + clipped
+        if objects >= _ENOUGH and len(outside) > objects / 2:
+            raise UserError(
+                f"{len(outside)} of the {objects} boxes of {self.name} leave their image or have no area in it: "
+                f"{_few(outside)}. They are read as {_BOXES[box_format]}. If they are something else, convert them, "
+                "or for a table set data.box_format; if the images were resized, resize the boxes too."
+            )
         if dropped:
             note(
                 f"{len(dropped)} objects of {self.name} have no area in their image and are left out: {_few(dropped)}"
             )
         if clipped:
             note(
-                f"{len(clipped)} boxes of {self.name} are clipped, for they leave their image by more than a pixel: "
-                f"{_few(clipped)}. If they are many, their sizes, or data.box_format, may be wrong"
+                f"{len(clipped)} of the {objects} boxes of {self.name} are clipped, for they leave their image by "
+                f"more than a pixel: {_few(clipped)}"
             )
         return counts
 

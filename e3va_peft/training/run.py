@@ -109,9 +109,10 @@ def train(
         callbacks=callbacks,
     )
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    scored_on = len(eval_split) if eval_split is not None else 0
     console.print(
-        f"{config.method_name} on {config.model}: {trained:,d} trained parameters, {len(split):,d} images to train "
-        f"on, {len(eval_split) if eval_split is not None else 0:,d} to evaluate on, on {arguments.device}"
+        f"{config.method_name} on {config.model} ({type(model).__name__}): {trained:,d} trained parameters, "
+        f"{len(split):,d} images to train on, {scored_on:,d} to evaluate on, on {arguments.device}"
         + (f", {arguments.world_size} processes" if arguments.world_size > 1 else "")
     )
     if checkpoint is not None:
