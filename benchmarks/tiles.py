@@ -17,7 +17,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
-from e3va_peft.training.objects import decode_mask, encode_masks
+from e3va_peft.detection.masks import encode_segmentation
+from e3va_peft.training.objects import encode_masks
 
 SPLITS = ("train", "val")
 LEAST = 16
@@ -26,20 +27,22 @@ LEAST = 16
 def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
     """Cut the images of a split, save the tiles, and return their annotations in COCO's layout."""
     content = json.loads((data / f"annotations/instances_{split}.json").read_text())
-    masks: dict[int, list[tuple[int, np.ndarray]]] = {image["id"]: [] for image in content["images"]}
-    for found in content["annotations"]:
-        masks[found["image_id"]].append((found["category_id"], decode_mask(found["segmentation"])))
+    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    for item in content["annotations"]:
+        objects[item["image_id"]].append(item)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     (tiles / "images" / split).mkdir(parents=True)
     for image in content["images"]:
         pixels = np.asarray(Image.open(data / "images" / split / image["file_name"]).convert("RGB"))
+        size = pixels.shape[:2]
+        masks = [rle.decode(encode_segmentation(item["segmentation"], size)) for item in objects[image["id"]]]
         for y in range(0, pixels.shape[0] - side + 1, side):
             for x in range(0, pixels.shape[1] - side + 1, side):
-                name = f"{Path(image['file_name']).stem}-{y}-{x}.png"
+                name = f"{Path(image['file_name']).with_suffix('').as_posix().replace('/', '-')}-{y}-{x}.png"
                 Image.fromarray(pixels[y : y + side, x : x + side]).save(tiles / "images" / split / name)
                 images.append({"id": len(images) + 1, "file_name": name, "height": side, "width": side})
-                for category, mask in masks[image["id"]]:
+                for item, mask in zip(objects[image["id"]], masks, strict=True):
                     part = mask[y : y + side, x : x + side].astype(bool)
                     if part.sum() < LEAST:
                         continue
@@ -48,10 +51,10 @@ def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
                         {
                             "id": len(annotations) + 1,
                             "image_id": len(images),
-                            "category_id": category,
+                            "category_id": item["category_id"],
                             "bbox": rle.toBbox(run_lengths).tolist(),
                             "area": int(part.sum()),
-                            "iscrowd": 0,
+                            "iscrowd": item.get("iscrowd", 0),
                             "segmentation": {"size": [side, side], "counts": run_lengths["counts"].decode()},
                         }
                     )

@@ -171,8 +171,8 @@ def evaluate(
 
         _check_new_file(output)
         if data is None and not (Path(source) / CONFIG).is_file():
-            what = "is no folder of a run and knows no data" if Path(source).is_dir() else "no such folder"
-            raise UserError(f"{source}: {what}. Name a run, or the data of an adapter: --data my.yaml.")
+            what = "is no folder of a run" if Path(source).is_dir() else "there is no such folder here"
+            raise UserError(f"{source}: {what}, and an adapter knows no data. Name a config: --data my.yaml.")
         scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
         Console().print(metrics_table(scores, labels))
         if output is not None:

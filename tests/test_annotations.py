@@ -263,16 +263,29 @@ def test_categories_of_the_evaluation_file_are_matched_by_name_not_by_id(tmp_pat
     assert train[0][1].labels.tolist() == [1] and evaluation[0][1].labels.tolist() == [0]
 
 
-@pytest.mark.parametrize("outside", [6, 5])
-def test_a_split_most_of_whose_boxes_leave_their_images_is_refused(outside, tmp_path):
-    boxes = [[15, 5, 19, 9]] * outside + [[1, 1, 5, 5]] * (10 - outside)
-    objects = [{**COCO["annotations"][0], "id": i, "bbox": box} for i, box in enumerate(boxes)]
-    split, _ = coco(tmp_path, content={**COCO, "annotations": objects})
-    if outside == 5:
-        assert any("5 of the 10 boxes" in note for note in notes(split))
-        return
+def many(boxes: list[list[float]], **fields: Any) -> dict[str, Any]:
+    objects = [{**COCO["annotations"][0], **fields, "id": i, "bbox": box} for i, box in enumerate(boxes)]
+    return {**COCO, "annotations": objects}
+
+
+@pytest.mark.parametrize("wrong", [[15, 5, 19, 9], [50, 5, 9, 9]], ids=["clipped", "dropped"])
+def test_a_split_most_of_whose_boxes_leave_their_images_is_refused(wrong, tmp_path):
+    split, _ = coco(tmp_path / "half", content=many([wrong] * 5 + [[1, 1, 5, 5]] * 5))
+    assert any("annotation 0" in note for note in notes(split))
+    split, _ = coco(tmp_path / "most", content=many([wrong] * 6 + [[1, 1, 5, 5]] * 4))
     with pytest.raises(UserError, match=r"6 of the 10 boxes .*annotation 0.*read as x, y .*width, height.*box_format"):
         notes(split)
+
+
+def test_boxes_between_0_and_1_are_refused_as_pixels(tmp_path):
+    split, _ = coco(tmp_path, content=many([[0.5, 0.5, 0.2, 0.2]] * 10))
+    with pytest.raises(UserError, match=r"10 boxes .*between 0 and 1.*data\.box_format: cxcywh"):
+        notes(split)
+
+
+def test_empty_masks_do_not_speak_against_their_boxes(tmp_path):
+    split, _ = coco(tmp_path, "instances", many([[1, 1, 5, 5]] * 10, segmentation=[[1, 2, 3, 4]]))
+    assert any("10 objects" in note for note in notes(split))
 
 
 def test_a_line_beside_a_polygon_adds_nothing(tmp_path):

@@ -728,11 +728,44 @@ def test_a_box_outside_of_its_image_is_left_out_with_its_mask():
     assert label["masks"][0, 54, 40] and not label["masks"][0, 10, 10]  # the triangle
 
 
-def test_an_object_without_a_mask_is_refused_by_its_box():
-    image, annotation = photo()
-    del annotation["annotations"][1]["segmentation"]
-    with pytest.raises(ValueError, match=r"bbox \[20, 30, 16, 20\] has no segmentation"):
-        processor_of()(image, annotation, return_segmentation_masks=True, return_tensors="pt")
+def labels_of(annotation: dict[str, Any]) -> dict[str, Tensor]:
+    image, _ = photo()
+    encoded = processor_of()(image, annotation, return_segmentation_masks=True, return_tensors="pt")
+    return encoded["labels"][0]
+
+
+def test_a_line_beside_a_polygon_adds_nothing_and_alone_covers_nothing():
+    _, annotation = photo()
+    alone = labels_of(annotation)["masks"]
+    for item in annotation["annotations"]:
+        item["segmentation"] = [[], [1, 2, 30, 40], *item["segmentation"]]
+    assert torch.equal(labels_of(annotation)["masks"], alone)
+    annotation["annotations"][0]["segmentation"] = [[1, 2, 30, 40]]
+    assert labels_of(annotation)["masks"].flatten(1).any(1).tolist() == [False, True]
+
+
+def test_a_sliver_of_a_box_takes_its_mask_along():
+    _, annotation = photo()
+    annotation["annotations"][0]["bbox"] = [33.0, 2, 1e-6, 10]  # in float32 without width
+    label = labels_of(annotation)
+    assert len(label["boxes"]) == len(label["masks"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "match"),
+    [
+        (None, "has no segmentation"),
+        ([[1, 2, 3]], "polygon of 3 values"),
+        ({"size": [30, 20], "counts": [600]}, r"RLE of the size \[30, 20\].*image has \[60, 40\]"),
+        ({"size": [60, 40], "counts": "no"}, "broken RLE"),
+    ],
+    ids=["none", "odd", "size", "broken"],
+)
+def test_a_segmentation_that_cannot_be_right_is_refused_by_the_box_of_its_object(segmentation, match):
+    _, annotation = photo()
+    annotation["annotations"][1]["segmentation"] = segmentation
+    with pytest.raises(ValueError, match=r"bbox \[20, 30, 16, 20\] .*" + match):
+        labels_of(annotation)
 
 
 @every_detector

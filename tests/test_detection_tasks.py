@@ -173,7 +173,7 @@ def test_the_readmes_python_goes_from_a_coco_file_to_masks(root, tmp_path, monke
         "num_labels=len(number)": f"num_labels=len(number), {options}",
         "DetectionImageProcessor()": "DetectionImageProcessor(size={'shortest_edge': 32, 'longest_edge': 64})",
         '"stage3", "stage4"': '"stage3"',
-        "num_train_epochs=3": "max_steps=2, report_to=[]",
+        "per_device_train_batch_size=1": "per_device_train_batch_size=1, max_steps=2",
     }.items():
         assert theirs in code
         code = code.replace(theirs, ours)
@@ -236,7 +236,8 @@ def test_mask2former_segments_semantically(tmp_path):
     assert labels == ("ground", "disc") and scores["mean_iou"] == pytest.approx(record["metrics"]["mean_iou"])
     assert load_trained(str(tmp_path / "run")).task == "semantic-segmentation"
     (entry,) = predict(str(tmp_path / "run"), [str(tmp_path / "discs/images/val/0.jpg")], tmp_path / "found")
-    assert Image.open(entry["mask"]).size == (40, 44)
+    with Image.open(entry["mask"]) as mask:
+        assert mask.size == (40, 44)
 
 
 def test_a_pretrained_detector_gets_a_new_head_for_other_classes(root, tmp_path):
@@ -265,6 +266,8 @@ def test_plain_transformers_become_detectors(name, root, tmp_path):
 def test_a_head_of_another_task_is_refused(root):
     with pytest.raises(UserError, match=r"head='upernet': is for task: semantic-segmentation, and task is object"):
         parse_config(detect(root) | {"head": "upernet"})
+    with pytest.raises(UserError, match=r"head='mask2former': is for task: semantic-segmentation or instance-seg"):
+        parse_config(detect(root) | {"head": "mask2former"})
     with pytest.raises(UserError, match=r"head='yolo': must be one of retinanet, faster-rcnn"):
         parse_config(detect(root) | {"head": "yolo"})
 

@@ -12,6 +12,8 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
 from transformers import DetrImageProcessor
 
+from e3va_peft.detection.masks import encode_segmentation
+
 Sizes = Sequence[tuple[int, int]] | Tensor
 
 
@@ -28,21 +30,24 @@ class DetectionImageProcessor(DetrImageProcessor):
         stacks the masks of an image without objects, and those of crowds with those of objects.
 
         Raises:
-            ValueError: An object has no segmentation, and `return_segmentation_masks` is set.
+            ValueError: With `return_segmentation_masks`, an object has no segmentation, or one that cannot be right.
         """
         if "annotations" not in target:
             return super().prepare_annotation(image, target, *args, **kwargs)
         height, width = image.shape[-2:]
-        objects = [
-            item for item in target["annotations"] if not item.get("iscrowd") and _is_inside(item, height, width)
-        ]
+        objects = [item for item in target["annotations"] if not item.get("iscrowd")]
+        boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
+        corners = (boxes[:, :2] + boxes[:, 2:]).minimum(torch.tensor([width, height]))  # as DETR drops and rounds
+        kept = (corners > boxes[:, :2].clip(min=0)).all(1).tolist()
+        objects = [item for item, keep in zip(objects, kept, strict=True) if keep]
         with_masks = kwargs.pop("return_segmentation_masks", False)
         labels: dict[str, Any] = super().prepare_annotation(
             image, {**target, "annotations": objects}, *args, return_segmentation_masks=False, **kwargs
         )
         if with_masks:
-            masks = [_mask(item, height, width) for item in objects]
-            labels["masks"] = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
+            masks = [_mask(item, (height, width)) for item in objects]
+            empty = torch.zeros(0, height, width, dtype=torch.bool)
+            labels["masks"] = (torch.stack(masks) if masks else empty).to(image.device)
         return labels
 
     def resize_annotation(
@@ -113,27 +118,14 @@ class DetectionImageProcessor(DetrImageProcessor):
         return results
 
 
-def _is_inside(item: dict[str, Any], height: int, width: int) -> bool:
-    """Whether a box has an area in its image. DETR's own drops others, but we need to know which."""
-    x, y, w, h = item["bbox"]
-    return min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-
-
-def _mask(item: dict[str, Any], height: int, width: int) -> Tensor:
+def _mask(item: dict[str, Any], size: tuple[int, int]) -> Tensor:
     """Decode an object's mask, `(H, W)` bool."""
-    found = item.get("segmentation")
-    if not found:
-        raise ValueError(
-            f"annotations: the object with the bbox {item['bbox']} has no segmentation (polygons or RLE). Add it, or "
-            "leave out return_segmentation_masks."
-        )
-    if isinstance(found, list):
-        found = rle.merge(rle.frPyObjects(found, height, width))
-    elif isinstance(found["counts"], list):
-        found = rle.frPyObjects(found, height, width)
-    elif isinstance(found["counts"], str):
-        found = {**found, "counts": found["counts"].encode()}
-    return torch.from_numpy(rle.decode(found)).bool()
+    try:
+        if not item.get("segmentation"):
+            raise ValueError("has no segmentation (polygons or RLE). Add it, or leave out return_segmentation_masks.")
+        return torch.from_numpy(rle.decode(encode_segmentation(item["segmentation"], size))).bool()
+    except ValueError as error:
+        raise ValueError(f"annotations: the object with the bbox {item['bbox']} {error}") from None
 
 
 def _detections(outputs: Any, threshold: float, target_sizes: Sizes | None) -> list[dict[str, Tensor]]:

@@ -15,8 +15,9 @@ import datasets
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from e3va_peft.detection.masks import are_numbers, encode_segmentation
 from e3va_peft.training.config import DataConfig, LabelKind, UserError, read_text, reason
-from e3va_peft.training.objects import RLE, Objects, encode_masks
+from e3va_peft.training.objects import RLE, Objects
 from e3va_peft.training.sources import (
     EVAL,
     IMAGE_SUFFIXES,
@@ -58,7 +59,6 @@ _OTHER_KEYS = {
     "mask": ("segmentation", "segmentations"),
 }
 _SHOWN = 3  # missing files to name at once
-_FAR = 10  # image sides that a polygon may lead away from its image: it is drawn edge by edge
 
 
 @dataclass(frozen=True)
@@ -67,14 +67,16 @@ class Decoded:
 
     Attributes:
         objects: What is left.
-        dropped: Names of annotations without any area inside of the image.
+        dropped: Names of annotations whose box or mask has no area inside of the image.
         clipped: Names of boxes that left the image by more than a pixel.
+        outside: Those of both lists whose box is the reason.
         box_format: How the boxes were read.
     """
 
     objects: Objects
     dropped: list[str]
     clipped: list[str]
+    outside: list[str]
     box_format: str
 
 
@@ -109,7 +111,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         UserError: A box or mask is malformed, or made for another size.
     """
     kept: list[tuple[np.ndarray, float, Record, RLE | None]] = []
-    dropped, clipped = [], []
+    dropped, clipped, outside = [], [], []
     limits = np.array([size[1], size[0]] * 2, dtype=np.float64)
     for item in record["objects"]:
         where = f"{record['where']}, {item['name']}"
@@ -120,10 +122,13 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         box = drawn.clip(0, limits)
         extent = float(np.prod(box[2:] - box[:2]))
         covered = extent if mask is None else float(rle.area(mask))
+        leaves = bool(np.abs(box - drawn).max() > 1)
+        if not extent or leaves:
+            outside.append(where)
         if not extent or not covered:
             dropped.append(where)
             continue
-        if np.abs(box - drawn).max() > 1:
+        if leaves:
             clipped.append(where)
         kept.append((box, _area(item.get("area"), covered, where), item, mask))
     objects = Objects(
@@ -136,7 +141,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         difficult=np.array([bool(item.get("difficult")) for _, _, item, _ in kept], dtype=bool),
         masks=tuple(mask for *_, mask in kept if mask is not None) if with_masks else None,
     )
-    return Decoded(objects, dropped, clipped, record["format"])
+    return Decoded(objects, dropped, clipped, outside, record["format"])
 
 
 def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: str) -> np.ndarray:
@@ -151,7 +156,7 @@ def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: 
 
 def _corners(box: Any, form: str, size: tuple[int, int], where: str) -> np.ndarray:
     """Turn a box of any format into x1 y1 x2 y2 in pixels."""
-    if not _numbers(box) or len(box) != 4:
+    if not are_numbers(box) or len(box) != 4:
         raise UserError(f"{where}: has the box {box!r}, not four numbers. Correct or remove it.")
     a, b, c, d = box
     if form == "cxcywh":
@@ -175,55 +180,19 @@ def _corners(box: Any, form: str, size: tuple[int, int], where: str) -> np.ndarr
 def _area(value: Any, covered: float, where: str) -> float:
     if value is None:
         return covered
-    if not _numbers([value]) or value < 0:
+    if not are_numbers([value]) or value < 0:
         raise UserError(f"{where}: has the area {value!r}, no number of pixels. Correct or remove it.")
     return float(value)
 
 
-def _numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
-    )
-
-
 def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
-    """Turn COCO's polygons, or run lengths as numbers or text, into one compressed RLE; None where there are none."""
+    """Turn COCO's `segmentation` into one compressed RLE; None where there is none."""
     if not value:
         return None
-    if isinstance(value, dict):
-        return _runs(value, size, where)
-    if not isinstance(value, list) or not all(isinstance(polygon, list) for polygon in value):
-        raise UserError(f"{where}: has a segmentation that is neither a list of polygons nor an RLE. Convert it.")
-    for polygon in value:
-        if not _numbers(polygon) or len(polygon) % 2:
-            raise UserError(
-                f"{where}: has a polygon of {len(polygon)} values; it takes the numbers x and y of each point. "
-                "Correct or remove it."
-            )
-        if max(map(abs, polygon), default=0) > _FAR * max(size):
-            raise UserError(f"{where}: has a polygon that leads far away from its image. Correct or remove it.")
-    areas = [polygon for polygon in value if len(polygon) >= 6]  # one or two points cover nothing
-    if not areas:
-        return encode_masks(np.zeros((1, *size), dtype=bool))[0]
-    merged: RLE = rle.merge(rle.frPyObjects(areas, *size))
-    return merged
-
-
-def _runs(value: dict[str, Any], size: tuple[int, int], where: str) -> RLE:
-    found, counts = value.get("size"), value.get("counts")
-    if not _numbers(found) or tuple(found or ()) != size:
-        raise UserError(
-            f"{where}: has an RLE of the size {found} (height, width), its image has {list(size)}. Export it in the "
-            "size of its image; if the image is rotated by its EXIF tag, rotate its pixels and drop the tag."
-        )
     try:
-        mask: RLE = {"size": list(size), "counts": counts.encode()} if isinstance(counts, str) else value
-        if isinstance(counts, list):
-            mask = rle.frPyObjects(value, *size)
-        rle.decode(mask)  # which checks that its runs fill the image
-    except (AttributeError, KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{where}: has a broken RLE ({reason(error)}). Export it again or remove it.") from None
-    return mask
+        return encode_segmentation(value, size)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 # --- COCO JSON -------------------------------------------------------------------------------------------------------

@@ -38,6 +38,8 @@ RECIPES = resources.files("e3va_peft") / "recipes"
 RECIPE_EPOCHS = 10
 """Epochs of a run that does not say."""
 
+_LISTED = 30  # fields of a section that a message may list
+
 _RESERVED = {
     "output_dir": "write output: at the top of the file",
     "remove_unused_columns": "the data has no unused columns",
@@ -329,11 +331,12 @@ def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) ->
     values["model"] = str(values["model"])
     values["output"] = str(values["output"]).replace("{method}", values["method"]["name"])
     if values.get("head") is not None:
-        for task, heads in HEADS.items():
-            if values["head"] in heads and values["head"] not in HEADS[values["task"]]:
-                raise UserError(
-                    f"head={values['head']!r}: is for task: {task}, and task is {values['task']}. Change one."
-                )
+        meant = [task for task, heads in HEADS.items() if values["head"] in heads]
+        if meant and values["task"] not in meant:
+            raise UserError(
+                f"head={values['head']!r}: is for task: {' or '.join(meant)}, and task is {values['task']}. Change "
+                "one."
+            )
         _choice("head", values["head"], HEADS[values["task"]])
     size = values.get("image_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -527,5 +530,6 @@ def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> Non
     for key in values:
         if key not in names:
             where = f"{section}.{key}" if section else str(key)
-            hint = nearest(str(key), names) or f" There are {', '.join(names)}."
+            listed = f" There are {', '.join(names)}." if len(names) <= _LISTED else ""
+            hint = nearest(str(key), names) or listed
             raise UserError(f"{where}: no such field.{hint}")

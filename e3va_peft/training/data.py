@@ -133,8 +133,8 @@ class Split:
         errors: list[str] = []
         dropped: list[str] = []
         clipped: list[str] = []
-        objects = 0
-        box_format = ""
+        outside: list[str] = []
+        objects, largest, box_format = 0, 0.0, ""
 
         def check(index: int) -> int | np.ndarray | Decoded | UserError:
             try:
@@ -151,18 +151,25 @@ class Split:
                 if isinstance(found, Decoded):
                     dropped += found.dropped
                     clipped += found.clipped
+                    outside += found.outside
                     objects += len(found.objects) + len(found.dropped)
+                    largest = max(largest, found.objects.boxes.max(initial=0))
                     box_format = found.box_format
                 counts += self._count(found)
         if errors:
             more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             raise UserError(f"{len(errors)} of {len(self)} examples:\n" + "\n".join(errors[:_SHOWN]) + more)
-        outside = dropped + clipped
         if objects >= _ENOUGH and len(outside) > objects / 2:
             raise UserError(
                 f"{len(outside)} of the {objects} boxes of {self.name} leave their image or have no area in it: "
                 f"{_few(outside)}. They are read as {_BOXES[box_format]}. If they are something else, convert them, "
-                "or for a table set data.box_format; if the images were resized, resize the boxes too."
+                "or for a table set data.box_format; if the images were resized, resize the boxes too; if objects do "
+                "reach beyond their images, set data.verify: false."
+            )
+        if objects >= _ENOUGH and 0 < largest <= 1 and box_format != "cxcywh":
+            raise UserError(
+                f"the {objects} boxes of {self.name} lie between 0 and 1. They are read as {_BOXES[box_format]}. If "
+                "they are shares of the image, convert them to pixels, or for a table set data.box_format: cxcywh."
             )
         if dropped:
             note(

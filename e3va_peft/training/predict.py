@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.utils import draw_bounding_boxes
 from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
 from e3va_peft import detection
@@ -282,15 +282,15 @@ def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequ
     """
     colors = [tuple(color) for color in palette(max(len(labels), len(objects)) + 1)[1:].tolist()]
     chosen = [colors[label if len(labels) > 1 else i] for i, label in enumerate(objects.labels.tolist())]
-    pixels = pil_to_tensor(image)
     if not len(objects):
         return image
+    pixels = pil_to_tensor(image)
     if objects.masks is not None:
-        masks = torch.from_numpy(np.stack([decode_mask(mask) for mask in objects.masks]))
+        painted = np.asarray(image).copy()  # torchvision's draw_segmentation_masks paints black where masks overlap
         order = np.argsort(-objects.scores, kind="stable") if isinstance(objects, Detections) else range(len(objects))
-        masks = masks[list(order)]
-        seen = masks & (masks.cumsum(0) == 1)  # torchvision paints black where masks overlap
-        pixels = draw_segmentation_masks(pixels, seen, alpha=_OPACITY, colors=[chosen[i] for i in order])
+        for i in reversed(list(order)):
+            painted[decode_mask(objects.masks[i])] = chosen[i]
+        pixels = pil_to_tensor(Image.blend(image, Image.fromarray(painted), _OPACITY))
     names = [labels[label] for label in objects.labels.tolist()]
     if isinstance(objects, Detections):
         names = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores.tolist(), strict=True)]
