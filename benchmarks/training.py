@@ -2,7 +2,9 @@
 
 python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS  # parquet with image and label; a ViT
 python benchmarks/training.py nuclei  --data DATA --model MODEL --runs RUNS  # dsb2018/{images,semantic}; a Swin
+python benchmarks/training.py nuclei-cascade --data DATA --model MODEL --runs RUNS  # dsb2018/{images,annotations}
 python benchmarks/training.py nuclei-mask2former --data TILES --model MODEL --runs RUNS  # dsb2018 by tiles.py, 64 px
+python benchmarks/training.py blood-cells-retinanet --data DATA --model MODEL --runs RUNS  # bccd, Pascal VOC layout
 python benchmarks/training.py blood-cells-cascade --data DATA --model MODEL --runs RUNS  # bccd, Pascal VOC layout
 python benchmarks/training.py cifar10 --data DATA --model MODEL --runs RUNS --measure  # on a quiet machine
 python benchmarks/training.py nuclei --data DATA --model MODEL --runs RUNS --methods lora,full --seeds 1  # some of it
@@ -83,6 +85,15 @@ SETTINGS = {
             "full": (3e-4, 1e-3, 2e-3, 4e-3),
         },
     ),
+    "nuclei-cascade": Setting(
+        recipe="nuclei-cascade-mask-rcnn-swin",
+        data=_NUCLEI,
+        metric="mask_ap",
+        seeds=(0, 1, 2),
+        overrides=("training.num_train_epochs=4",),
+        search=("training.num_train_epochs=2", "data.eval_fraction=0.15"),
+        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)),
+    ),
     "nuclei-mask2former": Setting(
         recipe="nuclei-mask2former-swin",
         data=_NUCLEI,
@@ -90,6 +101,15 @@ SETTINGS = {
         seeds=(0,),
         overrides=("data.eval_samples=400",),
         grid=dict.fromkeys(DENSE, (5e-4,)),  # its own head is most of what learns
+    ),
+    "blood-cells-retinanet": Setting(
+        recipe="blood-cells-retinanet-swin",
+        data=("data.source=DATA",),
+        metric="box_ap",
+        seeds=(0,),
+        overrides=("training.num_train_epochs=12",),
+        search=("training.num_train_epochs=4", "data.train_split=train", "data.eval_split=val"),
+        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)),
     ),
     "blood-cells-cascade": Setting(
         recipe="blood-cells-cascade-swin",
