@@ -861,6 +861,14 @@ def test_another_number_of_classes_begins_as_a_fresh_model_does(build, tmp_path)
         torch.testing.assert_close(bias, torch.full_like(bias, -math.log(99)))
 
 
+@pytest.mark.parametrize("channels", [16, 256])
+def test_heads_begin_with_outputs_of_one_size_whatever_their_width(channels):
+    rpn = mask_rcnn(fpn_channels=channels).rpn.head.conv[0][0].weight
+    tower = retinanet(fpn_channels=channels).dense_heads.head.regression_head.conv[0][0].weight
+    for weight in (rpn, tower):
+        assert weight.std().item() == pytest.approx(0.01 * (256 / channels) ** 0.5, rel=0.1)  # torchvision's for 256
+
+
 @every_detector
 def test_a_detector_that_finds_only_a_backbone_on_the_disk_begins_as_a_fresh_model_does(build, tmp_path):
     fresh = build()

@@ -195,6 +195,15 @@ def test_drawings_mark_masks_and_boxes_and_leave_an_empty_image_alone():
     assert not np.asarray(draw_objects(image, nothing, ["thing"])).any()
 
 
+def test_lines_and_names_grow_with_the_image():
+    def share(side: int) -> float:
+        boxes = np.array([[0.1, 0.1, 0.9, 0.9]]) * side
+        found = Detections(boxes, np.array([0.9]), np.array([0]))
+        return np.asarray(draw_objects(Image.new("RGB", (side, side)), found, ["thing", "other"])).any(-1).mean()
+
+    assert share(4000) == pytest.approx(share(800), rel=0.25)
+
+
 @pytest.mark.parametrize("scores", [[0.3, 0.9], [0.9, 0.3]])
 def test_where_masks_overlap_the_better_one_is_seen(scores):
     masks = np.zeros((2, 20, 30), dtype=bool)

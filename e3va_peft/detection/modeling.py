@@ -212,7 +212,7 @@ class Detector(PreTrainedModel):
 
 
 def _small(weight: Tensor) -> None:
-    nn.init.normal_(weight, std=0.01)
+    nn.init.normal_(weight, std=0.01 * math.sqrt(256 / weight.shape[1]))  # torchvision's 0.01 is for 256 channels
 
 
 def _uniform(weight: Tensor) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from matplotlib import font_manager
 from peft import PeftModel
 from PIL import Image
 from rich.console import Console
@@ -35,6 +36,7 @@ from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer
 
 _OPACITY = 0.5
+_FONT = "DejaVu Sans"  # which matplotlib brings along
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,9 @@ def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequ
         names = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores.tolist(), strict=True)]
     shown = names if len(labels) > 1 else None
     boxes = torch.from_numpy(objects.boxes)
-    return to_pil_image(draw_bounding_boxes(pixels, boxes, shown, colors=chosen))
+    longest = max(image.size)  # lines and names are as well seen on a photo of 4000 px as on one of 400
+    style = {"width": max(1, round(longest / 400)), "font_size": max(10, round(longest / 50))}
+    return to_pil_image(draw_bounding_boxes(pixels, boxes, shown, chosen, font=font_manager.findfont(_FONT), **style))
 
 
 def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
