@@ -90,9 +90,9 @@ SETTINGS = {
         data=_NUCLEI,
         metric="mask_ap",
         seeds=(0, 1, 2),
-        overrides=("training.num_train_epochs=4",),
+        overrides=("training.num_train_epochs=3",),
         search=("training.num_train_epochs=2", "data.eval_fraction=0.15"),
-        grid=dict.fromkeys(DENSE, (2e-3, 4e-3, 8e-3)) | {"full": (1e-3, 2e-3, 4e-3)},
+        grid=dict.fromkeys(DENSE, (2e-3, 4e-3, 8e-3)) | {"partial-1": (4e-3,), "full": (1e-3, 2e-3, 4e-3)},
     ),
     "nuclei-mask2former": Setting(
         recipe="nuclei-mask2former-swin",
@@ -108,8 +108,8 @@ SETTINGS = {
         metric="box_ap",
         seeds=(0,),
         overrides=("training.num_train_epochs=12",),
-        search=("training.num_train_epochs=6", "data.train_split=train", "data.eval_split=val"),
-        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)) | {"full": (5e-4, 1e-3, 2e-3)},
+        search=("training.num_train_epochs=4", "data.train_split=train", "data.eval_split=val"),
+        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)) | {"partial-1": (2e-3,), "full": (5e-4, 1e-3, 2e-3)},
     ),
     "blood-cells-cascade": Setting(
         recipe="blood-cells-cascade-swin",
