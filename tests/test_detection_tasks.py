@@ -121,6 +121,21 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
     assert batch["labels"][1]["masks"].shape == (0, 40, 20)
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"masks": False}, "model_options.masks: is decided by task and head"),
+        ({"num_labels": 7}, "model_options.num_labels: is decided by the classes of the data"),
+        ({"iou_thresholds": [0.5]}, "model_options=.*Give one of each for every stage"),
+    ],
+)
+def test_options_that_something_else_decides_or_that_contradict_each_other_are_refused(options, match, tmp_path):
+    values = detect(tmp_path, "cascade-mask-rcnn", "coco")
+    values["model_options"] = options
+    with pytest.raises(UserError, match=f"(?s){match}"):
+        task_of(parse_config(values)).build_model(["square", "disc"])
+
+
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
     record = train(parse_config(detect(tmp_path, head, "coco", num_train_epochs=4, load_best_model_at_end=False)))

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
@@ -214,6 +215,18 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_pa
             train(config)
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
     assert train(config)["steps"] == 12
+
+
+def test_label_maps_that_are_all_ignored_are_named_and_teach_nothing(tmp_path, capsys):
+    values = segment(tmp_path, num_train_epochs=1, per_device_train_batch_size=1)
+    blank = tmp_path / "discs" / "masks" / "train" / "0.png"
+    with Image.open(blank) as image:
+        size = image.size
+    Image.new("L", size).save(blank)
+    metrics = train(parse_config(values))["metrics"]
+    assert 0 <= metrics["mean_iou"] <= 1
+    shown = " ".join("".join(capsys.readouterr()).split())
+    assert "1 label maps of" in shown and "teach nothing" in shown and "0.png" in shown
 
 
 def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp_path):

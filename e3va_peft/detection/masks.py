@@ -1,4 +1,4 @@
-"""COCO's `segmentation`, polygons or run lengths, brought to one form."""
+"""COCO's `segmentation`, polygons or run lengths, brought to one form; and how thin a box may be."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
+
+LEAST_SIDE = 1e-2  # pixels; of a thinner box rounding leaves nothing, and a loss of infinity
 
 _FAR = 10  # image sides that a polygon may lead away from its image: it is drawn edge by edge
 

@@ -159,10 +159,14 @@ class Detector(PreTrainedModel):
             )
         height, width = pixel_values.shape[-2:]
         scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=boxes.device)
-        target = {
-            "boxes": box_convert(boxes.float(), "cxcywh", "xyxy") * scale,
-            "labels": classes.long() + self._background,
-        }
+        corners = box_convert(boxes.float(), "cxcywh", "xyxy") * scale
+        seen = corners.clip(corners.new_zeros(4), scale)
+        if wrong := (~(seen[:, 2:] > seen[:, :2]).all(1)).nonzero().flatten().tolist():  # also where it is nan
+            raise ValueError(
+                f"labels[{index}]['boxes'][{wrong[0]}]: is {boxes[wrong[0]].tolist()}, without area in its image. "
+                "Its loss would be infinite or nan. Correct or drop it."
+            )
+        target = {"boxes": corners, "labels": classes.long() + self._background}
         if "masks" in needed:
             masks = label["masks"]
             if masks.shape != (len(classes), height, width):

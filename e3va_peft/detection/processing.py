@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
 from transformers import DetrImageProcessor
 
-from e3va_peft.detection.masks import encode_segmentation
+from e3va_peft.detection.masks import LEAST_SIDE, encode_segmentation
 
 Sizes = Sequence[tuple[int, int]] | Tensor
 
@@ -22,6 +22,8 @@ class DetectionImageProcessor(DetrImageProcessor):
 
     Its way out are `post_process_object_detection` and `post_process_instance_segmentation`.
     """
+
+    do_convert_rgb = True  # DETR's fails on grey, palette and RGBA images
 
     def prepare_annotation(self, image: Tensor, target: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Turn one image's COCO annotations into labels, without crowds and boxes without area in the image.
@@ -38,7 +40,7 @@ class DetectionImageProcessor(DetrImageProcessor):
         objects = [item for item in target["annotations"] if not item.get("iscrowd")]
         boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
         corners = (boxes[:, :2] + boxes[:, 2:]).minimum(torch.tensor([width, height]))  # as DETR drops and rounds
-        kept = (corners > boxes[:, :2].clip(min=0)).all(1).tolist()
+        kept = (corners - boxes[:, :2].clip(min=0) > LEAST_SIDE).all(1).tolist()
         objects = [item for item, keep in zip(objects, kept, strict=True) if keep]
         with_masks = kwargs.pop("return_segmentation_masks", False)
         labels: dict[str, Any] = super().prepare_annotation(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -39,12 +40,9 @@ class ProposalNetwork(RegionProposalNetwork):
         self, images: Any, features: dict[str, Tensor], targets: Targets | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Return proposals `(N, 4)` of each image, and losses where there are targets."""
-        mode = bool(self.training)
-        self.training: bool = targets is not None  # torchvision asks this flag alone; no module below has a mode
-        try:
-            return super().forward(images, features, targets)
-        finally:
-            self.training = mode
+        asked = copy.copy(self)  # not itself: another thread may be in the middle of it
+        asked.training = targets is not None  # torchvision asks this flag alone; no module below has a mode
+        return RegionProposalNetwork.forward(asked, images, features, targets)
 
 
 def build_proposal_network(config: Any, strides: Sequence[float]) -> ProposalNetwork:

@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
-from e3va_peft.detection.masks import are_numbers, encode_segmentation
+from e3va_peft.detection.masks import LEAST_SIDE, are_numbers, encode_segmentation
 from e3va_peft.training.config import DataConfig, LabelKind, UserError, read_text, reason
 from e3va_peft.training.objects import RLE, Objects
 from e3va_peft.training.sources import (
@@ -120,7 +120,8 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
             raise UserError(f"{where}: has no segmentation (polygons or RLE). Add it, or remove the annotation.")
         drawn = _drawn(item["box"], mask, record["format"], size, where)
         box = drawn.clip(0, limits)
-        extent = float(np.prod(box[2:] - box[:2]))
+        sides = box[2:] - box[:2]
+        extent = float(np.prod(sides)) if sides.min() >= LEAST_SIDE else 0.0
         covered = extent if mask is None else float(rle.area(mask))
         leaves = bool(np.abs(box - drawn).max() > 1)
         if not extent or leaves:

@@ -134,6 +134,7 @@ class Split:
         dropped: list[str] = []
         clipped: list[str] = []
         outside: list[str] = []
+        blank: list[str] = []
         objects, largest, box_format = 0, 0.0, ""
 
         def check(index: int) -> int | np.ndarray | Decoded | UserError:
@@ -143,7 +144,7 @@ class Split:
                 return error
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for found in pool.map(check, range(len(self))):
+            for index, found in enumerate(pool.map(check, range(len(self)))):
                 report()
                 if isinstance(found, UserError):
                     errors.append(str(found))
@@ -155,6 +156,8 @@ class Split:
                     objects += len(found.objects) + len(found.dropped)
                     largest = max(largest, found.objects.boxes.max(initial=0))
                     box_format = found.box_format
+                elif isinstance(found, np.ndarray) and (found == self.ignore_index).all():
+                    blank.append(self._where(self.rows[index]["label"], index))
                 counts += self._count(found)
         if errors:
             more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
@@ -171,6 +174,8 @@ class Split:
                 f"the {objects} boxes of {self.name} lie between 0 and 1. They are read as {_BOXES[box_format]}. If "
                 "they are shares of the image, convert them to pixels, or for a table set data.box_format: cxcywh."
             )
+        if blank:
+            note(f"{len(blank)} label maps of {self.name} are ignored at every pixel and teach nothing: {_few(blank)}")
         if dropped:
             note(
                 f"{len(dropped)} objects of {self.name} have no area in their image and are left out: {_few(dropped)}"

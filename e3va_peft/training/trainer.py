@@ -89,6 +89,16 @@ class VisionTrainer(Trainer):
             )
         return loss
 
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
+        """Return the loss: 0 for a batch of label maps that are all ignored, whose mean is nan."""
+        maps = inputs.get("labels")
+        if not isinstance(maps, torch.Tensor) or maps.dim() < 3 or (maps != self.task.config.data.ignore_index).any():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        found = super().compute_loss(model, {**inputs, "labels": torch.zeros_like(maps)}, *args, **kwargs)
+        return (0 * found[0], *found[1:]) if isinstance(found, tuple) else 0 * found
+
     def prediction_step(
         self,
         model: nn.Module,

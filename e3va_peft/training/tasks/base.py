@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -22,6 +23,12 @@ from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
+
+_DECIDED = {  # options of a model's config that are no free choice
+    **dict.fromkeys(("num_labels", "id2label", "label2id"), "the classes of the data"),
+    "backbone_config": "model",
+    "masks": "task and head",
+}
 
 
 class Task(ABC):
@@ -111,13 +118,19 @@ class Task(ABC):
         """Set the run's `model_options` on a model's config.
 
         Raises:
-            UserError: The config has no such option.
+            UserError: The config has no such option, something else decides it, or the options contradict each other.
         """
         for name, value in self.config.model_options.items():
+            if name in _DECIDED:
+                raise UserError(f"model_options.{name}: is decided by {_DECIDED[name]}. Leave it out.")
             if not hasattr(config, name):
                 hint = nearest(name, config.to_dict())
                 raise UserError(f"model_options.{name}: {type(config).__name__} has no such option.{hint}")
             setattr(config, name, value)
+        try:
+            config.validate()
+        except StrictDataclassError as error:
+            raise UserError(f"model_options={self.config.model_options!r}: {error}") from None
 
 
 def find_config(model: str) -> Any:
