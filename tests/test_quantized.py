@@ -41,6 +41,12 @@ every_family = pytest.mark.parametrize(
 )
 
 
+@pytest.fixture(autouse=True)
+def no_packing(monkeypatch):
+    # On CPUs with bf16 instructions bitsandbytes packs weights for inference, in blocks of 32 rows: these have fewer.
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
 @pytest.fixture(scope="module")
 def load(tmp_path_factory):
     """Load a case's base model as users do, from a folder of full-precision weights."""
