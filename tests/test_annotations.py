@@ -326,6 +326,16 @@ def test_images_of_any_mode_become_rgb(mode, tmp_path):
     assert split[0][0].mode == "RGB"
 
 
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_an_image_that_exif_turns_without_changing_its_size_is_refused(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(tmp_path / "images" / "a.jpg", exif=exif)
+    split, _ = coco(tmp_path, content=changed("images", file_name="a.jpg"))
+    with pytest.raises(UserError, match=r"(?s)image 'a\.jpg'.*a\.jpg is turned by its EXIF tag.*drop the tag"):
+        split[0]
+
+
 def test_an_image_that_exif_rotates_away_from_its_boxes_is_refused(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees when it is shown

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
 from e3va_peft.training.annotations import Decoded, decode, find_objects
@@ -302,17 +302,29 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
 def _check_size(
     item: dict[str, Any], where: str, image: Image.Image, size: tuple[int, ...], where_label: str, what: str
 ) -> None:
-    """Raise a UserError if a label was made for an image of another size, e.g. for one not turned by its EXIF tag."""
-    if size == image.size[::-1]:
-        return
+    """Raise a UserError if a label was made for an image of another size, or nobody can say for which way up."""
     with _open(item, where) as file:
-        raw = file.size[::-1]
+        raw, turned = file.size[::-1], _is_turned(file)
+    if size == image.size[::-1]:
+        if turned and raw == size:
+            raise UserError(
+                f"{where_label}: its image {where} is turned by its EXIF tag, and nothing says whether the {what} is. "
+                "Turn the pixels to fit, and drop the tag."
+            )
+        return
     why = f"Export the {what} in the size of its image."
     if size == raw:
         why = f"The image is rotated by its EXIF tag, the {what} is not: rotate the pixels, drop the tag."
     raise UserError(
         f"{where_label}: is {size[1]} x {size[0]} pixels, its image {where} {image.width} x {image.height}. {why}"
     )
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Whether an image's EXIF tag turns or mirrors it when it is shown."""
+    with contextlib.suppress(Exception):  # a broken EXIF block turns nothing
+        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
+    return False
 
 
 def _few(names: Sequence[str]) -> str:
