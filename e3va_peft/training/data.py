@@ -88,19 +88,21 @@ class Split:
             if value is None or (isinstance(value, dict) and value.get("bytes") is None and value.get("path") is None):
                 raise UserError(f"{self.name}, row {index}: has no {name}. Remove the row.")
         where = self._where(row["image"], index)
-        image = open_image(row["image"], where)
+        image, raw = _open_upright(row["image"], where)
         if self.kind == "class":
             return image, row["label"]
         if self.kind == "label-map":
-            return image, self._label_map(row, where, self._where(row["label"], index), image)
+            return image, self._label_map(row, where, self._where(row["label"], index), image, raw)
         record = pickle.loads(row["label"])
         if record["size"] is not None:
-            _check_size(row["image"], where, image, tuple(record["size"]), record["where"], "annotation")
+            _check_size(image, raw, where, tuple(record["size"]), record["where"], "annotation")
         return image, decode(record, image.size[::-1], self.kind == "instances")
 
-    def _label_map(self, row: dict[str, Any], where: str, where_mask: str, image: Image.Image) -> np.ndarray:
+    def _label_map(
+        self, row: dict[str, Any], where: str, where_mask: str, image: Image.Image, raw: tuple[int, int] | None
+    ) -> np.ndarray:
         mask = open_label_map(row["label"], where_mask)
-        _check_size(row["image"], where, image, mask.shape, where_mask, "label map")
+        _check_size(image, raw, where, mask.shape, where_mask, "label map")
         shift = 1 if self.reduce_labels else 0
         ignored = (mask == self.ignore_index) | ((mask == 0) & self.reduce_labels)
         ids = mask - shift
@@ -156,9 +158,10 @@ class Split:
                     objects += len(found.objects) + len(found.dropped)
                     largest = max(largest, found.objects.boxes.max(initial=0))
                     box_format = found.box_format
-                elif isinstance(found, np.ndarray) and (found == self.ignore_index).all():
+                count = self._count(found)
+                if isinstance(found, np.ndarray) and not count.any():
                     blank.append(self._where(self.rows[index]["label"], index))
-                counts += self._count(found)
+                counts += count
         if errors:
             more = f"\n... and {len(errors) - _SHOWN} more" if len(errors) > _SHOWN else ""
             raise UserError(f"{len(errors)} of {len(self)} examples:\n" + "\n".join(errors[:_SHOWN]) + more)
@@ -267,9 +270,15 @@ def open_image(item: dict[str, Any], where: str) -> Image.Image:
     Raises:
         UserError: It cannot be read as an image.
     """
-    image = _decoded(item, where)
+    return _open_upright(item, where)[0]
+
+
+def _open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[int, int] | None]:
+    """Open an image as `open_image` does; return also its height and width as stored if its EXIF tag turned it."""
+    image, raw = _decoded(item, where), None
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            image, raw = ImageOps.exif_transpose(image), image.size[::-1]
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -279,7 +288,7 @@ def open_image(item: dict[str, Any], where: str) -> Image.Image:
         image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode == "F":
         raise UserError(f"{where}: has floating-point values, whose range is unknown. Convert it to 8 or 16 bits.")
-    return image.convert("RGB")
+    return image.convert("RGB"), raw
 
 
 def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
@@ -300,13 +309,11 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
 
 
 def _check_size(
-    item: dict[str, Any], where: str, image: Image.Image, size: tuple[int, ...], where_label: str, what: str
+    image: Image.Image, raw: tuple[int, int] | None, where: str, size: tuple[int, ...], where_label: str, what: str
 ) -> None:
     """Raise a UserError if a label was made for an image of another size, or nobody can say for which way up."""
-    with _open(item, where) as file:
-        raw, turned = file.size[::-1], _is_turned(file)
     if size == image.size[::-1]:
-        if turned and raw == size:
+        if size == raw:
             raise UserError(
                 f"{where_label}: its image {where} is turned by its EXIF tag, and nothing says whether the {what} is. "
                 "Turn the pixels to fit, and drop the tag."
@@ -318,13 +325,6 @@ def _check_size(
     raise UserError(
         f"{where_label}: is {size[1]} x {size[0]} pixels, its image {where} {image.width} x {image.height}. {why}"
     )
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Whether an image's EXIF tag turns or mirrors it when it is shown."""
-    with contextlib.suppress(Exception):  # a broken EXIF block turns nothing
-        return image.getexif().get(ExifTags.Base.Orientation) in range(2, 9)
-    return False
 
 
 def _few(names: Sequence[str]) -> str:
