@@ -355,8 +355,9 @@ def test_low_cpu_mem_usage_gives_an_adapter_on_meta(case):
     assert not any(p.is_meta for p in layers(model)[0].base_layer.parameters())
 
 
-# transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention)
-@every_model_but("swin-mask2former")
+# transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention); vit-retinanet's P6 is 1x1,
+# and oneDNN's bf16 weight gradient of a strided convolution of a 1x1 map reads memory that nothing wrote
+@every_model_but("swin-mask2former", "vit-retinanet")
 def test_bf16_autocast_trains_on_the_cpu(case):
     model = adapted(case)
     before = outputs(model, case.batch())
