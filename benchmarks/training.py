@@ -81,6 +81,7 @@ SETTINGS = {
         grid={
             "e3va": (1e-3, 2e-3, 4e-3, 8e-3),
             "head-only": (1e-3, 2e-3, 4e-3, 8e-3),
+            "partial-1": (2e-3,),
             "lora": (1e-3, 2e-3, 4e-3, 8e-3),
             "full": (3e-4, 1e-3, 2e-3, 4e-3),
         },
@@ -117,7 +118,8 @@ SETTINGS = {
         metric="box_ap",
         seeds=(0,),
         overrides=("training.num_train_epochs=3",),
-        grid=dict.fromkeys(DENSE, (2e-3,)) | {"full": (1e-3,)},  # as in results/nuclei.json, but E3VA
+        search=("training.num_train_epochs=2", "data.train_split=train", "data.eval_split=val"),
+        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)) | {"partial-1": (2e-3,), "full": (5e-4, 1e-3, 2e-3)},
     ),
 }
 
