@@ -1,14 +1,14 @@
 """The paper's dense-prediction systems at the paper's sizes: memory and time of one training step of five methods.
 
     python benchmarks/paper.py memory SETTING [--methods e3va,full] [--precision bf16]  # peaks, at the paper's size
-    python benchmarks/paper.py time SETTING [--rounds 5]  # on a quiet machine, at a reduced size
+    python benchmarks/paper.py time SETTING [--rounds 5]  # on a quiet machine
     python benchmarks/paper.py memory SETTING --tiny --size 200x120  # a smoke test: a Swin-T, and nothing in results/
 
 Models are what `e3va train` builds for the recipes of these systems, with random weights. Bytes do not depend on them,
 but for some kB: they decide which boxes an R-CNN looks at. Images and objects are drawn, the same for all methods.
 fp32 weights, fused AdamW with its moments in place. Memory is that of one forward, which counts what is kept for
 backward, and one whole step, which counts the peak of live tensor bytes. Time is the median over rounds that take one
-step of every method in turn, after one round to warm up; all five models are in memory then, hence the reduced size.
+step of every method in turn, after one round to warm up; all five models are in memory then.
 
 bf16 is mixed precision by the rules of the CPU. Below the meter its products are computed in fp32, see `WideProducts`:
 the same tensors, and so the same bytes, in minutes in place of hours.
@@ -73,7 +73,6 @@ class Setting:
         head: Of the names in `e3va train`.
         num_labels: Classes.
         size: Of the paper's images.
-        timed_size: At which five models fit into memory.
         batch: Images per step.
         objects: On each image; 0 for label maps.
     """
@@ -83,7 +82,6 @@ class Setting:
     head: str
     num_labels: int
     size: Size
-    timed_size: Size
     batch: int = 1
     objects: int = 0
 
@@ -123,16 +121,14 @@ class Setting:
 
 SETTINGS = {
     "coco-cascade-swin-b": Setting(
-        "COCO, Cascade Mask R-CNN, Swin-B", "swin-b", "cascade-mask-rcnn", 80, (1333, 800), (533, 320), objects=8
+        "COCO, Cascade Mask R-CNN, Swin-B", "swin-b", "cascade-mask-rcnn", 80, (1333, 800), objects=8
     ),
     "coco-cascade-swin-l": Setting(
-        "COCO, Cascade Mask R-CNN, Swin-L", "swin-l", "cascade-mask-rcnn", 80, (1333, 800), (533, 320), objects=8
+        "COCO, Cascade Mask R-CNN, Swin-L", "swin-l", "cascade-mask-rcnn", 80, (1333, 800), objects=8
     ),
-    "voc-retinanet-swin-l": Setting(
-        "VOC, RetinaNet, Swin-L", "swin-l", "retinanet", 20, (1000, 600), (500, 300), objects=5
-    ),
+    "voc-retinanet-swin-l": Setting("VOC, RetinaNet, Swin-L", "swin-l", "retinanet", 20, (1000, 600), objects=5),
     "ade20k-upernet-swin-l": Setting(  # the paper does not say how many images a GPU gets
-        "ADE20K, UperNet, Swin-L", "swin-l", "upernet", 150, (512, 512), (256, 256), batch=2
+        "ADE20K, UperNet, Swin-L", "swin-l", "upernet", 150, (512, 512), batch=2
     ),
 }
 
@@ -240,8 +236,7 @@ def measure_time(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     }
     for method, times in interleaved(tasks, args.rounds).items():
         print(f"{args.setting}: {method}: {statistics.median(times):.2f} s", flush=True)
-        reduced = args.size != setting.size
-        yield about[method] | {"reduced": reduced, "seconds": statistics.median(times), "rounds": times}
+        yield about[method] | {"seconds": statistics.median(times), "rounds": times}
 
 
 def describe(args: argparse.Namespace, method: str) -> dict[str, Any]:
@@ -304,15 +299,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--methods", type=names, default=METHODS, help="separated by commas; all by default")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--size", type=pixels, help="WIDTHxHEIGHT; memory: the paper's, time: a reduced one")
+    parser.add_argument("--size", type=pixels, help="WIDTHxHEIGHT; the paper's by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--again", action="store_true", help="measure also what is recorded")
     parser.add_argument("--tiny", action="store_true", help="smoke test on a Swin-T, recorded in a temporary folder")
     args = parser.parse_args()
     if args.kind == "time" and args.precision != "fp32":
         parser.error("time: bf16 on a CPU says nothing about a GPU. Leave --precision out.")
-    setting = SETTINGS[args.setting]
-    args.size = args.size or (setting.size if args.kind == "memory" else setting.timed_size)
+    args.size = args.size or SETTINGS[args.setting].size
     args.output = (Path(tempfile.gettempdir()) / "e3va-tiny" if args.tiny else RESULTS) / "paper.json"
     return args
 

@@ -126,6 +126,13 @@ def test_crowds_are_marked_and_boxes_and_areas_come_from_masks_where_there_are_n
     assert objects.areas.tolist() == [60]
 
 
+@pytest.mark.parametrize(("flag", "crowd"), [(0, False), ("0", False), ("False", False), (1.0, True), ("true", True)])
+def test_flags_may_be_text(flag, crowd, tmp_path):
+    split, _ = coco(tmp_path, content=changed("annotations", iscrowd=flag))
+    assert split[0][1].crowd.tolist() == [crowd]
+    assert split.verify().tolist() == [0, int(not crowd)], "crowds are not trained on"
+
+
 def test_the_splits_of_a_pattern_are_those_that_have_a_file(tmp_path):
     for split in ("train", "val"):
         for name in ("a.png", "b.png"):
@@ -191,6 +198,7 @@ def test_an_empty_mask_is_dropped_and_counted(empty, tmp_path):
         (changed("annotations", segmentation=[[1e9, 2, 3, 4, 5, 6]]), ["annotation 1", "far away"]),
         (changed("annotations", segmentation=7), ["annotation 1", "polygons nor an RLE"]),
         (changed("annotations", area=-3), ["annotation 1", "area"]),
+        (changed("annotations", iscrowd="maybe"), ["annotation 1", "'maybe' for crowd"]),
         (changed("images", width=21), ["a.png", "21 x 10", "20 x 10"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -381,6 +389,13 @@ def test_voc_boxes_are_pixels_counted_from_one_and_difficult_ones_are_marked(tmp
     assert evaluation is not None and len(evaluation[0][1]) == 0
 
 
+@pytest.mark.parametrize(("flag", "difficult"), [("0", False), ("", False), (" 1 ", True), ("True", True)])
+def test_difficult_may_be_a_word(flag, difficult, tmp_path):
+    voc(tmp_path, "a", thing(more=f"<difficult>{flag}</difficult>"))
+    split, _ = load("boxes", source=str(lists(tmp_path, train="a")))
+    assert split[0][1].difficult.tolist() == [difficult]
+
+
 def test_a_devkit_joins_its_years(tmp_path):
     for year, name in (("VOC2007", "a"), ("VOC2012", "b")):
         lists(voc(tmp_path / year, name, thing("x")), trainval=name, test="")
@@ -404,6 +419,7 @@ def test_a_devkit_joins_its_years(tmp_path):
         (thing(box=("x", 1, 2, 3)), ["object 1 of 1", "xmin 'x'"]),
         (thing(box=(9, 2, 3, 7)), ["object 1 of 1", "negative width"]),
         (thing(name=""), ["object 1 of 1", "no name"]),
+        (thing(more="<difficult>hard</difficult>"), ["object 1 of 1", "'hard' for difficult"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -30,6 +30,8 @@ from transformers import (
     BertConfig,
     ConvNextConfig,
     Dinov2Config,
+    Mask2FormerForUniversalSegmentation,
+    Mask2FormerImageProcessor,
     ResNetConfig,
     SwinBackbone,
     SwinConfig,
@@ -57,6 +59,8 @@ from e3va_peft.detection.pyramid import PyramidAnchors, feature_maps, map_stride
 from e3va_peft.detection.roi import CascadeRoIHeads
 from e3va_peft.training.average_precision import coco_scores
 from e3va_peft.training.objects import Detections, Objects, encode_masks
+from e3va_peft.training.tasks import mask2former
+from e3va_peft.training.tasks.detection import detections
 from tests.models import PLAIN, STAGES, SWIN
 from tests.test_laws import assert_same
 from tests.test_trainer import StopAt
@@ -313,6 +317,39 @@ def test_a_cascade_averages_the_stages_scores_and_masks_and_keeps_the_last_boxes
     torch.testing.assert_close(found["masks"], picked)
 
 
+def test_a_box_that_is_no_longer_agnostic_is_refined_as_its_most_likely_class(pooled_from):
+    config = CascadeMaskRCNNConfig(backbone_config=swin(), **HEADS, class_agnostic=False)
+    stage = CascadeRoIHeads(config, [2, 4, 8]).stages[0]
+    proposals = [torch.tensor([[10.0, 10, 30, 30]] * 3)]
+    logits = torch.eye(4)[1:] + torch.tensor([5.0, 0, 0, 0])  # background is the most likely of all, and no class
+    deltas = torch.zeros(3, 4, 4)
+    deltas[:, :, 0] = torch.tensor([0.0, 1, 2, 3])  # each class moves its box further
+    (refined,) = roi._refine(stage, logits, deltas.flatten(1), proposals, [(SIZE, SIZE)])
+    torch.testing.assert_close(refined[:, 0], 10 + 20 * torch.tensor([1.0, 2, 3]) / 10)
+
+
+def test_masks_of_each_stage_are_those_of_the_objects_that_it_matches(pooled_from, monkeypatch):
+    heads = CascadeRoIHeads(CascadeMaskRCNNConfig(backbone_config=swin(), **HEADS), [2, 4, 8])
+    for stage in heads.stages:
+        nn.init.normal_(stage.box_predictor.bbox_pred.bias)
+    seen = []
+    loss = roi.maskrcnn_loss
+
+    def spy(logits, boxes, masks, classes, indices):
+        seen.append((boxes, indices))
+        return loss(logits, boxes, masks, classes, indices)
+
+    monkeypatch.setattr(roi, "maskrcnn_loss", spy)
+    truth = pooled_from["targets"]
+    heads.losses(pooled_from["features"], pooled_from["proposals"], [(SIZE, SIZE)] * 2, truth)
+    for threshold, (boxes, indices) in zip((0.5, 0.6, 0.7), seen, strict=True):
+        for each, chosen, target in zip(boxes, indices, truth, strict=True):
+            overlap, nearest = box_iou(each, target["boxes"]).max(1)
+            assert (overlap >= threshold).all()
+            torch.testing.assert_close(chosen, nearest)
+    assert len({len(torch.cat(boxes)) for boxes, _ in seen}) > 1, "the stages match alike, and this tests nothing"
+
+
 def test_refined_boxes_stay_in_the_image(pooled_from):
     config = CascadeMaskRCNNConfig(backbone_config=swin(), **HEADS | {"masks": False})
     heads = CascadeRoIHeads(config, [2, 4, 8])
@@ -534,30 +571,30 @@ def pictures(count: int = 4) -> tuple[Tensor, list[dict[str, Tensor]]]:
     return pixels, labels
 
 
-def average_precision(outputs: Any, labels: list[dict[str, Tensor]]) -> dict[str, Any]:
-    masks = outputs.pred_masks is not None
-    processor, sizes = DetectionImageProcessor(), [(SIZE, SIZE)] * len(labels)
-    process = processor.post_process_instance_segmentation if masks else processor.post_process_object_detection
-    found, truth = [], []
-    for i, (each, label) in enumerate(zip(process(outputs, 0.05, target_sizes=sizes), labels, strict=True)):
-        arrays = [each[name].double().numpy() for name in ("boxes", "scores")]
-        found.append(Detections(*arrays, each["labels"].numpy(), encode_masks(each["masks"]) if masks else None))
-        count = len(label["class_labels"])
+def score(found: list[Detections], labels: list[dict[str, Tensor]], masks: bool = True) -> dict[str, Any]:
+    """COCO's scores of what was found in pictures."""
+    truth = []
+    for i, label in enumerate(labels):
         boxes = box_convert(label["boxes"], "cxcywh", "xyxy").double().numpy() * SIZE
-        none = np.zeros(count, dtype=bool)
-        truth.append(
-            Objects(
-                i,
-                (SIZE, SIZE),
-                boxes,
-                label["class_labels"].numpy(),
-                label["masks"].sum((1, 2)).double().numpy(),
-                none,
-                none,
-                encode_masks(label["masks"].bool()),
-            )
-        )
+        areas, none = label["masks"].sum((1, 2)).double().numpy(), np.zeros(len(boxes), dtype=bool)
+        encoded = encode_masks(label["masks"].bool())
+        truth.append(Objects(i, (SIZE, SIZE), boxes, label["class_labels"].numpy(), areas, none, none, encoded))
     return coco_scores(found, truth, 2, masks)
+
+
+def learn(model: nn.Module, inputs: dict[str, Any], steps: int, lr: float) -> list[float]:
+    """Train on one batch, and return the losses."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step(), schedule.step()
+        losses.append(loss.item())
+    return losses
 
 
 FEW = {
@@ -578,22 +615,36 @@ def test_a_detector_that_e3va_trains_learns_pictures_by_heart_and_finds_them_in_
     base = build(backbone_config=backbone, num_labels=2, aspect_ratios=[1.0], **options)
     model = get_peft_model(base, E3VAConfig(r=8)).train()
     pixels, labels = pictures()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = model(pixel_values=pixels, labels=labels).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step(), schedule.step()
-        losses.append(loss.item())
+    losses = learn(model, {"pixel_values": pixels, "labels": labels}, steps, lr)
     assert losses[-1] < losses[0] / 2
     for right, below, least in ((0, 0, 0.9), (20, 8, 0.6)):  # in padding a box is found as well, not as exactly
         padded, mask = (nn.functional.pad(x, (0, right, 0, below)) for x in (pixels, torch.ones_like(pixels[:, 0])))
-        scores = average_precision(detect(model, pixel_values=padded, pixel_mask=mask), labels)
+        outputs = detect(model, pixel_values=padded, pixel_mask=mask)
+        found = detections(outputs, DetectionImageProcessor(), [(SIZE, SIZE)] * len(labels), threshold=0.05)
+        scores = score(found, labels, masks=name != "retinanet")
         assert scores["box_ap"] > least and scores["box_ap50"] > 0.95
         assert name == "retinanet" or (scores["mask_ap"] > least and scores["mask_ap50"] > 0.95)
+
+
+def test_mask2former_that_e3va_trains_learns_pictures_by_heart():
+    backbone = swin(embed_dim=16, depths=[1] * 4, num_heads=[1, 2, 2, 2], out_features=[*STAGES, "stage4"])
+    config = mask2former.new_config(backbone, "swin")
+    small = {
+        "num_labels": 2, "feature_size": 32, "mask_feature_size": 32, "hidden_dim": 32, "encoder_feedforward_dim": 32,
+        "encoder_layers": 1, "decoder_layers": 3, "num_attention_heads": 4, "dim_feedforward": 64, "num_queries": 6,
+        "train_num_points": 256, "dropout": 0.0,
+    }  # fmt: skip
+    for name, value in small.items():
+        setattr(config, name, value)
+    model = get_peft_model(Mask2FormerForUniversalSegmentation(config), E3VAConfig(r=8)).train()
+    pixels, labels = pictures()
+    kinds = {"mask_labels": [each["masks"].float() for each in labels],
+             "class_labels": [each["class_labels"] for each in labels]}  # fmt: skip
+    losses = learn(model, {"pixel_values": pixels} | kinds, steps=180, lr=3e-3)
+    assert losses[-1] < losses[0] / 2
+    processor = Mask2FormerImageProcessor()
+    scores = score(detections(detect(model, pixels), processor, [(SIZE, SIZE)] * len(labels)), labels)
+    assert scores["mask_ap"] > 0.9 and scores["box_ap50"] > 0.95
 
 
 # Refusals
@@ -718,6 +769,16 @@ def test_masks_may_be_run_lengths(form):
     )
     drawn, run_lengths = (label["masks"] for label in encoded["labels"])
     assert drawn.any() and torch.equal(drawn, run_lengths)
+
+
+@pytest.mark.parametrize("key", ["bbox", "category_id", "area"])
+def test_an_annotation_without_what_it_takes_is_named(key):
+    whole = {"bbox": [2, 1, 9, 9], "category_id": 0, "area": 81, "iscrowd": 0}
+    broken = {name: value for name, value in whole.items() if name != key}
+    with pytest.raises(ValueError, match=rf"annotations\[1\]: has no {key}"):
+        DetectionImageProcessor()(
+            np.zeros((20, 20, 3), dtype=np.uint8), annotations={"image_id": 1, "annotations": [whole, broken]}
+        )
 
 
 def test_a_box_outside_of_its_image_is_left_out_with_its_mask():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import PaddingCollate
 from tests.inputs import detect, save_swin, segment, small_head
 from tests.models import BY_NAME
+from tests.test_train_command import Stop, adapter_weights, stop_after
 
 EVERY_HEAD = sorted({*HEADS["object-detection"], *HEADS["instance-segmentation"]})
 
@@ -82,6 +84,23 @@ def test_image_boxes_and_masks_stay_aligned(augment, root):
     assert seen > 8
 
 
+def test_training_draws_the_shorter_side_within_its_bounds_and_flips_half_of_the_time(root):
+    size = {"shortest_edge": 32, "longest_edge": 40}
+    run = task(root, "retinanet", augment={"scale": [0.5, 1.0], "flip": True}, processor={"size": size})
+    split, _ = splits(run)
+    view = run.training_view(run.build_processor())
+    image, objects = split[0]
+    torch.manual_seed(0)
+    sides, left = [], []
+    for _ in range(60):
+        example = view(image, objects)
+        sides.append(min(example["pixel_values"].shape[-2:]))
+        left.append(bool(example["labels"]["boxes"][0, 0] < 0.5))  # the square is left in the file
+    assert (min(sides), max(sides)) == (16, 32) and len(set(sides)) > 8
+    assert 15 < sum(left) < 45
+    assert max(view(Image.new("RGB", (400, 40)), replace(objects, size=(40, 400)))["pixel_values"].shape[-2:]) == 40
+
+
 def test_training_leaves_out_crowds_and_difficult_objects(root):
     run = task(root, "retinanet")
     image = Image.new("RGB", (40, 40))
@@ -127,6 +146,7 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
         ({"masks": False}, "model_options.masks: is decided by task and head"),
         ({"num_labels": 7}, "model_options.num_labels: is decided by the classes of the data"),
         ({"iou_thresholds": [0.5]}, "model_options=.*Give one of each for every stage"),
+        ({"fpn_channels": "many"}, "model_options=.*fpn_channels"),
     ],
 )
 def test_options_that_something_else_decides_or_that_contradict_each_other_are_refused(options, match, tmp_path):
@@ -134,6 +154,66 @@ def test_options_that_something_else_decides_or_that_contradict_each_other_are_r
     values["model_options"] = options
     with pytest.raises(UserError, match=f"(?s){match}"):
         task_of(parse_config(values)).build_model(["square", "disc"])
+
+
+@pytest.mark.parametrize("size", [{"shortest_edge": 64}, {"height": 64, "width": 64}, 64], ids=str)
+def test_a_size_that_does_not_keep_the_aspect_ratio_within_bounds_is_refused(size, root):
+    with pytest.raises(UserError, match=r"processor\.size=.*wants shortest_edge and longest_edge.*image_size alone"):
+        task(root, "retinanet", processor={"size": size}).build_processor()
+
+
+def test_heads_of_boxes_may_have_convolutions(root):
+    values = {"model_options": small_head("faster-rcnn") | {"box_head_convs": 2}}
+    model = task(root, "faster-rcnn", **values).build_model(["a", "b"])
+    convs = [m for m in model.roi_heads.stages[0].box_head.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert len(convs) == 2
+
+
+def test_mask2formers_strides_are_those_of_its_backbone(root):
+    config = task(root, "mask2former").build_model(["a", "b"]).config
+    assert config.feature_strides == [2, 4, 8] and config.common_stride == 2
+
+
+def test_mask2former_refuses_to_be_scored_with_padding(root):
+    run = task(root, "mask2former", processor={"size_divisor": 1})  # 32 would make the two of one size
+    _, split = splits(run)
+    processor = run.build_processor()
+    model = run.build_model(split.labels).eval()
+    view = run.evaluation_view(processor)
+    inputs = run.collator(model, processor)([view(*split[i]) for i in (0, 1)])  # of two sizes
+    with pytest.raises(UserError, match=r"per_device_eval_batch_size=2: .*differ in size.*Set it to 1"):
+        run.evidence(model(inputs["pixel_values"]), inputs, processor)
+
+
+@pytest.mark.parametrize("head", ["retinanet", "mask2former"])
+def test_a_run_that_was_cut_off_goes_on_and_ends_where_a_whole_one_does(head, tmp_path, monkeypatch):
+    arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
+    values = {name: detect(tmp_path, head, "coco", name, **arguments) for name in ("whole", "cut")}
+    for config in values.values():
+        config["augment"] = False
+    whole = train(parse_config(values["whole"]))
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(Stop):
+            train(parse_config(values["cut"]))
+    resumed = train(parse_config(values["cut"]))
+    assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 12
+    first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["coco", "voc"])
+def test_a_run_is_scored_where_only_the_images_to_evaluate_on_are(layout, tmp_path):
+    record = train(parse_config(detect(tmp_path, "retinanet", layout, num_train_epochs=1)))
+    shapes = tmp_path / "shapes"
+    for path in (shapes / "coco" / "train.json", shapes / "voc" / "ImageSets" / "Main" / "train.txt"):
+        path.unlink()
+    scores, labels = evaluate(str(tmp_path / "run"))
+    assert labels == ("square", "disc")
+    assert scores["box_ap"] == pytest.approx(record["metrics"]["box_ap"], abs=1e-4)
+    with pytest.raises(UserError, match="train"):
+        train(parse_config(detect(tmp_path, "retinanet", layout, "again")))
 
 
 @pytest.mark.parametrize("head", EVERY_HEAD)
@@ -168,6 +248,9 @@ def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     shown = tmp_path / "shapes" / "coco" / "val"
     entries = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "found", threshold=0.3)
     assert json.loads((tmp_path / "found" / "predictions.json").read_text()) == entries
+    scores = [each["score"] for entry in entries for each in entry["objects"]]
+    every = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "every", threshold=0.0)
+    assert min(scores) > 0.3 and len(scores) < sum(len(entry["objects"]) for entry in every)
     found = {each["label"] for entry in entries for each in entry["objects"]}
     assert found == {"square", "disc"}
     first = entries[0]["objects"][0]

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
 from e3va_peft.training.config import UserError, parse_config
-from e3va_peft.training.data import open_label_map
+from e3va_peft.training.data import load_eval_split, load_splits, open_label_map
 from e3va_peft.training.methods import adapt
 from e3va_peft.training.predict import evaluate, load_trained, palette, predict
 from tests.models import BY_NAME
@@ -291,14 +291,18 @@ def finished(adapters, tmp_path, monkeypatch) -> Path:
 
 def test_a_run_is_scored_on_the_samples_that_it_was_scored_on_in_training(finished, monkeypatch):
     seen = []
-    load = evaluate.__globals__["load_splits"]
-    monkeypatch.setitem(evaluate.__globals__, "load_splits", lambda *a, **k: seen.append(load(*a, **k)) or seen[-1])
+
+    def spy(*args: Any) -> Any:
+        seen.append(load_eval_split(*args))
+        return seen[-1]
+
+    monkeypatch.setitem(evaluate.__globals__, "load_eval_split", spy)
     scores, labels = evaluate(str(finished))
     assert labels == tuple(LABELS.values()) and 0 <= scores["accuracy"] <= 1 and scores["loss"] > 0
     config = load_trained(str(finished)).config
     assert config is not None
-    _, in_training = load(config.data, False, 3)  # as `train` draws them: by training.seed
-    drawn = [[row["image"]["path"] for row in split.rows] for split in (seen[0][1], in_training)]
+    _, in_training = load_splits(config.data, "class", 3)  # as `train` draws them: by training.seed
+    drawn = [[row["image"]["path"] for row in split.rows] for split in (seen[0], in_training)]
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
 

@@ -130,6 +130,14 @@ def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path):
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
+def test_the_learning_rate_of_a_run_falls_at_its_lr_steps(tmp_path):
+    values = classify(tmp_path, num_train_epochs=4, logging_steps=1, warmup_steps=0, learning_rate=1e-3)
+    history = train(parse_config(values | {"lr_steps": [2, 3]}))["history"]
+    rates = {entry["epoch"]: entry["learning_rate"] for entry in history if "learning_rate" in entry}
+    assert {rate for epoch, rate in rates.items() if epoch <= 2} == {1e-3}
+    assert rates[3] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-5)
+
+
 class Stop(Exception):
     pass
 

@@ -288,6 +288,31 @@ def test_every_recipe_is_a_config_that_says_what_it_is(name, tmp_path):
     assert arguments(config.to_dict(), **config.training).output_dir == config.output
 
 
+COCO = {"head": "cascade-mask-rcnn", "image_size": 800, "lr_steps": [27, 33], "num_train_epochs": 36, "batch": 16}
+PAPER = {
+    "coco-cascade-mask-rcnn-swin-base": COCO | {"learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800)},
+    "coco-cascade-mask-rcnn-swin-large": COCO | {"learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800)},
+    "voc-retinanet-swin-large": {
+        "head": "retinanet", "image_size": 600, "lr_steps": [9], "num_train_epochs": 12, "learning_rate": 1e-4,
+        "processor": {"size": {"shortest_edge": 600, "longest_edge": 1000}}, "scale": (600, 600),
+    },
+    "ade20k-upernet-swin-large": {
+        "image_size": 512, "max_steps": 160_000, "learning_rate": 6e-5, "weight_decay": 0.01, "batch": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_recipes_of_the_paper_train_as_it_did(name):
+    config = read_config(name)
+    training = config.training
+    batch = training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+    low, high = (round(factor * config.image_size) for factor in config.augment.scale)
+    found = config.to_dict() | training | {"batch": batch, "scale": (low, high)}
+    assert {key: found[key] for key in PAPER[name]} == PAPER[name]
+    assert training.get("optim", "adamw_torch").startswith("adamw") and config.method_name == "e3va"
+
+
 def test_there_are_recipes_for_every_task():
     assert {read_config(name).task for name in recipes()} == set(TASKS)
 

@@ -1,8 +1,6 @@
 """Configs of the detectors. Fields that torchvision has too carry torchvision's names and defaults."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any  # no annotations from __future__: @strict checks no types that are text
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -39,8 +37,8 @@ class DetectorConfig(PreTrainedConfig):
     fpn_channels: int = 256
     anchor_scales: list[int | float] | tuple[int | float, ...] = (8,)
     aspect_ratios: list[int | float] | tuple[int | float, ...] = (0.5, 1.0, 2.0)
-    score_thresh: float = 0.05
-    nms_thresh: float = 0.5
+    score_thresh: int | float = 0.05
+    nms_thresh: int | float = 0.5
     detections_per_img: int = 100
 
 
@@ -58,8 +56,8 @@ class RetinaNetConfig(DetectorConfig):
 
     anchor_scales: list[int | float] | tuple[int | float, ...] = _OCTAVE
     topk_candidates: int = 1000
-    fg_iou_thresh: float = 0.5
-    bg_iou_thresh: float = 0.4
+    fg_iou_thresh: int | float = 0.5
+    bg_iou_thresh: int | float = 0.4
 
 
 @strict
@@ -91,24 +89,24 @@ class MaskRCNNConfig(DetectorConfig):
     model_type = "e3va_mask_rcnn"
 
     masks: bool = True
-    iou_thresholds: list[float] | tuple[float, ...] = (0.5,)
+    iou_thresholds: list[int | float] | tuple[int | float, ...] = (0.5,)
     box_weights: list[Any] | tuple[Any, ...] = ((10.0, 10.0, 5.0, 5.0),)
-    loss_weights: list[float] | tuple[float, ...] = (1.0,)
+    loss_weights: list[int | float] | tuple[int | float, ...] = (1.0,)
     class_agnostic: bool = False
     box_head_dim: int = 1024
     box_head_convs: int = 0
     mask_dim: int = 256
     box_batch_size_per_image: int = 512
-    box_positive_fraction: float = 0.25
+    box_positive_fraction: int | float = 0.25
     rpn_pre_nms_top_n_train: int = 2000
     rpn_pre_nms_top_n_test: int = 1000
     rpn_post_nms_top_n_train: int = 2000
     rpn_post_nms_top_n_test: int = 1000
-    rpn_nms_thresh: float = 0.7
-    rpn_fg_iou_thresh: float = 0.7
-    rpn_bg_iou_thresh: float = 0.3
+    rpn_nms_thresh: int | float = 0.7
+    rpn_fg_iou_thresh: int | float = 0.7
+    rpn_bg_iou_thresh: int | float = 0.3
     rpn_batch_size_per_image: int = 256
-    rpn_positive_fraction: float = 0.5
+    rpn_positive_fraction: int | float = 0.5
 
     def validate_architecture(self) -> None:
         """Check that every stage has its threshold, box weights and loss weight."""
@@ -129,11 +127,11 @@ class CascadeMaskRCNNConfig(MaskRCNNConfig):
 
     model_type = "e3va_cascade_mask_rcnn"
 
-    iou_thresholds: list[float] | tuple[float, ...] = (0.5, 0.6, 0.7)
+    iou_thresholds: list[int | float] | tuple[int | float, ...] = (0.5, 0.6, 0.7)
     box_weights: list[Any] | tuple[Any, ...] = (
         (10.0, 10.0, 5.0, 5.0),
         (20.0, 20.0, 10.0, 10.0),
         (30.0, 30.0, 15.0, 15.0),
     )
-    loss_weights: list[float] | tuple[float, ...] = (1.0, 0.5, 0.25)
+    loss_weights: list[int | float] | tuple[int | float, ...] = (1.0, 0.5, 0.25)
     class_agnostic: bool = True

@@ -32,11 +32,15 @@ class DetectionImageProcessor(DetrImageProcessor):
         stacks the masks of an image without objects, and those of crowds with those of objects.
 
         Raises:
-            ValueError: With `return_segmentation_masks`, an object has no segmentation, or one that cannot be right.
+            ValueError: An object lacks its box, class or area, or, with `return_segmentation_masks`, has no
+                segmentation, or one that cannot be right.
         """
         if "annotations" not in target:
             return super().prepare_annotation(image, target, *args, **kwargs)
         height, width = image.shape[-2:]
+        for i, item in enumerate(target["annotations"]):
+            if missing := [key for key in ("bbox", "category_id", "area") if key not in item]:
+                raise ValueError(f"annotations[{i}]: has no {', '.join(missing)}. Add what a COCO annotation has.")
         objects = [item for item in target["annotations"] if not item.get("iscrowd")]
         boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
         corners = (boxes[:, :2] + boxes[:, 2:]).minimum(torch.tensor([width, height]))  # as DETR drops and rounds

@@ -132,14 +132,18 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         if leaves:
             clipped.append(where)
         kept.append((box, _area(item.get("area"), covered, where), item, mask))
+    crowd, difficult = (
+        [_flag(item.get(what), what, f"{record['where']}, {item['name']}") for _, _, item, _ in kept]
+        for what in ("crowd", "difficult")
+    )
     objects = Objects(
         image_id=record["id"],
         size=size,
         boxes=np.array([box for box, *_ in kept], dtype=np.float64).reshape(-1, 4),
         labels=np.array([item["label"] for _, _, item, _ in kept], dtype=np.int64),
         areas=np.array([area for _, area, *_ in kept], dtype=np.float64),
-        crowd=np.array([bool(item.get("crowd")) for _, _, item, _ in kept], dtype=bool),
-        difficult=np.array([bool(item.get("difficult")) for _, _, item, _ in kept], dtype=bool),
+        crowd=np.array(crowd, dtype=bool),
+        difficult=np.array(difficult, dtype=bool),
         masks=tuple(mask for *_, mask in kept if mask is not None) if with_masks else None,
     )
     return Decoded(objects, dropped, clipped, outside, record["format"])
@@ -184,6 +188,16 @@ def _area(value: Any, covered: float, where: str) -> float:
     if not are_numbers([value]) or value < 0:
         raise UserError(f"{where}: has the area {value!r}, no number of pixels. Correct or remove it.")
     return float(value)
+
+
+def _flag(value: Any, what: str, where: str) -> bool:
+    """Read yes or no, as numbers or text."""
+    given = value.strip().lower() if isinstance(value, str) else value
+    if given in (None, "", 0, "0", "false"):
+        return False
+    if given in (1, "1", "true"):
+        return True
+    raise UserError(f"{where}: has {value!r} for {what}, neither 0 nor 1. Correct it.")
 
 
 def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
@@ -454,7 +468,7 @@ def _voc_record(number: int, path: Path) -> Record:
                 "name": f"object {i} of {len(items)}",
                 "label": label,
                 "box": box,
-                "difficult": item.findtext("difficult", "").strip() == "1",
+                "difficult": item.findtext("difficult"),
             }
         )
     return _record(number, str(path), size, "voc", objects)

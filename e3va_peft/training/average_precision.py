@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import evaluate
 import numpy as np
+import torch
 from datasets import Features, Value
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from e3va_peft.training.metrics import Scores, _Reducing
 from e3va_peft.training.objects import RLE, Detections, Objects, encode_masks
@@ -290,7 +292,7 @@ def _hits(found: Detections, truth: Objects) -> tuple[np.ndarray, np.ndarray]:
     """Say of each detection of an image, (n,), whether it is the first to hit an object, and whether it counts."""
     if not len(truth):
         return np.zeros(len(found), dtype=bool), np.ones(len(found), dtype=bool)
-    overlaps = np.where(found.labels[:, None] == truth.labels, _iou(found.boxes, truth.boxes), -1)  # (n, m)
+    overlaps = np.where(found.labels[:, None] == truth.labels, _iou(found, truth), -1)  # (n, m)
     best = overlaps.argmax(axis=1)
     near = overlaps.max(axis=1) >= 0.5
     counted = ~(near & _ignored(truth)[best])
@@ -306,14 +308,9 @@ def _ignored(truth: Objects) -> np.ndarray:
     return truth.difficult | truth.crowd
 
 
-def _iou(boxes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Overlap of boxes x1 y1 x2 y2, `(n, 4), (m, 4) -> (n, m)`: intersection / union, 0 for two empty boxes."""
-    corner = np.maximum(boxes[:, None, :2], others[:, :2])
-    opposite = np.minimum(boxes[:, None, 2:], others[:, 2:])
-    intersection = np.maximum(opposite - corner, 0).prod(axis=2)
-    areas, other_areas = ((b[:, 2:] - b[:, :2]).prod(axis=1) for b in (boxes, others))
-    union = areas[:, None] + other_areas - intersection
-    return np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)
+def _iou(found: Detections, truth: Objects) -> np.ndarray:
+    """Return the overlaps of boxes, `(n, m)`; 0 of two empty ones."""
+    return box_iou(torch.from_numpy(found.boxes), torch.from_numpy(truth.boxes)).nan_to_num(0).numpy()
 
 
 def _voc_ap(hits: np.ndarray, objects: int, interpolation: Interpolation) -> float:

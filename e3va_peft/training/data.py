@@ -18,7 +18,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
-from e3va_peft.training.annotations import Decoded, decode, find_objects
+from e3va_peft.training.annotations import Decoded, Reader, decode, find_objects
 from e3va_peft.training.config import DataConfig, LabelKind, UserError
 from e3va_peft.training.sources import (
     EVAL,
@@ -29,6 +29,7 @@ from e3va_peft.training.sources import (
     class_names,
     column,
     load_dataset,
+    lone_eval_split,
     names_of,
     refuse_empty,
     refuse_names,
@@ -122,7 +123,9 @@ class Split:
     def verify(
         self, report: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None
     ) -> np.ndarray:
-        """Decode every example once; return how often each class occurs, in images, pixels or objects, `(K,)` int64.
+        """Decode every example once; return how often each class occurs, `(K,)` int64.
+
+        It is counted in images, pixels, or objects that are neither difficult nor a crowd.
 
         Args:
             report: Called after each example.
@@ -194,7 +197,7 @@ class Split:
         if isinstance(label, int):
             ids = np.array([label])
         elif isinstance(label, Decoded):
-            ids = label.objects.labels
+            ids = label.objects.labels[~(label.objects.crowd | label.objects.difficult)]
         else:
             ids = label[label != self.ignore_index]
         return np.bincount(ids, minlength=len(self.labels))
@@ -230,8 +233,26 @@ def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Spl
     Raises:
         UserError: Nothing is there, a split is empty, or a label is not among the class names.
     """
-    with_objects = kind in ("boxes", "instances")
-    found, read = find_objects(config) if with_objects else (_find_labels(config), _read_labels)
+    return _load_splits(config, kind, seed, *_find(config, kind))
+
+
+def load_eval_split(config: DataConfig, kind: LabelKind, seed: int = 0) -> Split | None:
+    """Find what a config evaluates on, as `load_splits` does; what it trains on need not be there."""
+    found, read = _find(config, kind)
+    name = lone_eval_split(config, found)
+    if name is None:
+        return _load_splits(config, kind, seed, found, read)[1]
+    rows, labels = read(config, kind, {name: found[name]})
+    return _split(config, kind, seed, name, rows[name], labels, config.eval_samples)
+
+
+def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
+    return find_objects(config) if kind in ("boxes", "instances") else (_find_labels(config), _read_labels)
+
+
+def _load_splits(
+    config: DataConfig, kind: LabelKind, seed: int, found: Mapping[str, Any], read: Reader
+) -> tuple[Split, Split | None]:
     train_name, eval_name = choose_splits(config, found)
     rows, labels = read(config, kind, {name: found[name] for name in (train_name, eval_name) if name is not None})
     if config.eval_fraction is not None:
@@ -244,13 +265,22 @@ def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Spl
                 "examples. Lower it, or use data.eval_split."
             ) from None
         rows = {train_name: parts["train"], eval_name: parts["test"]}
-    options: dict[str, Any] = {"reduce_labels": config.reduce_labels, "ignore_index": config.ignore_index}
     limits = {train_name: config.train_samples, eval_name: config.eval_samples}
-    splits = {
-        name: Split(f"{source_of(config)}, {name}", _sample(part, limits[name], seed), tuple(labels), kind, **options)
-        for name, part in rows.items()
-    }
+    splits = {name: _split(config, kind, seed, name, part, labels, limits[name]) for name, part in rows.items()}
     return splits[train_name], splits.get(eval_name or "")
+
+
+def _split(
+    config: DataConfig,
+    kind: LabelKind,
+    seed: int,
+    name: str,
+    rows: datasets.Dataset,
+    labels: Sequence[str],
+    limit: int | None,
+) -> Split:
+    title, sample = f"{source_of(config)}, {name}", _sample(rows, limit, seed)
+    return Split(title, sample, tuple(labels), kind, config.reduce_labels, config.ignore_index)
 
 
 def missing_classes(counts: np.ndarray, labels: Iterable[str]) -> list[str]:

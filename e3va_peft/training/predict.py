@@ -25,7 +25,7 @@ from e3va_peft import detection
 from e3va_peft.detection import Detector
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig, UserError
-from e3va_peft.training.data import Examples, load_splits, open_image
+from e3va_peft.training.data import Examples, load_eval_split, open_image
 from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
 from e3va_peft.training.sources import IMAGE_SUFFIXES
@@ -158,7 +158,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    _, split = load_splits(config.data, task.label_kind, config.seed)
+    split = load_eval_split(config.data, task.label_kind, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if split.labels != trained.labels:

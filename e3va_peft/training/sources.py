@@ -69,6 +69,13 @@ def choose_splits(config: DataConfig, found: Mapping[str, Any]) -> tuple[str, st
     return train_name, eval_name
 
 
+def lone_eval_split(config: DataConfig, found: Mapping[str, Any]) -> str | None:
+    """Return the name of the split to evaluate on where the one to train on is missing; None where it is there."""
+    if config.eval_fraction or any(name in found for name in ([config.train_split] if config.train_split else TRAIN)):
+        return None
+    return _choose("eval_split", config.eval_split, EVAL, found)
+
+
 def _choose(field: str, wanted: str | None, usual: tuple[str, ...], found: Mapping[str, Any]) -> str | None:
     if wanted is not None and wanted not in found:
         raise UserError(f"data.{field}={wanted!r}: there is no such split, only {sorted(found)}.")

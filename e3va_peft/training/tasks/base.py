@@ -120,14 +120,15 @@ class Task(ABC):
         Raises:
             UserError: The config has no such option, something else decides it, or the options contradict each other.
         """
-        for name, value in self.config.model_options.items():
+        for name in self.config.model_options:
             if name in _DECIDED:
                 raise UserError(f"model_options.{name}: is decided by {_DECIDED[name]}. Leave it out.")
             if not hasattr(config, name):
                 hint = nearest(name, config.to_dict())
                 raise UserError(f"model_options.{name}: {type(config).__name__} has no such option.{hint}")
-            setattr(config, name, value)
         try:
+            for name, value in self.config.model_options.items():
+                setattr(config, name, value)
             config.validate()
         except StrictDataclassError as error:
             raise UserError(f"model_options={self.config.model_options!r}: {error}") from None

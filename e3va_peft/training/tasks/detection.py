@@ -93,6 +93,12 @@ class ObjectDetection(Task):
             size = size or 800
             options["size"] = {"shortest_edge": size, "longest_edge": round(size * mask2former.LONGEST)}
         options |= self.config.processor
+        sides = options["size"]
+        if not isinstance(sides, Mapping) or set(sides) != {"shortest_edge", "longest_edge"}:
+            raise UserError(
+                f"processor.size={sides!r}: wants shortest_edge and longest_edge, in pixels. Give both, or "
+                "image_size alone."
+            )
         return (
             mask2former.processor(options)
             if mask2former.is_meant(self.config)
