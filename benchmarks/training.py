@@ -119,7 +119,7 @@ SETTINGS = {
         seeds=(0,),
         overrides=("training.num_train_epochs=3",),
         search=("training.num_train_epochs=2", "data.train_split=train", "data.eval_split=val"),
-        grid=dict.fromkeys(DENSE, (1e-3, 2e-3, 4e-3)) | {"partial-1": (2e-3,), "full": (5e-4, 1e-3, 2e-3)},
+        grid=dict.fromkeys(DENSE, (2e-3, 4e-3, 8e-3)) | {"partial-1": (4e-3,), "full": (1e-3, 2e-3, 4e-3)},
     ),
 }
 
