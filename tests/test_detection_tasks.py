@@ -248,6 +248,9 @@ def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     shown = tmp_path / "shapes" / "coco" / "val"
     entries = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "found", threshold=0.3)
     assert json.loads((tmp_path / "found" / "predictions.json").read_text()) == entries
+    Image.new("RGB", (4000, 1)).save(tmp_path / "sliver.png")
+    (sliver,) = predict(str(tmp_path / "run"), [str(tmp_path / "sliver.png")], tmp_path / "sliver")
+    assert "4000 x 1 pixels cannot be resized" in sliver["error"]
     scores = [each["score"] for entry in entries for each in entry["objects"]]
     every = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "every", threshold=0.0)
     assert min(scores) > 0.3 and len(scores) < sum(len(entry["objects"]) for entry in every)

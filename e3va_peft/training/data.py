@@ -315,7 +315,8 @@ def _open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[
             raise UserError(
                 f"{where}: has values from {values.min()} to {values.max()}, no 8 or 16 bits. Convert it to one."
             )
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        step = 1 if image.mode == "I" and values.max() <= 255 else 257  # 32 bits may hold 8
+        image = Image.fromarray((values // step).astype(np.uint8))
     if image.mode == "F":
         raise UserError(f"{where}: has floating-point values, whose range is unknown. Convert it to 8 or 16 bits.")
     return image.convert("RGB"), raw

@@ -70,9 +70,16 @@ class Trained:
         return "image-classification" if _classifies(type(self.base).__name__) else "semantic-segmentation"
 
     def outputs(self, image: Image.Image) -> Any:
-        """Run the model on one image, RGB."""
+        """Run the model on one image, RGB.
+
+        Raises:
+            UserError: The image processor cannot take it.
+        """
         device = next(self.model.parameters()).device
-        inputs = self.processor(image, return_tensors="pt").to(device)
+        try:
+            inputs = self.processor(image, return_tensors="pt").to(device)
+        except ValueError as error:  # one side of a sliver is resized to nothing
+            raise UserError(f"{image.width} x {image.height} pixels cannot be resized: {error}") from None
         with torch.inference_mode():
             return self.model(**inputs, **forward_extras(self.base, self.processor))
 
@@ -188,7 +195,7 @@ def predict(
 
     Writes `predictions.json`; for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`; for a
     detector `overlays/` with boxes, masks and names.
-    A broken image is named in its entry, and the others are predicted all the same.
+    An image that is broken or cannot be resized is named in its entry, and the others are predicted all the same.
 
     Args:
         source: See `load_trained`.
@@ -217,15 +224,14 @@ def predict(
     for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
         try:
             image = open_image({"path": str(path)}, str(path))
+            if trained.task == "image-classification":
+                found = _classes(trained, image, top)
+            elif trained.task == "semantic-segmentation":
+                found = _regions(trained, image, output, name)
+            else:
+                found = _objects(trained, image, output, name, threshold)
         except UserError as error:
-            entries.append({"file": str(path), "error": str(error)})
-            continue
-        if trained.task == "image-classification":
-            found = _classes(trained, image, top)
-        elif trained.task == "semantic-segmentation":
-            found = _regions(trained, image, output, name)
-        else:
-            found = _objects(trained, image, output, name, threshold)
+            found = {"error": str(error)}
         entries.append({"file": str(path), **found})
     (output / "predictions.json").write_text(json.dumps(plain(entries), indent=2) + "\n", encoding="utf-8")
     return entries
