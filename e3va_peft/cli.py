@@ -96,6 +96,7 @@ def train(
     [bold]Examples[/bold]
 
         e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml
+        e3va recipes nuclei-cascade-mask-rcnn-swin > my.yaml  # objects: head, data.images, data.annotations
         e3va train my.yaml --set method=lora --set output=runs/lora
         e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4
         accelerate launch --num_processes 2 -m e3va_peft train my.yaml

@@ -444,6 +444,12 @@ def test_voc_of_another_size_than_its_image_is_refused(tmp_path):
         load("boxes", source=str(lists(tmp_path, train="a")))[0].verify()
 
 
+@pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
+def test_voc_may_leave_its_size_open(size, tmp_path):
+    voc(tmp_path, "a", thing(), size)
+    assert load("boxes", source=str(lists(tmp_path, train="a")))[0].verify().sum() == 1
+
+
 def test_voc_has_no_masks_and_says_so(tmp_path):
     with pytest.raises(UserError, match=r"XML has no masks.*object-detection"):
         load("instances", source=str(lists(voc(tmp_path, "a", thing()), train="a")))

@@ -453,8 +453,8 @@ def _voc_record(number: int, path: Path) -> Record:
         root = ElementTree.parse(path).getroot()
     except (ElementTree.ParseError, OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as XML ({reason(error)}). Correct or replace it.") from None
-    known = root.find("size") is not None
-    size = [int(_voc_number(root, f"size/{side}", str(path))) for side in ("height", "width")] if known else None
+    sides = ("height", "width") if root.find("size") is not None else ()
+    size = [int(_voc_number(root, f"size/{side}", str(path))) for side in sides]
     items = root.findall("object")
     objects = []
     for i, item in enumerate(items, start=1):
@@ -471,7 +471,7 @@ def _voc_record(number: int, path: Path) -> Record:
                 "difficult": item.findtext("difficult"),
             }
         )
-    return _record(number, str(path), size, "voc", objects)
+    return _record(number, str(path), size if any(size) else None, "voc", objects)  # some tools write zeros
 
 
 def _voc_number(item: ElementTree.Element, key: str, where: str) -> float:
