@@ -18,8 +18,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import Dataset
 
-from e3va_peft.training.annotations import Decoded, Reader, decode, find_objects
+from e3va_peft.training.annotations import Reader, find_objects
 from e3va_peft.training.config import DataConfig, LabelKind, UserError
+from e3va_peft.training.objects import Decoded, decode
 from e3va_peft.training.sources import (
     EVAL,
     IMAGE_SUFFIXES,
@@ -57,7 +58,7 @@ class Split:
     Attributes:
         name: Name of the split, for messages.
         rows: Columns `image` (`{"path", "bytes"}`, not decoded) and `label` (a class id, a label map like `image`, or
-            a record of objects: see `annotations`).
+            a pickled `Record` of objects).
         labels: Class names in the order of their ids.
         kind: Which of these `label` is.
         reduce_labels: Label maps count from 1, 0 is ignored.
