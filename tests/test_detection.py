@@ -773,12 +773,14 @@ def test_masks_may_be_run_lengths(form):
 
 @pytest.mark.parametrize("key", ["bbox", "category_id", "area"])
 def test_an_annotation_without_what_it_takes_is_named(key):
-    whole = {"bbox": [2, 1, 9, 9], "category_id": 0, "area": 81, "iscrowd": 0}
-    broken = {name: value for name, value in whole.items() if name != key}
-    with pytest.raises(ValueError, match=rf"annotations\[1\]: has no {key}"):
-        DetectionImageProcessor()(
-            np.zeros((20, 20, 3), dtype=np.uint8), annotations={"image_id": 1, "annotations": [whole, broken]}
-        )
+    whole = {"bbox": [2, 1, 9, 9], "category_id": 0, "area": 81, "iscrowd": "0"}
+    broken = whole | {key: None}
+    crowd = broken | {"iscrowd": "True"}  # is no object, and needs nothing
+    images = np.zeros((20, 20, 3), dtype=np.uint8)
+    labels = DetectionImageProcessor()(images, annotations={"image_id": 1, "annotations": [whole, crowd]})["labels"]
+    assert len(labels[0]["class_labels"]) == 1
+    with pytest.raises(ValueError, match=rf"annotations\[1\] has no {key}"):
+        DetectionImageProcessor()(images, annotations={"image_id": 1, "annotations": [whole, broken]})
 
 
 def test_a_box_outside_of_its_image_is_left_out_with_its_mask():

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.ops import box_convert
 
 from e3va_peft.training.config import HEADS, UserError, parse_config
-from e3va_peft.training.data import load_splits
+from e3va_peft.training.data import Examples, load_splits
 from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.packing import unpack
 from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
@@ -101,6 +101,20 @@ def test_training_draws_the_shorter_side_within_its_bounds_and_flips_half_of_the
     assert max(view(Image.new("RGB", (400, 40)), replace(objects, size=(40, 400)))["pixel_values"].shape[-2:]) == 40
 
 
+def test_an_image_that_is_resized_to_nothing_is_named(tmp_path):
+    run = task(tmp_path, "retinanet")
+    path = tmp_path / "shapes" / "coco" / "train.json"
+    content = json.loads(path.read_text())
+    content["images"][0] |= {"width": 4000, "height": 1}
+    path.write_text(json.dumps(content | {"annotations": []}))
+    Image.new("RGB", (4000, 1)).save(path.with_suffix("") / "train0.png")
+    split, _ = splits(run)
+    processor = run.build_processor()
+    for view in (run.training_view(processor), run.evaluation_view(processor)):
+        with pytest.raises(UserError, match=r"train0\.png: 4000 x 1 pixels cannot be prepared.*Crop or remove it"):
+            Examples(split, view)[0]
+
+
 def test_training_leaves_out_crowds_and_difficult_objects(root):
     run = task(root, "retinanet")
     image = Image.new("RGB", (40, 40))
@@ -147,6 +161,8 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
         ({"num_labels": 7}, "model_options.num_labels: is decided by the classes of the data"),
         ({"iou_thresholds": [0.5]}, "model_options=.*Give one of each for every stage"),
         ({"fpn_channels": "many"}, "model_options=.*fpn_channels"),
+        ({"anchor_scales": []}, "model_options=.*one or more numbers above 0"),
+        ({"box_weights": [[10, 10, 5]] * 3}, "model_options=.*four numbers above 0"),
     ],
 )
 def test_options_that_something_else_decides_or_that_contradict_each_other_are_refused(options, match, tmp_path):
@@ -156,7 +172,11 @@ def test_options_that_something_else_decides_or_that_contradict_each_other_are_r
         task_of(parse_config(values)).build_model(["square", "disc"])
 
 
-@pytest.mark.parametrize("size", [{"shortest_edge": 64}, {"height": 64, "width": 64}, 64], ids=str)
+@pytest.mark.parametrize(
+    "size",
+    [{"shortest_edge": 64}, {"shortest_edge": 64, "longest_edge": 32}, {"height": 64, "width": 64}, 64],
+    ids=str,
+)
 def test_a_size_that_does_not_keep_the_aspect_ratio_within_bounds_is_refused(size, root):
     with pytest.raises(UserError, match=r"processor\.size=.*wants shortest_edge and longest_edge.*image_size alone"):
         task(root, "retinanet", processor={"size": size}).build_processor()
@@ -207,13 +227,30 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_where_a_whole_one_does(head, tm
 def test_a_run_is_scored_where_only_the_images_to_evaluate_on_are(layout, tmp_path):
     record = train(parse_config(detect(tmp_path, "retinanet", layout, num_train_epochs=1)))
     shapes = tmp_path / "shapes"
-    for path in (shapes / "coco" / "train.json", shapes / "voc" / "ImageSets" / "Main" / "train.txt"):
+    for path in [*shapes.glob("coco/train/*"), *shapes.glob("voc/JPEGImages/train*")]:
         path.unlink()
-    scores, labels = evaluate(str(tmp_path / "run"))
-    assert labels == ("square", "disc")
-    assert scores["box_ap"] == pytest.approx(record["metrics"]["box_ap"], abs=1e-4)
-    with pytest.raises(UserError, match="train"):
-        train(parse_config(detect(tmp_path, "retinanet", layout, "again")))
+    for path in (shapes / "coco" / "train.json", shapes / "voc" / "ImageSets" / "Main" / "train.txt"):
+        scores, labels = evaluate(str(tmp_path / "run"))
+        assert labels == ("square", "disc")
+        assert scores["box_ap"] == pytest.approx(record["metrics"]["box_ap"], abs=1e-4)
+        path.unlink()  # after the images, what lists them
+
+
+def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
+    record = train(parse_config(detect(tmp_path, "retinanet", "coco", num_train_epochs=12, learning_rate=1e-2)))
+    path = tmp_path / "shapes" / "coco" / "val.json"
+    content = json.loads(path.read_text())
+    for category in content["categories"]:  # numbered the other way round
+        category["id"] = 10 - category["id"]
+    for item in content["annotations"]:
+        item["category_id"] = 10 - item["category_id"]
+    path.write_text(json.dumps(content))
+    scores, _ = evaluate(str(tmp_path / "run"))
+    assert scores["box_ap"] == pytest.approx(record["metrics"]["box_ap"], abs=1e-4) and scores["box_ap"] > 0.1
+    content["categories"][0]["name"] = "triangle"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"val\.json: has the classes \['triangle'\], which the model does not know"):
+        evaluate(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("head", EVERY_HEAD)
@@ -250,7 +287,7 @@ def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     assert json.loads((tmp_path / "found" / "predictions.json").read_text()) == entries
     Image.new("RGB", (4000, 1)).save(tmp_path / "sliver.png")
     (sliver,) = predict(str(tmp_path / "run"), [str(tmp_path / "sliver.png")], tmp_path / "sliver")
-    assert "4000 x 1 pixels cannot be resized" in sliver["error"]
+    assert "4000 x 1 pixels cannot be prepared" in sliver["error"]
     scores = [each["score"] for entry in entries for each in entry["objects"]]
     every = predict(str(tmp_path / "run"), [str(shown)], tmp_path / "every", threshold=0.0)
     assert min(scores) > 0.3 and len(scores) < sum(len(entry["objects"]) for entry in every)

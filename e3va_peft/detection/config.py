@@ -41,6 +41,12 @@ class DetectorConfig(PreTrainedConfig):
     nms_thresh: int | float = 0.5
     detections_per_img: int = 100
 
+    def validate_anchors(self) -> None:
+        """Check that every level has anchors."""
+        for name in ("anchor_scales", "aspect_ratios"):
+            if not getattr(self, name) or min(getattr(self, name)) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one or more numbers above 0.")
+
 
 @strict
 class RetinaNetConfig(DetectorConfig):
@@ -116,6 +122,9 @@ class MaskRCNNConfig(DetectorConfig):
                 f"iou_thresholds={self.iou_thresholds!r}, box_weights={self.box_weights!r}, "
                 f"loss_weights={self.loss_weights!r}: name {counts} stages. Give one of each for every stage."
             )
+        for row in self.box_weights:
+            if len(row) != 4 or not all(isinstance(weight, int | float) and weight > 0 for weight in row):
+                raise ValueError(f"box_weights={self.box_weights!r}: must be four numbers above 0 for each stage.")
 
 
 @strict

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
 from transformers import DetrImageProcessor
 
-from e3va_peft.detection.masks import LEAST_SIDE, encode_segmentation
+from e3va_peft.detection.coco import LEAST_SIDE, encode_segmentation, is_set
 
 Sizes = Sequence[tuple[int, int]] | Tensor
 
@@ -32,16 +32,13 @@ class DetectionImageProcessor(DetrImageProcessor):
         stacks the masks of an image without objects, and those of crowds with those of objects.
 
         Raises:
-            ValueError: An object lacks its box, class or area, or, with `return_segmentation_masks`, has no
-                segmentation, or one that cannot be right.
+            ValueError: A flag is neither 0 nor 1; an object lacks its box, class or area, or, with
+                `return_segmentation_masks`, has no segmentation, or one that cannot be right.
         """
         if "annotations" not in target:
             return super().prepare_annotation(image, target, *args, **kwargs)
         height, width = image.shape[-2:]
-        for i, item in enumerate(target["annotations"]):
-            if missing := [key for key in ("bbox", "category_id", "area") if key not in item]:
-                raise ValueError(f"annotations[{i}]: has no {', '.join(missing)}. Add what a COCO annotation has.")
-        objects = [item for item in target["annotations"] if not item.get("iscrowd")]
+        objects = [{**item, "iscrowd": 0} for i, item in enumerate(target["annotations"]) if _is_object(item, i)]
         boxes = torch.tensor([item["bbox"] for item in objects], dtype=torch.float32).reshape(-1, 4)
         corners = (boxes[:, :2] + boxes[:, 2:]).minimum(torch.tensor([width, height]))  # as DETR drops and rounds
         kept = (corners - boxes[:, :2].clip(min=0) > LEAST_SIDE).all(1).tolist()
@@ -122,6 +119,19 @@ class DetectionImageProcessor(DetrImageProcessor):
             empty = torch.zeros(0, height, width, dtype=torch.bool, device=found["boxes"].device)
             found["masks"] = torch.stack(pasted) if pasted else empty
         return results
+
+
+def _is_object(item: dict[str, Any], index: int) -> bool:
+    """Whether an annotation is of one object, not of a crowd, and then has what labels are made of."""
+    try:
+        if is_set(item.get("iscrowd"), "iscrowd"):
+            return False
+    except ValueError as error:
+        raise ValueError(f"annotations[{index}] {error}") from None
+    missing = [key for key in ("bbox", "category_id", "area") if item.get(key) is None]
+    if missing:
+        raise ValueError(f"annotations[{index}] has no {', '.join(missing)}. Add what a COCO annotation has.")
+    return True
 
 
 def _mask(item: dict[str, Any], size: tuple[int, int]) -> Tensor:

@@ -23,15 +23,22 @@ from e3va_peft.training.sources import (
     class_names,
     column,
     load_dataset,
+    match_names,
     names_of,
+    own_names,
     refuse_empty,
     refuse_names,
     source_of,
     undecoded,
 )
 
-Reader: TypeAlias = Callable[[DataConfig, LabelKind, Mapping[str, Any]], tuple[dict[str, datasets.Dataset], list[str]]]
-"""Reads the chosen splits, the one to train on first: columns `image` and `label` (records), and the class names."""
+Reader: TypeAlias = Callable[
+    [DataConfig, LabelKind, Mapping[str, Any], Sequence[str] | None], tuple[dict[str, datasets.Dataset], list[str]]
+]
+"""Reads the chosen splits: columns `image` and `label`, numbered by class names, which it returns too.
+
+They are a model's where it is given any, else those of the first split, which is the one to train on.
+"""
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -92,7 +99,7 @@ def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
 
 
 def _read_coco(
-    config: DataConfig, kind: LabelKind, chosen: Mapping[str, tuple[Path, Path]]
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, tuple[Path, Path]], model: Sequence[str] | None
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read COCO's detection files. Classes are numbered in the order of their ids, which may have gaps."""
     rows: dict[str, datasets.Dataset] = {}
@@ -100,8 +107,12 @@ def _read_coco(
     for name, (path, images) in chosen.items():
         content = _load_coco(path)
         categories = _categories(content["categories"], path)
+        if model is not None:
+            known = list(model)
+            matched = match_names(config, list(categories.values()), model, str(path))
+            categories = dict(zip(categories, matched, strict=True))
         known = known or list(categories.values())
-        if set(categories.values()) != set(known):
+        if model is None and set(categories.values()) != set(known):
             odd = sorted(set(categories.values()) ^ set(known))
             raise UserError(
                 f"{path}: has other categories than what is trained on; only one of the two has {odd[:10]}. Give "
@@ -110,7 +121,7 @@ def _read_coco(
         labels = {number: known.index(category) for number, category in categories.items()}
         rows[name] = _coco_rows(content, labels, path, images, kind)
         refuse_empty(config, name, rows[name])
-    names = class_names(config, known) or known
+    names = known if model is not None else class_names(config, known) or known
     refuse_names(names, 1)
     return rows, names
 
@@ -250,7 +261,7 @@ def _voc_lists(config: DataConfig, folders: Mapping[str, Path]) -> dict[str, lis
 
 
 def _read_voc(
-    config: DataConfig, kind: LabelKind, chosen: Mapping[str, list[tuple[Path, str]]]
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, list[tuple[Path, str]]], model: Sequence[str] | None
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read Pascal VOC's XML.
 
@@ -274,7 +285,7 @@ def _read_voc(
                 f"{_shown(absent)}. Add them, or remove the names from ImageSets/Main."
             )
         parsed[split] = [_voc_record(i, path) for i, path in enumerate(paths)]
-    names = class_names(config, None) or _voc_names(next(iter(parsed.values())))
+    names = list(model or class_names(config, None) or _voc_names(next(iter(parsed.values()))))
     refuse_names(names, 1)
     numbers = {name: i for i, name in enumerate(names)}
     for record in (record for records in parsed.values() for record in records):
@@ -325,7 +336,7 @@ def _voc_record(number: int, path: Path) -> Record:
                 "difficult": item.findtext("difficult"),
             }
         )
-    return _record(number, str(path), size if any(size) else None, "voc", objects)  # some tools write zeros
+    return _record(number, str(path), size, "voc", objects)
 
 
 def _voc_number(item: ElementTree.Element, key: str, where: str) -> float:
@@ -375,7 +386,7 @@ class _Column:
 
 
 def _read_tables(
-    config: DataConfig, kind: LabelKind, chosen: Mapping[str, datasets.Dataset]
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, datasets.Dataset], model: Sequence[str] | None
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read datasets with a column of objects, each a mapping of lists or a list of mappings."""
     columns: dict[str, _Column] = {}
@@ -383,7 +394,7 @@ def _read_tables(
         refuse_empty(config, split, rows)
         columns[split] = _object_column(config, rows, split, kind)
     train = next(iter(chosen))
-    names = class_names(config, columns[train].classes)
+    names = list(model) if model is not None else class_names(config, columns[train].classes)
     if names is None:
         names = names_of(
             item.get(columns[train].keys["label"])
@@ -394,7 +405,10 @@ def _read_tables(
         raise UserError(f"data.objects_column: {columns[train].name!r} holds classes that are no ids or names.")
     refuse_names(names, 1)
     numbers = {name: i for i, name in enumerate(names)}
-    return {split: _table(config, kind, rows, split, columns[split], numbers) for split, rows in chosen.items()}, names
+    own = {split: own_names(config, each.classes, model, split) for split, each in columns.items()}
+    return {
+        split: _table(config, kind, rows, split, columns[split], own[split], numbers) for split, rows in chosen.items()
+    }, names
 
 
 def _object_column(config: DataConfig, rows: datasets.Dataset, split: str, kind: LabelKind) -> _Column:
@@ -461,12 +475,12 @@ def _table(
     rows: datasets.Dataset,
     split: str,
     objects: _Column,
+    own: Sequence[str] | None,
     numbers: Mapping[str, int],
 ) -> datasets.Dataset:
     pictures = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     image = column("image_column", config.image_column, pictures, rows, split)
     images = undecoded(rows, image, split).select_columns([image])
-    own = objects.classes if config.labels is None else None
     records = []
     for i, (where, items, size) in enumerate(_entries(config, rows, split, objects)):
         found = [_table_object(item, f"object {j} of {len(items)}", objects, kind) for j, item in enumerate(items, 1)]
@@ -489,7 +503,8 @@ def _table_object(item: Record, name: str, objects: _Column, kind: LabelKind) ->
 
 
 def _record(number: int, where: str, size: list[int] | None, form: str, objects: list[Record]) -> Record:
-    return {"id": number, "where": where, "size": size, "format": form, "objects": objects}
+    known = size if size and any(size) else None  # some tools write zeros
+    return {"id": number, "where": where, "size": known, "format": form, "objects": objects}
 
 
 def _rows(images: list[dict[str, Any]], records: Iterable[Record]) -> datasets.Dataset:

@@ -310,7 +310,8 @@ def _ignored(truth: Objects) -> np.ndarray:
 
 def _iou(found: Detections, truth: Objects) -> np.ndarray:
     """Return the overlaps of boxes, `(n, m)`; 0 of two empty ones."""
-    return box_iou(torch.from_numpy(found.boxes), torch.from_numpy(truth.boxes)).nan_to_num(0).numpy()
+    boxes = [torch.from_numpy(np.array(each.boxes, dtype=np.float64, order="C")) for each in (found, truth)]
+    return box_iou(*boxes).nan_to_num(0).numpy()
 
 
 def _voc_ap(hits: np.ndarray, objects: int, interpolation: Interpolation) -> float:

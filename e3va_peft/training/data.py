@@ -25,13 +25,14 @@ from e3va_peft.training.sources import (
     EVAL,
     IMAGE_SUFFIXES,
     TRAIN,
+    choose_eval_split,
     choose_splits,
     class_id,
     class_names,
     column,
     load_dataset,
-    lone_eval_split,
     names_of,
+    own_names,
     refuse_empty,
     refuse_names,
     source_of,
@@ -116,6 +117,10 @@ class Split:
                 "the missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
             )
         return np.where(ignored, self.ignore_index, ids)
+
+    def where(self, index: int) -> str:
+        """Return what to call an example in an error: its image's path, or row."""
+        return self._where(self.rows[index]["image"], index)
 
     def _where(self, item: dict[str, Any], index: int) -> str:
         path = item.get("path")
@@ -220,7 +225,19 @@ class Examples(Dataset[dict[str, torch.Tensor]]):
         return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.transform(*self.split[index])
+        """Return the tensors of an example.
+
+        Raises:
+            UserError: See `Split`; or it cannot be transformed, as where a sliver is resized to no pixel.
+        """
+        image, label = self.split[index]
+        try:
+            return self.transform(image, label)
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.split.where(index)}: {image.width} x {image.height} pixels cannot be prepared ({error}). Crop "
+                "or remove it."
+            ) from error
 
 
 def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Split, Split | None]:
@@ -234,28 +251,10 @@ def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Spl
     Raises:
         UserError: Nothing is there, a split is empty, or a label is not among the class names.
     """
-    return _load_splits(config, kind, seed, *_find(config, kind))
-
-
-def load_eval_split(config: DataConfig, kind: LabelKind, seed: int = 0) -> Split | None:
-    """Find what a config evaluates on, as `load_splits` does; what it trains on need not be there."""
     found, read = _find(config, kind)
-    name = lone_eval_split(config, found)
-    if name is None:
-        return _load_splits(config, kind, seed, found, read)[1]
-    rows, labels = read(config, kind, {name: found[name]})
-    return _split(config, kind, seed, name, rows[name], labels, config.eval_samples)
-
-
-def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
-    return find_objects(config) if kind in ("boxes", "instances") else (_find_labels(config), _read_labels)
-
-
-def _load_splits(
-    config: DataConfig, kind: LabelKind, seed: int, found: Mapping[str, Any], read: Reader
-) -> tuple[Split, Split | None]:
     train_name, eval_name = choose_splits(config, found)
-    rows, labels = read(config, kind, {name: found[name] for name in (train_name, eval_name) if name is not None})
+    chosen = {name: found[name] for name in (train_name, eval_name) if name is not None}
+    rows, labels = read(config, kind, chosen, None)
     if config.eval_fraction is not None:
         eval_name = f"{train_name} (set aside)"
         try:
@@ -269,6 +268,35 @@ def _load_splits(
     limits = {train_name: config.train_samples, eval_name: config.eval_samples}
     splits = {name: _split(config, kind, seed, name, part, labels, limits[name]) for name, part in rows.items()}
     return splits[train_name], splits.get(eval_name or "")
+
+
+def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str], seed: int = 0) -> Split | None:
+    """Find what a config evaluates a model on; what it trains on need not be there.
+
+    Args:
+        config: The `data` section of a run.
+        kind: What is known of an image.
+        labels: The model's class names in the order of their ids. Those of the data are matched by name.
+        seed: Of `eval_samples`.
+
+    Returns:
+        The split; None where the config has none to evaluate on.
+
+    Raises:
+        UserError: Nothing is there, the split is empty, or it has a class that the model does not know.
+    """
+    if config.eval_fraction is not None:
+        return load_splits(config, kind, seed)[1]
+    found, read = _find(config, kind)
+    name = choose_eval_split(config, found)
+    if name is None:
+        return None
+    rows, names = read(config, kind, {name: found[name]}, labels)
+    return _split(config, kind, seed, name, rows[name], names, config.eval_samples)
+
+
+def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
+    return find_objects(config) if kind in ("boxes", "instances") else (_find_labels(config), _read_labels)
 
 
 def _split(
@@ -292,7 +320,8 @@ def missing_classes(counts: np.ndarray, labels: Iterable[str]) -> list[str]:
 def open_image(item: dict[str, Any], where: str) -> Image.Image:
     """Open an image as 8-bit RGB, turned as its EXIF tag says.
 
-    16-bit greyscale is scaled from 0..65535 to 0..255, where PIL's own conversion would clip it to white.
+    Greyscale of 16 bits, and of 32, which must hold no more, is scaled from 0..65535 to 0..255, where PIL's own
+    conversion would clip it to white.
 
     Args:
         item: `{"path": ...}` or `{"bytes": ...}`.
@@ -316,8 +345,7 @@ def _open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[
             raise UserError(
                 f"{where}: has values from {values.min()} to {values.max()}, no 8 or 16 bits. Convert it to one."
             )
-        step = 1 if image.mode == "I" and values.max() <= 255 else 257  # 32 bits may hold 8
-        image = Image.fromarray((values // step).astype(np.uint8))
+        image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode == "F":
         raise UserError(f"{where}: has floating-point values, whose range is unknown. Convert it to 8 or 16 bits.")
     return image.convert("RGB"), raw
@@ -388,16 +416,16 @@ def _find_labels(config: DataConfig) -> dict[str, datasets.Dataset]:
 
 
 def _read_labels(
-    config: DataConfig, kind: LabelKind, chosen: Mapping[str, datasets.Dataset]
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, datasets.Dataset], model: Sequence[str] | None
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
-    """Return splits of two columns, `image` and `label`, and the class names. The first split is trained on."""
+    """Read class ids and label maps: see `Reader`."""
     with_masks = kind == "label-map"
     for name, rows in chosen.items():
         refuse_empty(config, name, rows)
     parts = {name: _columns(config, name, rows, with_masks) for name, rows in chosen.items()}
-    labels = _labels(config, next(iter(parts.values())), with_masks)
+    labels = _labels(config, next(iter(parts.values())), with_masks) if model is None else list(model)
     if not with_masks:
-        return {name: _class_ids(config, name, part, labels) for name, part in parts.items()}, labels
+        return {name: _class_ids(config, name, part, labels, model) for name, part in parts.items()}, labels
     if config.reduce_labels and config.ignore_index < len(labels):
         raise UserError(
             f"data.ignore_index={config.ignore_index}: is one of the {len(labels)} classes, once data.reduce_labels "
@@ -501,12 +529,14 @@ def _parts(rows: datasets.Dataset) -> Iterator[list[Any]]:
         yield rows.select_columns(["label"])[start : start + _PART]["label"]
 
 
-def _class_ids(config: DataConfig, split: str, rows: datasets.Dataset, labels: list[str]) -> datasets.Dataset:
+def _class_ids(
+    config: DataConfig, split: str, rows: datasets.Dataset, labels: list[str], model: Sequence[str] | None
+) -> datasets.Dataset:
     """Turn the label column into class ids and check each of them."""
     ids: list[int] = []
     numbers = {name: i for i, name in enumerate(labels)}
     kind = rows.features["label"]
-    own = kind.names if isinstance(kind, datasets.ClassLabel) and config.labels is None else None
+    own = own_names(config, kind.names if isinstance(kind, datasets.ClassLabel) else None, model, split)
     for part in _parts(rows):
         for value in part:
             ids.append(class_id(value, own, numbers, f"{source_of(config)}, split {split!r}, row {len(ids)}"))

@@ -10,7 +10,7 @@ import numpy as np
 from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
 
-from e3va_peft.detection.masks import LEAST_SIDE, are_numbers, encode_segmentation
+from e3va_peft.detection.coco import LEAST_SIDE, are_numbers, encode_segmentation, is_set
 from e3va_peft.training.config import UserError
 
 RLE: TypeAlias = Mapping[str, Any]
@@ -187,13 +187,10 @@ def _area(value: Any, covered: float, where: str) -> float:
 
 
 def _flag(value: Any, what: str, where: str) -> bool:
-    """Read yes or no, as numbers or text."""
-    given = value.strip().lower() if isinstance(value, str) else value
-    if given in (None, "", 0, "0", "false"):
-        return False
-    if given in (1, "1", "true"):
-        return True
-    raise UserError(f"{where}: has {value!r} for {what}, neither 0 nor 1. Correct it.")
+    try:
+        return is_set(value, what)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:

@@ -28,7 +28,7 @@ from e3va_peft.training.config import RunConfig, UserError
 from e3va_peft.training.data import Examples, load_eval_split, open_image
 from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
-from e3va_peft.training.sources import IMAGE_SUFFIXES
+from e3va_peft.training.sources import IMAGE_SUFFIXES, class_names
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import forward_extras
 from e3va_peft.training.tasks.detection import detections
@@ -78,8 +78,8 @@ class Trained:
         device = next(self.model.parameters()).device
         try:
             inputs = self.processor(image, return_tensors="pt").to(device)
-        except ValueError as error:  # one side of a sliver is resized to nothing
-            raise UserError(f"{image.width} x {image.height} pixels cannot be resized: {error}") from None
+        except ValueError as error:  # as where one side of a sliver is resized to nothing
+            raise UserError(f"an image of {image.width} x {image.height} pixels cannot be prepared: {error}") from None
         with torch.inference_mode():
             return self.model(**inputs, **forward_extras(self.base, self.processor))
 
@@ -165,12 +165,13 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    split = load_eval_split(config.data, task.label_kind, config.seed)
+    split = load_eval_split(config.data, task.label_kind, trained.labels, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
-    if split.labels != trained.labels:
+    labels = tuple(class_names(config.data, None) or split.labels)
+    if labels != trained.labels:
         raise UserError(
-            f"data.labels: the data has the classes {list(split.labels)[:10]}, the model {list(trained.labels)[:10]}. "
+            f"data.labels: the data has the classes {list(labels)[:10]}, the model {list(trained.labels)[:10]}. "
             "Give data.labels in the model's order."
         )
     arguments = build_arguments(config, task, has_eval=True)
@@ -195,7 +196,7 @@ def predict(
 
     Writes `predictions.json`; for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`; for a
     detector `overlays/` with boxes, masks and names.
-    An image that is broken or cannot be resized is named in its entry, and the others are predicted all the same.
+    An image that is broken or cannot be prepared is named in its entry, and the others are predicted all the same.
 
     Args:
         source: See `load_trained`.

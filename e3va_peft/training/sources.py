@@ -61,7 +61,7 @@ def choose_splits(config: DataConfig, found: Mapping[str, Any]) -> tuple[str, st
             f"data.train_split: {source_of(config)} has no split named {' or '.join(TRAIN)}, only {sorted(found)}. "
             "Set it."
         )
-    eval_name = None if config.eval_fraction else _choose("eval_split", config.eval_split, EVAL, found)
+    eval_name = None if config.eval_fraction else choose_eval_split(config, found)
     if eval_name == train_name:
         raise UserError(
             f"data.eval_split={eval_name!r}: is what is trained on. Choose another, or data.eval_fraction."
@@ -69,10 +69,12 @@ def choose_splits(config: DataConfig, found: Mapping[str, Any]) -> tuple[str, st
     return train_name, eval_name
 
 
-def lone_eval_split(config: DataConfig, found: Mapping[str, Any]) -> str | None:
-    """Return the name of the split to evaluate on where the one to train on is missing; None where it is there."""
-    if config.eval_fraction or any(name in found for name in ([config.train_split] if config.train_split else TRAIN)):
-        return None
+def choose_eval_split(config: DataConfig, found: Mapping[str, Any]) -> str | None:
+    """Return the name of the split to evaluate on: the config's, or the usual one; None where there is none.
+
+    Raises:
+        UserError: There is no such split.
+    """
     return _choose("eval_split", config.eval_split, EVAL, found)
 
 
@@ -128,14 +130,51 @@ def class_names(config: DataConfig, known: Sequence[str] | None) -> list[str] | 
     """Return the class names that the config gives, else those that the dataset knows, else None.
 
     Raises:
-        UserError: The config has another number of names than the dataset.
+        UserError: The config has another number of names than the dataset, or the same in another order.
     """
     if config.labels is None:
         return list(known) if known is not None else None
     labels = _given_labels(config.labels)
     if known is not None and len(labels) != len(known):
         raise UserError(f"data.labels: has {len(labels)} names, the dataset {len(known)} classes: {list(known)}.")
+    if known is not None and set(labels) == set(known) and labels != list(known):
+        raise UserError(
+            f"data.labels: has the dataset's names in another order. Its classes are numbered {list(known)}; leave "
+            "data.labels out, or rename them in this order."
+        )
     return labels
+
+
+def match_names(config: DataConfig, own: Sequence[str], model: Sequence[str], where: str) -> list[str]:
+    """Return what a model calls the classes of a dataset: the same, or those that `data.labels` renames in order.
+
+    Args:
+        config: Where the data is.
+        own: The dataset's names, in the order of their ids.
+        model: The model's.
+        where: What to call the dataset in an error.
+
+    Raises:
+        UserError: The model does not know them.
+    """
+    if set(own) <= set(model):
+        return list(own)
+    if config.labels is not None and len(own) == len(model):
+        return list(model)
+    odd = [name for name in own if name not in model]
+    raise UserError(
+        f"{where}: has the classes {odd[:10]}, which the model does not know; it knows {list(model)[:10]}. Rename "
+        "them, or, if only the names differ, name all by data.labels."
+    )
+
+
+def own_names(
+    config: DataConfig, classes: Sequence[str] | None, model: Sequence[str] | None, split: str
+) -> Sequence[str] | None:
+    """Return what the numbers of a split mean, where it says and nothing renames them."""
+    if classes is not None and model is not None:
+        return match_names(config, classes, model, f"{source_of(config)}, split {split!r}")
+    return classes if config.labels is None else None
 
 
 def names_of(seen: Iterable[Any]) -> list[str] | None:

@@ -94,10 +94,10 @@ class ObjectDetection(Task):
             options["size"] = {"shortest_edge": size, "longest_edge": round(size * mask2former.LONGEST)}
         options |= self.config.processor
         sides = options["size"]
-        if not isinstance(sides, Mapping) or set(sides) != {"shortest_edge", "longest_edge"}:
+        if not _keeps_aspect_ratio(sides):
             raise UserError(
-                f"processor.size={sides!r}: wants shortest_edge and longest_edge, in pixels. Give both, or "
-                "image_size alone."
+                f"processor.size={sides!r}: wants shortest_edge and longest_edge, in pixels. Give both, the shortest "
+                "first, or image_size alone."
             )
         return (
             mask2former.processor(options)
@@ -157,6 +157,14 @@ class InstanceSegmentation(ObjectDetection):
 
     label_kind: ClassVar[LabelKind] = "instances"
     main_metric = "mask_ap"
+
+
+def _keeps_aspect_ratio(size: Any) -> bool:
+    """Whether an image processor's size is a shorter and a longer side, in pixels."""
+    if not isinstance(size, Mapping) or set(size) != {"shortest_edge", "longest_edge"}:
+        return False
+    shortest, longest = size["shortest_edge"], size["longest_edge"]
+    return isinstance(shortest, int) and isinstance(longest, int) and 0 < shortest <= longest
 
 
 def detector_config(found: Any, model: str, task: str, head: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""COCO's `segmentation`, polygons or run lengths, brought to one form; and how thin a box may be."""
+"""What COCO's annotations hold, brought to one form: polygons or run lengths, flags; and how thin a box may be."""
 
 from __future__ import annotations
 
@@ -18,6 +18,24 @@ def are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(
         isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
     )
+
+
+def is_set(value: Any, what: str) -> bool:
+    """Read a flag: 0, 1, true or false, as a number or text; nothing is false.
+
+    Args:
+        value: The flag.
+        what: Its name.
+
+    Raises:
+        ValueError: It is something else. The message begins where its object is named.
+    """
+    given = value.strip().lower() if isinstance(value, str) else value
+    if given in (None, "", 0, "0", "false"):
+        return False
+    if given in (1, "1", "true"):
+        return True
+    raise ValueError(f"has {value!r} for {what}, neither 0 nor 1. Correct it.")
 
 
 def encode_segmentation(value: Any, size: tuple[int, int]) -> dict[str, Any]:
