@@ -81,7 +81,7 @@ SETTINGS = {
         grid={
             "e3va": (1e-3, 2e-3, 4e-3, 8e-3),
             "head-only": (1e-3, 2e-3, 4e-3, 8e-3),
-            "partial-1": (2e-3,),
+            "partial-1": (5e-4, 1e-3, 2e-3),
             "lora": (1e-3, 2e-3, 4e-3, 8e-3),
             "full": (3e-4, 1e-3, 2e-3, 4e-3),
         },
