@@ -116,7 +116,7 @@ SETTINGS = {
         recipe="blood-cells-cascade-swin",
         data=("data.source=DATA",),
         metric="box_ap",
-        seeds=(0,),
+        seeds=(0, 1, 2),
         overrides=("training.num_train_epochs=3",),
         search=("training.num_train_epochs=2", "data.train_split=train", "data.eval_split=val"),
         grid=dict.fromkeys(DENSE, (2e-3, 4e-3, 8e-3)) | {"partial-1": (4e-3,), "full": (1e-3, 2e-3, 4e-3)},
