@@ -288,10 +288,13 @@ def test_every_recipe_is_a_config_that_says_what_it_is(name, tmp_path):
     assert arguments(config.to_dict(), **config.training).output_dir == config.output
 
 
-COCO = {"head": "cascade-mask-rcnn", "image_size": 800, "lr_steps": [27, 33], "num_train_epochs": 36, "batch": 16}
+COCO = {
+    "head": "cascade-mask-rcnn", "image_size": 800, "lr_steps": [27, 33], "num_train_epochs": 36, "batch": 16,
+    "learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800),
+}  # fmt: skip
 PAPER = {
-    "coco-cascade-mask-rcnn-swin-base": COCO | {"learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800)},
-    "coco-cascade-mask-rcnn-swin-large": COCO | {"learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800)},
+    "coco-cascade-mask-rcnn-swin-base": COCO,
+    "coco-cascade-mask-rcnn-swin-large": COCO,
     "voc-retinanet-swin-large": {
         "head": "retinanet", "image_size": 600, "lr_steps": [9], "num_train_epochs": 12, "learning_rate": 1e-4,
         "processor": {"size": {"shortest_edge": 600, "longest_edge": 1000}}, "scale": (600, 600),

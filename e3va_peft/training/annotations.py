@@ -103,16 +103,15 @@ def _read_coco(
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read COCO's detection files. Classes are numbered in the order of their ids, which may have gaps."""
     rows: dict[str, datasets.Dataset] = {}
-    known: list[str] = []
+    known = list(model or ())
     for name, (path, images) in chosen.items():
         content = _load_coco(path)
         categories = _categories(content["categories"], path)
+        known = known or list(categories.values())
         if model is not None:
-            known = list(model)
             matched = match_names(config, list(categories.values()), model, str(path))
             categories = dict(zip(categories, matched, strict=True))
-        known = known or list(categories.values())
-        if model is None and set(categories.values()) != set(known):
+        elif set(categories.values()) != set(known):
             odd = sorted(set(categories.values()) ^ set(known))
             raise UserError(
                 f"{path}: has other categories than what is trained on; only one of the two has {odd[:10]}. Give "

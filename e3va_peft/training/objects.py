@@ -107,6 +107,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         UserError: A box or mask is malformed, or made for another size.
     """
     kept: list[tuple[np.ndarray, float, Record, RLE | None]] = []
+    crowd, difficult = [], []
     dropped, clipped, outside = [], [], []
     limits = np.array([size[1], size[0]] * 2, dtype=np.float64)
     for item in record["objects"]:
@@ -128,10 +129,8 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         if leaves:
             clipped.append(where)
         kept.append((box, _area(item.get("area"), covered, where), item, mask))
-    crowd, difficult = (
-        [_flag(item.get(what), what, f"{record['where']}, {item['name']}") for _, _, item, _ in kept]
-        for what in ("crowd", "difficult")
-    )
+        crowd.append(_flag(item.get("crowd"), "crowd", where))
+        difficult.append(_flag(item.get("difficult"), "difficult", where))
     objects = Objects(
         image_id=record["id"],
         size=size,
