@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from e3va_peft import E3VAConfig
+from e3va_peft.exits import find_exits
 from e3va_peft.measure.blueprint import SHORT_NAMES
 from e3va_peft.measure.prediction import FakeStep, Method
 from e3va_peft.measure.step import MIB
-from e3va_peft.resolve import find_exits
 from e3va_peft.training.methods import checkpointed, head_only, lora_config
 
 SWIN_B = SHORT_NAMES["swin-b"]

@@ -6,31 +6,31 @@ Importing this package registers the method with PEFT:
     model = peft.get_peft_model(model, e3va_peft.E3VAConfig())
 """
 
-from e3va_peft.backbones import Backbone, Run, Site, StageSpec, TapPoint, register_backbone, registered_backbones
+from e3va_peft.backbones import Backbone, Branch, Host, Merging, register_backbone, registered_backbones
+from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
 from e3va_peft.highway import Highway
 from e3va_peft.layer import E3VALayer
 from e3va_peft.loading import load_adapter
-from e3va_peft.model import E3VAModel, record_metrics, register
+from e3va_peft.model import E3VAModel
+from e3va_peft.registration import register
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Backbone",
+    "Branch",
     "E3VAConfig",
     "E3VALayer",
     "E3VAModel",
     "Highway",
-    "Run",
-    "Site",
-    "StageSpec",
-    "TapPoint",
+    "Host",
+    "Merging",
     "__version__",
     "load_adapter",
     "record_metrics",
-    "register",
     "register_backbone",
     "registered_backbones",
 ]
 
-register()
+register(E3VAConfig, E3VAModel)

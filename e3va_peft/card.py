@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from peft import PeftModel
 
 BASE_CONFIG = "base_config.json"
 PROCESSOR = "preprocessor_config.json"
@@ -73,22 +74,52 @@ class BaseModel:
         names: Mapping[int, str] = getattr(self.config, "id2label", None) or {}
         return [str(names[key]) for key in sorted(names)]
 
+    def write(self, folder: Path, adapter: Mapping[str, Any]) -> None:
+        """Write model card, base config and image processor beside an adapter.
 
-def write_companions(folder: Path, adapter: Mapping[str, Any], base: BaseModel) -> None:
-    """Write model card, base config and image processor beside an adapter.
+        Args:
+            folder: The adapter's folder.
+            adapter: The adapter's config as a dict.
+        """
+        if self.config is not None:
+            config = self.config.to_dict()
+            if self.quantized_by:
+                config.pop("quantization_config", None)  # it would say that the stored weights are quantised
+            (folder / BASE_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+        _copy_processor(folder, [adapter.get("base_model_name_or_path"), *self.backbones.values()])
+        _write_card(folder / "README.md", adapter, self)
+
+
+class KeepCard:
+    """Stands on a `PeftModel` for its `_upload_modified_files`, and uploads the adapter's own model card.
+
+    Between saving and uploading, transformers writes its template, or the repository's card, over the one that
+    `save_pretrained` wrote.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        self.model = model
+
+    def __call__(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+        """Write the card again, then upload as PEFT does."""
+        config: Any = self.model.peft_config.get("default")  # others are saved, with their cards, in subfolders
+        if isinstance(getattr(config, "base", None), BaseModel):
+            config.base.write(Path(working_dir), config.to_dict())
+        return type(self.model)._upload_modified_files(self.model, working_dir, *args, **kwargs)
+
+
+def record_metrics(model: PeftModel, metrics: Mapping[str, float], adapter_name: str | None = None) -> None:
+    """Note results of an adapter for its model card, which the next save writes.
 
     Args:
-        folder: The adapter's folder.
-        adapter: The adapter's config as a dict.
-        base: The base model.
+        model: The model.
+        metrics: Name -> value, e.g. `{"mean_iou": 0.75}`; what is no number is left out.
+        adapter_name: The adapter; the active one by default.
     """
-    if base.config is not None:
-        config = base.config.to_dict()
-        if base.quantized_by:
-            config.pop("quantization_config", None)  # it would say that the stored weights are quantised
-        (folder / BASE_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
-    _copy_processor(folder, [adapter.get("base_model_name_or_path"), *base.backbones.values()])
-    _write_card(folder / "README.md", adapter, base)
+    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
+    config = model.peft_config[adapter_name or active[0]]
+    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
+    config.base.metrics |= {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
 
 
 def _copy_processor(folder: Path, sources: list[str | None]) -> None:
@@ -138,7 +169,7 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
         f"- Base model: `{name}` ({base.class_name})",
         f"- Task: {task or 'see the base model'}",
         f"- Highway: r={adapter['r']}, bottleneck_ratio={adapter['bottleneck_ratio']}, "
-        f"taps={', '.join(adapter['taps'])}",
+        f"taps={', '.join(adapter['taps'] or ['all branches'])}",
         f"- Trained and saved whole: {', '.join(adapter['modules_to_save'] or []) or 'nothing'}",
     ]
     if base.quantized_by:

@@ -353,7 +353,7 @@ def backbones() -> None:
 
     grid = Table("family", "adapted at", "what it is")
     for name, family in registered_backbones().items():
-        grid.add_row(name, ", ".join(family.exit_classes), (type(family).__doc__ or "").strip().splitlines()[0])
+        grid.add_row(name, ", ".join(exit.rpartition(".")[2] for exit in family.exits), family.about)
     Console().print(grid)
 
 

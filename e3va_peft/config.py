@@ -1,4 +1,4 @@
-"""What a user may choose: `E3VAConfig`, and the `PeftType.E3VA` that PEFT knows it by."""
+"""What a user may choose: `E3VAConfig`."""
 
 from __future__ import annotations
 
@@ -8,34 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftType
+from peft import PeftConfig
 
-from e3va_peft.card import BaseModel, write_companions
+from e3va_peft.registration import peft_type  # the type exists before a config is unpickled
 from e3va_peft.storage import STORAGES
-
-BRANCHES = ("attention", "mlp")  # of a block, in the order in which they run
-BLOCK = ("block",)  # one tap: the sum of the branches
-
-
-def peft_type() -> PeftType:
-    """Return `PeftType.E3VA`, adding it to PEFT's enum where PEFT does not ship it.
-
-    PEFT has no plug-in mechanism and its loaders look the type up by name, so this is a real member of the enum: it
-    passes isinstance, iteration, lookup by name and value, json, pickle and copy.
-    """
-    if "E3VA" not in PeftType.__members__:
-        member = str.__new__(PeftType, "E3VA")
-        member._name_ = member._value_ = "E3VA"
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
-        member._sort_order_ = len(PeftType.__members__)  # type: ignore[attr-defined]
-        PeftType._member_names_.append("E3VA")
-        PeftType._member_map_["E3VA"] = member
-        PeftType._value2member_map_["E3VA"] = member
-        type.__setattr__(PeftType, "E3VA", member)
-    return PeftType["E3VA"]
-
-
-peft_type()  # here and not only in the package, because unpickling a config imports this module first
 
 
 @dataclass
@@ -60,11 +36,12 @@ class E3VAConfig(PeftConfig):
             "k = bottleneck_ratio * C. 0.5 is inferred from the paper's parameter counts."
         },
     )
-    taps: Sequence[str] = field(
-        default=BRANCHES,
+    taps: Sequence[str] | None = field(
+        default=None,
         metadata={
-            "help": "What is read of each block, one adapter for each: 'attention' (the branch's output before the "
-            "residual add), 'mlp', or both; or ('block',), their sum, which halves what taps keep for backward."
+            "help": "What is read of each block, one adapter for each: branches by the backbone's own names, before "
+            "their residual add, such as ('attention', 'mlp') or ('branch',); or ('block',), their sum, which halves "
+            "what taps keep for backward. None means all of the backbone's branches."
         },
     )
     tap_storage: str = field(
@@ -114,9 +91,10 @@ class E3VAConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = peft_type()
-        self.base = BaseModel()  # no field: it is known once the adapter is in a model, and never passed by a user
+        self.base: Any = (
+            None  # `card.BaseModel`; no field: known once the adapter is in a model, never passed by a user
+        )
         self._check()
-        self.taps = tuple(tap for tap in (*BRANCHES, *BLOCK) if tap in self.taps)
 
     def _check(self) -> None:
         if self.task_type is not None:
@@ -129,17 +107,26 @@ class E3VAConfig(PeftConfig):
         ratio = self.bottleneck_ratio
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
             raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
-        if isinstance(self.taps, str) or not isinstance(self.taps, Sequence | set):
-            raise ValueError(f"taps={self.taps!r}: must be a sequence of names, e.g. taps={BRANCHES}.")
-        unknown = [tap for tap in self.taps if tap not in BRANCHES]
-        if tuple(self.taps) != BLOCK and (unknown or not self.taps or len(set(self.taps)) != len(self.taps)):
-            raise ValueError(f"taps={tuple(self.taps)!r}: must be one or both of {BRANCHES}, each once, or {BLOCK}.")
+        self._check_taps()
         if self.tap_storage not in STORAGES:
             raise ValueError(f"tap_storage={self.tap_storage!r}: must be one of {STORAGES}.")
         if not isinstance(self.init_weights, bool):
             raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_names(name)
+
+    def _check_taps(self) -> None:
+        if self.taps is None:
+            return
+        names = not isinstance(self.taps, str) and isinstance(self.taps, Sequence | set)
+        if not names or not self.taps or not all(isinstance(tap, str) and tap for tap in self.taps):
+            raise ValueError(
+                f"taps={self.taps!r}: must be a sequence of names, e.g. taps=('attention', 'mlp'), or None for all of "
+                "the backbone's branches."
+            )
+        self.taps = tuple(self.taps)
+        if len(set(self.taps)) < len(self.taps) or ("block" in self.taps and len(self.taps) > 1):
+            raise ValueError(f"taps={self.taps!r}: must be names of branches, each once, or ('block',) alone.")
 
     def _check_names(self, name: str) -> None:
         value = getattr(self, name)
@@ -159,14 +146,14 @@ class E3VAConfig(PeftConfig):
         setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save `adapter_config.json`, and beside it the model card, the base model's config and its image processor.
+        """Save `adapter_config.json`; where the adapter is in a model, let that write what travels with it.
 
         Args:
             save_directory: The adapter's folder.
             kwargs: What PEFT passes on; `auto_mapping_dict` is completed with what rebuilding the base model needs.
         """
-        if self.base.class_name:
+        if self.base is not None:
             kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping()
         super().save_pretrained(save_directory, **kwargs)
-        if self.base.class_name:
-            write_companions(Path(save_directory), self.to_dict(), self.base)
+        if self.base is not None:
+            self.base.write(Path(save_directory), self.to_dict())

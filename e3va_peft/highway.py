@@ -9,121 +9,44 @@ residual stream, `z` the lane:
 
 *Inferred*, because the paper gives neither code nor these details: k = C/2, the place of GELU, no LayerNorm inside the
 adapter, the lane starting at zero, the initialisation.
+
+`adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
+values and gradients and keeps less for backward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from e3va_peft import fused
+from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.storage import STORAGES, pack, unpack
 
-
-def under_autocast(tensor: Tensor) -> bool:
-    """Whether autocast is on for the device of a tensor."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+Mode = Literal["sum", "reduce", "expand"]
 
 
-def _compute_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype a matmul with `parameter` runs in: autocast's where it is on, else the parameter's own."""
-    return torch.get_autocast_dtype(parameter.device.type) if under_autocast(parameter) else parameter.dtype
+def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tensor, b2: Tensor) -> Tensor:
+    """(..., C) -> (..., C): one adapter. U1 is (C, r), V1 (r, k), b1 (k), U2 (k, r), V2 (r, C), b2 (C)."""
+    return F.gelu(t @ u1 @ v1 + b1) @ u2 @ v2 + b2
 
 
-def _no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]]) -> Tensor:
+    """N x (..., C) -> (..., C): the sum of n adapters, `fused.sum_of_adapters` in plain PyTorch."""
+    width, dtype = factors[0].shape[1], factors[0].dtype
+    read = [unpack(tap, width, dtype) for tap in taps]
+    return torch.stack([adapter(t, *(f[i] for f in factors)) for i, t in enumerate(read)]).sum(0)
 
 
-def _bottleneck(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, C) -> (M, r), (M, k): the first projection `p = t U1` and the pre-activation `h = p V1 + b1`."""
-    p = tap @ u1
-    return p, torch.addmm(b1, p, v1)
-
-
-class _SumOfAdapters(torch.autograd.Function):
-    """Sum of the adapters of consecutive taps, n x (M, C) -> (M, C), that keeps nothing but the taps.
-
-    All adapters of a stage receive the same gradient, because the lane only adds them up. So the last factors of all
-    of them are one matmul, forward and backward, and everything between tap and sum is computed again in backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.dtype = dtype
-        return _sum_of_adapters(dtype, tensors)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: each access unpacks them again
-        parameters, taps = _split(saved)
-        dtype = ctx.dtype
-        with _no_autocast(grad):
-            u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])
-            n, r, width = v2.shape
-            grad = grad.to(dtype).reshape(-1, width)  # (M, C)
-            grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
-            reduced, grad_u1, grad_v1, grad_b1, grad_u2 = [], [], [], [], []
-            for i, tap in enumerate(taps):
-                t = unpack(tap, width, dtype).reshape(-1, width)
-                grad_q = grad_reduced[:, i * r : (i + 1) * r]
-                p, h = _bottleneck(t, u1[i], v1[i], b1[i])
-                activated = F.gelu(h)
-                reduced.append(activated @ u2[i])
-                grad_u2.append(grad_q.T @ activated)  # transposed: a third faster with the thin factor on the left
-                grad_h = torch.ops.aten.gelu_backward(grad_q @ u2[i].T, h)
-                grad_b1.append(grad_h.sum(0))
-                grad_v1.append(p.T @ grad_h)
-                grad_u1.append((grad_h @ v1[i].T).T @ t)  # transposed
-            grad_v2 = (torch.cat(reduced, dim=1).T @ grad).reshape(n, r, width)
-            grad_b2 = grad.sum(0).expand(n, width)
-            grads = [
-                torch.stack(grad_u1).mT,
-                torch.stack(grad_v1),
-                torch.stack(grad_b1),
-                torch.stack(grad_u2).mT,
-                grad_v2,
-                grad_b2,
-            ]
-        kept = [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-        return (None, *kept, *(None for _ in saved[len(kept) :]))
-
-
-def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:
-    """Split what a `_SumOfAdapters` works on: the six stacked factors, and what is kept of each tap."""
-    parameters, kept = tensors[:6], tensors[6:]
-    per_tap = len(kept) // len(parameters[0])
-    return parameters, [kept[i : i + per_tap] for i in range(0, len(kept), per_tap)]
-
-
-def _sum_of_adapters(dtype: torch.dtype, tensors: Sequence[Tensor]) -> Tensor:
-    (u1, v1, b1, u2, v2, b2), taps = _split(tensors)
-    width = u1.shape[1]
-    with _no_autocast(u1):
-        reduced = [_reduce(unpack(tap, width, dtype), dtype, u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
-        return _expand(reduced, dtype, v2, b2)
-
-
-def _reduce(tap: Tensor, dtype: torch.dtype, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
-    """(..., C) -> (..., r): an adapter up to its last factor, `GELU(t U1 V1 + b1) U2`."""
-    flat = tap.to(dtype).reshape(-1, tap.shape[-1])
-    _, h = _bottleneck(flat, u1.to(dtype), v1.to(dtype), b1.to(dtype))
-    return (F.gelu(h) @ u2.to(dtype)).view(*tap.shape[:-1], -1)
-
-
-def _expand(reduced: Sequence[Tensor], dtype: torch.dtype, v2: Tensor, b2: Tensor) -> Tensor:
-    """N x (..., r) -> (..., C): the last factors of n adapters and their sum, as one matmul."""
-    joined = torch.cat(list(reduced), dim=-1)
-    flat = torch.addmm(b2.to(dtype).sum(0), joined.flatten(0, -2), v2.to(dtype).flatten(0, 1))
-    return flat.view(*joined.shape[:-1], -1)
+def merge(
+    modules: fused.Modules, run: fused.Run, x: Tensor, z: Tensor, grid: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """(B, N, C) -> (B, N', C'): the lane behind frozen patch merging, `fused.merge` in plain PyTorch."""
+    return run(modules, x + z, grid, *args, **kwargs) - run(modules, x, grid, *args, **kwargs)
 
 
 class Stage(nn.Module):
@@ -137,7 +60,7 @@ class Stage(nn.Module):
         init_weights: Zero the last factor, so that the lane starts at exactly zero.
     """
 
-    FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")
+    FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")  # bias1, bias2: the Trainer decays no weight named bias
 
     def __init__(self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True) -> None:
         super().__init__()
@@ -147,45 +70,42 @@ class Stage(nn.Module):
         self.u2 = nn.Parameter(torch.empty(num_adapters, bottleneck, r))
         self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
         self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
-        self.reset_parameters(init_weights)
+        self.init_weights = init_weights
+        self.reset_parameters()
 
-    def reset_parameters(self, init_weights: bool = True) -> None:
+    def reset_parameters(self) -> None:
         """Draw U1, V1, U2 Kaiming-uniform over their inputs and zero the rest (*inferred*)."""
         for factor in (self.u1, self.v1, self.u2):
             bound = (6 / factor.shape[1]) ** 0.5
             nn.init.uniform_(factor, -bound, bound)
         nn.init.zeros_(self.bias1)
-        if init_weights:
-            nn.init.zeros_(self.v2)
-            nn.init.zeros_(self.bias2)
-        else:
-            nn.init.normal_(self.v2, std=0.1)
-            nn.init.normal_(self.bias2, std=0.1)
+        for factor in (self.v2, self.bias2):
+            nn.init.zeros_(factor) if self.init_weights else nn.init.normal_(factor, std=0.1)
 
-    def reduce(self, index: int, tap: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, r): adapter `index` up to its last factor, for when no gradient is wanted."""
-        dtype = _compute_dtype(self.u1)  # outside: inside, autocast is off and has no say
-        with _no_autocast(tap):
-            return _reduce(tap, dtype, self.u1[index], self.v1[index], self.bias1[index], self.u2[index])
+    @property
+    def factors(self) -> tuple[Tensor, ...]:
+        """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are no parameters)."""
+        return tuple(getattr(self, name) for name in self.FACTORS)
 
-    def expand(self, start: int, reduced: Sequence[Tensor]) -> Tensor:
-        """N x (B, N, r) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... from what `reduce` made."""
-        dtype = _compute_dtype(self.v2)  # outside: inside, autocast is off and has no say
-        v2, bias2 = (p[start : start + len(reduced)] for p in (self.v2, self.bias2))
-        with _no_autocast(v2):
-            return _expand(reduced, dtype, v2, bias2)
-
-    def forward(self, start: int, taps: Sequence[Sequence[Tensor]]) -> Tensor:
-        """N x (B, N, C) -> (B, N, C): sum of the adapters `start`, `start + 1`, ... of these taps.
+    def forward(self, taps: Sequence[Any], start: int = 0, mode: Mode = "sum") -> Tensor:
+        """Run the adapters `start`, `start + 1`, ... on one tap each.
 
         Args:
+            taps: One entry for each adapter.
             start: Index of the first adapter.
-            taps: What is kept of each tap (`storage.pack`).
+            mode: *sum*: n x (..., C) -> (..., C), the sum of the adapters, of what is kept of each tap
+                (`storage.pack`). Where no gradient is wanted it can be had in two halves that hold less, and round
+                nothing: *reduce*, (..., C) -> (..., r), one adapter up to its last factor, and *expand*,
+                n x (..., r) -> (..., C), the rest of all of them.
         """
-        parameters: tuple[Tensor, ...] = (self.u1, self.v1, self.bias1, self.u2, self.v2, self.bias2)
+        factors = self.factors
         if len(taps) < len(self.u1):
-            parameters = tuple(p[start : start + len(taps)] for p in parameters)
-        return _SumOfAdapters.apply(_compute_dtype(self.u1), *parameters, *(t for tap in taps for t in tap))
+            factors = tuple(factor[start : start + len(taps)] for factor in factors)
+        if mode == "reduce":
+            return fused.reduce(taps[0], [factor[0] for factor in factors[:4]])
+        if mode == "expand":
+            return fused.expand(taps, *factors[4:])
+        return fused.sum_of_adapters(factors, taps)
 
 
 class Highway(nn.Module):
@@ -218,190 +138,101 @@ class Highway(nn.Module):
 
     @property
     def trainable(self) -> bool:
-        """Whether any factor wants a gradient (by attribute, because a replica's tensors are no parameters)."""
-        stages = [self.stage(i) for i in range(len(self.stages))]
-        return any(getattr(stage, name).requires_grad for stage in stages for name in Stage.FACTORS)
+        """Whether any factor wants a gradient."""
+        return any(factor.requires_grad for stage in self.stages for factor in stage.factors)  # type: ignore[union-attr]
 
-    def stage(self, index: int) -> Stage:
-        """Return the adapters of one stage."""
-        return cast(Stage, self.stages[index])
+    def forward(self, stage: int, taps: Sequence[Any], start: int = 0, mode: Mode = "sum") -> Tensor:
+        """Run adapters of one stage, see `Stage.forward`."""
+        return self.stages[stage](taps, start, mode)
 
 
-class Taps:
-    """What one forward of the frozen backbone leaves for the highway.
+class MergingSpec(NamedTuple):
+    """Frozen patch merging: its modules, and what runs them (`backbones.Merging.run`)."""
 
-    With `keep` it holds each tap until the lane has used it. Without, when no gradient is wanted, it reduces each tap
-    to (B, N, r) at once, so that inference never holds more than one, and rounds nothing. Either way it holds what
-    enters and leaves patch merging.
-    """
-
-    def __init__(self, highways: Sequence[Highway], taps_per_block: int, keep: bool) -> None:
-        self.highways = highways
-        self.taps_per_block = taps_per_block
-        self.keep = keep
-        # Highways that are active together read the same taps: the one that wants most decides.
-        wanted = [STORAGES.index(highway.tap_storage) for highway in highways] if keep else [0]
-        self.storage = STORAGES[min(wanted, default=0)]
-        self.parts: dict[tuple[int, int], Tensor] = {}
-        self.reads: dict[tuple[int, int], Sequence[Tensor]] = {}
-        self.mergings: dict[int, tuple[Tensor, tuple[Any, ...], Tensor | None]] = {}
-        self.tail: Tensor | None = None
-
-    def read(self, stage: int, index: int, tap: Tensor, half: bool = False) -> None:
-        """Take the tap (B, N, C) of adapter `index` of `stage`; with `half`, one of two parts that add up."""
-        key = (stage, index)
-        if half and key not in self.parts:
-            self.parts[key] = tap
-            return
-        if half:
-            tap = self.parts.pop(key) + tap
-        if self.keep:
-            self.reads[key] = pack(tap, self.storage)
-        else:
-            self.reads[key] = [highway.stage(stage).reduce(index, tap) for highway in self.highways]
-
-    def read_merging(self, stage: int, x: Tensor, rest: tuple[Any, ...], frozen: Tensor | None) -> None:
-        """Take what entered the patch merging behind `stage`, (B, N, C) and other arguments, and what left it.
-
-        Args:
-            stage: Its index.
-            x: The stream.
-            rest: Positional and keyword arguments behind it.
-            frozen: The output; None where it was computed in other precision than the lane will.
-        """
-        self.mergings[stage] = (x, rest, frozen)
-
-    def take(self, stage: int, first_block: int, last_block: int) -> tuple[int, list[Sequence[Tensor]]]:
-        """Return and forget what was read in the blocks from `first_block` up to `last_block` (exclusive).
-
-        Returns:
-            Index of the first adapter, and for it and each that follows what is kept of its tap.
-        """
-        indices = range(first_block * self.taps_per_block, last_block * self.taps_per_block)
-        missing = [index for index in indices if (stage, index) not in self.reads]
-        if missing:
-            raise RuntimeError(
-                f"stage {stage}: the taps {missing} were not read, so the backbone ran without some of its blocks. "
-                "E3VA needs every block's forward to run: remove what skips or replaces blocks (layer pruning, graph "
-                "capture, a patched forward)."
-            )
-        return indices.start, [self.reads.pop((stage, index)) for index in indices]
+    modules: fused.Modules
+    run: fused.Run
 
 
 class Lane:
     """The running tensor `z`, as a cursor over stages and blocks that only moves forward.
 
-    It is kept in at least fp32, whatever the backbone's dtype is.
+    It is kept in at least fp32, whatever the backbone's dtype is, and has its channels last.
 
     Args:
-        taps: What the frozen forward left.
-        mergings: The frozen patch merging behind each stage, None where there is none.
+        highways: The active highways; their adapters add up.
+        frozen: The record it reads, and releases as it goes.
+        depth: Blocks to adapt in each stage.
+        taps_per_block: Adapters of a block.
+        mergings: The frozen patch merging behind each stage but the last.
+        grad: Whether a gradient is wanted.
+        keep_stages: Remember the lane behind every stage, where outputs show it.
     """
 
-    def __init__(self, taps: Taps, mergings: Sequence[nn.Module | None]) -> None:
-        self.taps = taps
+    def __init__(
+        self,
+        highways: Sequence[Highway],
+        frozen: FrozenPass,
+        depth: Sequence[int],
+        taps_per_block: int = 1,
+        mergings: Sequence[MergingSpec] = (),
+        grad: bool = True,
+        keep_stages: bool = True,
+    ) -> None:
+        self.highways = highways
+        self.frozen = frozen
+        self.depth = depth
+        self.taps_per_block = taps_per_block
         self.mergings = mergings
-        self.stage = 0
-        self.block = 0
+        self.grad = grad
+        self.keep_stages = keep_stages
+        # Highways that are active together read the same taps: the one that wants most decides.
+        self.storage = STORAGES[min((STORAGES.index(h.tap_storage) for h in highways), default=0)] if grad else "exact"
+        self.stage = self.block = 0
         self.z: Tensor | None = None
+        self.stages: dict[int, tuple[Tensor, Tensor]] = {}  # stage -> the lane behind its blocks, and behind merging
 
-    def advance(self, block: int) -> Tensor:
-        """Return the lane (B, N, C) behind the first `block` blocks of the current stage."""
+    def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
+        """Return what the lane wants of a tap (..., C): packed, or at once reduced to (..., r) for each highway."""
+        if self.grad:
+            return pack(tap, self.storage)
+        return [highway(stage, [tap], index, "reduce") for highway in self.highways]
+
+    def behind(self, stage: int, block: int) -> Tensor:
+        """Return the lane (..., C) behind the first `block` blocks of a stage."""
+        if stage in self.stages:
+            return self.stages[stage][0]
+        if stage > self.stage:
+            raise RuntimeError(
+                f"stage {self.stage}: its patch merging did not run. E3VA needs its forward: remove what skips or "
+                "replaces it."
+            )
+        if stage < self.stage or block < self.block or block == 0:
+            raise RuntimeError(f"the lane is at block {self.block} of stage {self.stage}, not at {block} of {stage}")
         if block > self.block:
-            first, reads = self.taps.take(self.stage, self.block, block)
-            for which, highway in enumerate(self.taps.highways):
-                stage = highway.stage(self.stage)
-                step = stage(first, reads) if self.taps.keep else stage.expand(first, [read[which] for read in reads])
+            first, last = self.block * self.taps_per_block, block * self.taps_per_block
+            kept = self.frozen.take(stage, first, last)
+            for which, highway in enumerate(self.highways):
+                if self.grad:
+                    step = highway(stage, kept, first)
+                else:
+                    step = highway(stage, [reduced[which] for reduced in kept], first, "expand")
                 step = step.to(torch.promote_types(step.dtype, torch.float32))
-                self.z = step if self.z is None else self.z + step
+                self.z = step if self.z is None else self.z.to(step.device) + step
             self.block = block
-        if self.z is None:
-            raise RuntimeError("the lane was asked for before its first block")
+        assert self.z is not None
         return self.z
 
-    def merge(self) -> Tensor:
-        """(B, N, C) -> (B, N', C'): carry the lane through frozen patch merging into the next stage.
+    def ahead(self, stage: int) -> Tensor:
+        """Return the lane (..., C') behind the patch merging of a stage."""
+        return self.stages[stage][1]
 
-        `PM(x + z) - PM(x)`, both terms by the same function, in fp32 and without autocast: a zero lane stays exactly
-        zero, and over a bf16 base the difference is not drowned by rounding.
-        """
-        module = self.mergings[self.stage]
-        if self.z is None or module is None:
-            raise RuntimeError(
-                f"the lane cannot leave stage {self.stage}: it has no patch merging, or no block was run"
-            )
-        if self.stage not in self.taps.mergings:
-            raise RuntimeError(
-                f"stage {self.stage}: its patch merging {type(module).__name__} did not run. E3VA needs its forward: "
-                "remove what skips or replaces it."
-            )
-        stream, (args, kwargs), frozen = self.taps.mergings.pop(self.stage)
-        x = stream.to(self.z.dtype)
-        call = _in_dtype(module, x.dtype)
-        with _no_autocast(x):
-            if frozen is None or call is not module or x is not stream:  # else the backbone did the same, to the bit
-                with torch.no_grad():
-                    frozen = call(x, *args, **kwargs)
-            y = x + self.z
-            # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
-            lean = self.taps.storage != "exact" and all(p.is_floating_point() for p in module.parameters())
-            merged = _LeanMerging.apply(call, module, args, kwargs, y) if lean else call(y, *args, **kwargs)
-            self.z = merged - frozen
-        self.stage += 1
-        self.block = 0
-        return self.z
-
-
-class _LeanMerging(torch.autograd.Function):
-    """`PM(y)` that keeps `y` rounded to int8 and runs again in backward.
-
-    The value is exact. Only the Jacobian, that of the norm inside, is taken at the rounded `y`: the gradient that
-    passes to earlier stages is off by about 0.2 % (`test_storage`), the one of the last stage is exact.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        call: Callable[..., Tensor],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        y: Tensor,
-    ) -> Tensor:
-        ctx.module, ctx.args, ctx.kwargs = module, args, kwargs
-        ctx.save_for_backward(*pack(y, "int8"))
-        return call(y, *args, **kwargs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        codes, scale = ctx.saved_tensors
-        with _no_autocast(grad):
-            y = unpack((codes, scale), codes.shape[-1], grad.dtype)
-            call = _in_dtype(ctx.module, y.dtype)  # cast again: weights in another dtype would be held till here
-            vjp = torch.func.vjp(lambda y: call(y, *ctx.args, **ctx.kwargs), y)[1]
-            return None, None, None, None, vjp(grad)[0]
-
-
-def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Tensor]:
-    """The forward of `module` with its parameters plain and in `dtype`; the module itself where they are already."""
-    parameters: Mapping[str, Tensor] = dict(module.named_parameters())
-    cast = {name: _plain(p, dtype) for name, p in parameters.items()}
-    if all(cast[name] is p for name, p in parameters.items()):
-        return module
-    return lambda *args, **kwargs: torch.func.functional_call(module, cast, args, kwargs)
-
-
-def _plain(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a parameter dequantised and in `dtype`; packed integers stay, because only their own layer reads them.
-
-    A quantised tensor (torchao) could multiply by itself, but where it quantises activations too no gradient passes.
-    """
-    if wraps_quantized(parameter):
-        parameter = parameter.dequantize()
-    return parameter.to(dtype) if parameter.is_floating_point() else parameter
-
-
-def wraps_quantized(parameter: Tensor) -> bool:
-    """Whether a parameter is a quantised tensor that passes for one of floating point, as torchao's do."""
-    return type(parameter).dequantize is not Tensor.dequantize
+    def leave(self, stage: int) -> None:
+        """Carry the lane through the frozen patch merging behind a stage, which has just run."""
+        with torch.set_grad_enabled(self.grad):
+            behind = self.behind(stage, self.depth[stage])
+            x, args, kwargs, output = self.frozen.mergings.pop(stage)
+            grid, lean = self.frozen.grids.get(stage), self.storage != "exact"
+            self.z = fused.merge(*self.mergings[stage], x, behind.to(x.device), grid, args, kwargs, output, lean)
+        self.stage, self.block = stage + 1, 0
+        if self.keep_stages:
+            self.stages[stage] = behind, self.z

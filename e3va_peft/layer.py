@@ -1,165 +1,73 @@
-"""The wiring: taps that read inside the frozen backbone, and `E3VALayer`, the one module that is replaced."""
+"""The wiring: `E3VALayer`, which runs a frozen exit, lets the lane read it, and writes the lane into its outputs."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from e3va_peft.backbones import Backbone, Run
-from e3va_peft.config import BLOCK, BRANCHES, E3VAConfig
-from e3va_peft.highway import Highway, Lane, Taps, under_autocast
+from e3va_peft.backbones import Backbone, ExitCall
+from e3va_peft.backbones.base import BLOCK, submodule
+from e3va_peft.config import E3VAConfig
+from e3va_peft.frozen_pass import FrozenPass
+from e3va_peft.highway import Highway, Lane, MergingSpec
+from e3va_peft.hooks import (
+    CURRENT,
+    IMAGE,
+    GridTap,
+    MergingInput,
+    MergingOutput,
+    Recorder,
+    TailTap,
+    Tap,
+    check_input_gradients,
+    image_size,
+    refuse_trainable,
+    remove_hooks,
+)
+
+METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
+
+# What hosts read from the module that they take for the exit. What computes is not among it: it would run the base.
+_READABLE = (
+    "config",
+    "dtype",
+    "device",
+    "get_input_embeddings",
+    "gradient_checkpointing_enable",
+    "gradient_checkpointing_disable",
+    "is_gradient_checkpointing",
+    "main_input_name",
+    "name_or_path",
+)
 
 
-class _CurrentTaps:
-    """Where hooks find the `Taps` of the forward that they run in.
+class AdaptedMethod:
+    """Stands on a module for one of its methods, and runs it with the lane written into what it returns."""
 
-    Safe in threads (`nn.DataParallel`) through a `ContextVar`, which `torch.compile` cannot trace: while compiling it
-    is a plain attribute.
-    """
-
-    def __init__(self) -> None:
-        self._variable: ContextVar[Taps | None] = ContextVar("e3va_taps", default=None)
-        self._while_compiling: Taps | None = None
-
-    def get(self) -> Taps | None:
-        return self._while_compiling if torch.compiler.is_compiling() else self._variable.get()
-
-    @contextmanager
-    def set(self, taps: Taps) -> Iterator[None]:
-        if torch.compiler.is_compiling():
-            self._while_compiling = taps
-            try:
-                yield
-            finally:
-                self._while_compiling = None
-        else:
-            token = self._variable.set(taps)
-            try:
-                yield
-            finally:
-                self._variable.reset(token)
-
-
-_CURRENT = _CurrentTaps()
-
-
-class Tap:
-    """A hook that reads one branch. A class, because closures survive neither pickle nor deepcopy.
-
-    It holds no module and no tensor: it writes what it sees, by key, into the `Taps` of the running forward, and does
-    nothing outside of one.
-    """
-
-    def __init__(self, stage: int, index: int, read: Literal["input", "output"], half: bool = False) -> None:
-        self.stage = stage
-        self.index = index
-        self.read = read
-        self.half = half
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        """Read the module's first input or its output, as a forward pre-hook or a forward hook."""
-        taps = _CURRENT.get()
-        if taps is not None:
-            value = args[0] if self.read == "input" else output
-            value = value[0] if isinstance(value, tuple) else value
-            taps.read(self.stage, self.index, value.detach(), self.half)
-
-
-class MergingTap:
-    """A hook that reads what enters frozen patch merging, and what leaves it."""
-
-    def __init__(self, stage: int) -> None:
-        self.stage = stage
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Keep the module's arguments and output for the lane.
-
-        Raises:
-            TypeError: It was not called as `StageSpec.merging` must be.
-        """
-        taps = _CURRENT.get()
-        if taps is None:
-            return
-        if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
-            raise TypeError(
-                f"stage {self.stage}: {type(module).__name__} was given as its patch merging, but was not called with "
-                "the stream first and by position, or returned no tensor. StageSpec.merging must be a module that is "
-                "called as merging(x, ...) and returns the merged stream."
-            )
-        frozen = None if under_autocast(args[0]) else output
-        taps.read_merging(self.stage, args[0], (args[1:], kwargs), frozen)
-
-
-class TailTap:
-    """A pre-hook that reads what enters the exit's tail."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Keep the last block's output, to which the lane is added."""
-        taps = _CURRENT.get()
-        if taps is not None:
-            taps.tail = args[0]
-
-
-class FrozenGuard:
-    """A pre-hook on frozen modules before the exit: eval mode always, and nothing in them may want a gradient."""
-
-    def __init__(self, name: str) -> None:
+    def __init__(self, layer: E3VALayer, name: str) -> None:
+        self.layer = layer
         self.name = name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Put the module into eval mode, and refuse it if it wants a gradient."""
-        if module.training:
-            module.eval()
-        refuse_trainable(module, self.name)
-        check_input_gradients(args)
-
-
-def refuse_trainable(module: nn.Module, name: str) -> None:
-    """Raise if anything in a frozen module wants a gradient while gradients are on: it would never get one.
-
-    Raises:
-        ValueError: A parameter of `module` has `requires_grad`. The message names it.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    for parameter_name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            raise ValueError(
-                f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
-                "would never train. Set requires_grad=False, or use another PEFT method for this module."
-            )
-
-
-def is_e3va_hook(hook: object) -> bool:
-    """Whether a hook is one of ours."""
-    return isinstance(hook, Tap | MergingTap | TailTap | FrozenGuard)
-
-
-def remove_hooks(model: nn.Module) -> None:
-    """Remove every hook of ours from a model and all its modules."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if is_e3va_hook(hook)]:
-                del hooks[key]
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the method; arguments and outputs are its own."""
+        return self.layer(*args, e3va_method=self.name, **kwargs)
 
 
 class E3VALayer(nn.Module, BaseTunerLayer):
     """The exit of a frozen backbone with highways beside it.
 
-    Its forward is the method: base under `no_grad` -> taps -> lane on the highways -> splice into the outputs. The
-    base layer stays in eval mode whatever `.train()` says.
+    Its forward is the method: base under `no_grad` -> record -> lane on the highways -> splice into a copy of the
+    outputs. The base stays in eval mode whatever `.train()` says. An exit that is a module is replaced by the layer;
+    for one that is a method, the layer is a child of the module, whose methods are replaced.
 
     Args:
-        base_layer: The exit.
-        backbone: The exit's family.
+        exit: The exit, or the module whose methods it is.
+        family: The exit's family.
         depth: Blocks to adapt in each stage.
         taps: Names of the taps that are read in each block; the same for all adapters.
         takes_image: Whether nothing frozen stands before the exit, so that it has to look at its input itself.
@@ -169,15 +77,21 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def __init__(
         self,
-        base_layer: nn.Module,
-        backbone: Backbone,
+        exit: nn.Module,
+        family: Backbone,
         depth: Sequence[int],
         taps: Sequence[str],
         takes_image: bool = False,
     ) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        self.backbone = backbone
+        self.family = family
+        self.is_method = bool(family.methods)
+        if self.is_method:
+            self._host = [exit]  # in a list: it is the layer's parent and must not be its child as well
+            for name in family.methods:
+                setattr(exit, name, AdaptedMethod(self, name))
+        else:
+            self.base_layer = exit
         self.depth = tuple(depth)
         self.taps = tuple(taps)
         self.takes_image = takes_image
@@ -185,24 +99,43 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
         self._active_adapter = []
         self.merged_adapters = []
-        base_layer.eval()
-        self._register_taps()
+        self.stages = family.stages(exit)
+        self._register_hooks()
+        self.train(exit.training)
 
-    def _register_taps(self) -> None:
-        half = self.taps == BLOCK
-        for i, (stage, depth) in enumerate(zip(self.backbone.stages(self.base_layer), self.depth, strict=False)):
+    @property
+    def exit(self) -> nn.Module:
+        """The exit, or the module whose methods it is."""
+        return self._host[0] if self.is_method else self.base_layer
+
+    @property
+    def frozen(self) -> list[nn.Module]:
+        """The modules that run without gradient."""
+        if not self.is_method:
+            return [self.exit]
+        parts = [submodule(self.exit, name) for name in self.family.frozen]
+        return [part for part in parts if part is not None]
+
+    def _register_hooks(self) -> None:
+        exit = self.exit
+        for i, (stage, depth) in enumerate(zip(self.stages, self.depth, strict=False)):
+            exit.get_submodule(stage.blocks[0]).register_forward_pre_hook(GridTap(i))
             for j, block in enumerate(stage.blocks[:depth]):
-                for k, name in enumerate(BRANCHES if half else self.taps):
-                    point = block[name]
-                    tap = Tap(i, j if half else j * len(self.taps) + k, point.read, half)
-                    if point.read == "input":
-                        point.module.register_forward_pre_hook(tap)
+                points = self.family.tap_points(exit, block)
+                chosen = tuple(points) if self.taps == BLOCK else self.taps
+                for k, name in enumerate(chosen):
+                    index, parts = (j, len(chosen)) if self.taps == BLOCK else (j * len(self.taps) + k, 1)
+                    tap = Tap(i, index, points[name].read, parts, f"{block}: {name}")
+                    if tap.read == "input":
+                        points[name].module.register_forward_pre_hook(tap)
                     else:
-                        point.module.register_forward_hook(tap)
-            if stage.merging is not None:
-                stage.merging.register_forward_hook(MergingTap(i), with_kwargs=True)
-        if self.backbone.tail:
-            getattr(self.base_layer, self.backbone.tail[0]).register_forward_pre_hook(TailTap())
+                        points[name].module.register_forward_hook(tap)
+            if stage.merging and i + 1 < len(self.depth):
+                first, last = stage.merging[0], stage.merging[-1]
+                exit.get_submodule(first).register_forward_pre_hook(MergingInput(i, first), with_kwargs=True)
+                exit.get_submodule(last).register_forward_hook(MergingOutput(i, last))
+        if self.family.tail:
+            exit.get_submodule(self.family.tail[0]).register_forward_pre_hook(TailTap())
 
     def update_layer(self, adapter_name: str, config: E3VAConfig, tail: Sequence[str] = ()) -> None:
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.
@@ -210,62 +143,85 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: The adapters before it read other taps.
         """
-        if tuple(config.taps) != self.taps:
+        if self.family.taps(config.taps) != self.taps:
             raise ValueError(
-                f"taps={tuple(config.taps)}: adapter {adapter_name!r} joins adapters that read {self.taps}. All "
+                f"taps={config.taps}: adapter {adapter_name!r} joins adapters that read {self.taps}. All "
                 "adapters of one model share the taps; use the same ones, or unload() first."
             )
-        widths = [stage.width for stage in self.backbone.stages(self.base_layer)][: len(self.depth)]
+        widths = [stage.width for stage in self.stages][: len(self.depth)]
         counts = [blocks * len(self.taps) for blocks in self.depth]
         self.e3va_highway[adapter_name] = Highway(
             widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage
         )
         if tail:
-            copies = {name: copy.deepcopy(getattr(self.base_layer, name)) for name in tail}
+            copies = {name: copy.deepcopy(getattr(self.exit, name)) for name in tail}
             for module in copies.values():
                 remove_hooks(module)
             self.e3va_tail[adapter_name] = nn.ModuleDict(copies)
         self._move_adapter_to_device_of_base_layer(adapter_name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the exit and write the active highways' lane into its outputs. Arguments and outputs are the exit's."""
+    def forward(self, *args: Any, e3va_method: str = "", **kwargs: Any) -> Any:
+        """Run the exit and write the active highways' lane into a copy of its outputs.
+
+        Args:
+            args: The exit's arguments.
+            e3va_method: Where the exit is a method: which one.
+            kwargs: The exit's keyword arguments.
+        """
         active = [name for name in self.active_adapters if name in self.e3va_highway]
         if self.disable_adapters or not active:
-            return self.base_layer(*args, **kwargs)
-        refuse_trainable(self.base_layer, type(self.base_layer).__name__)
+            return self._run(e3va_method, args, kwargs)
+        for part in self.frozen:
+            refuse_trainable(part, type(part).__name__)
         if self.takes_image:
             check_input_gradients((*args, *kwargs.values()))
-        config = getattr(self.base_layer, "config", None)
-        as_dict = {} if config is None else {"return_dict": True}  # an exit of a user's own may know no return_dict
-        return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True))
-        highways = [cast(Highway, self.e3va_highway[name]) for name in active]
-        keep = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
-        taps = Taps(highways, len(self.taps), keep)
-        with _CURRENT.set(taps), torch.no_grad():
-            outputs = self.base_layer(*args, **as_dict, **kwargs)
-        run = Run(
-            exit=self.base_layer,
-            lane=Lane(taps, [stage.merging for stage in self.backbone.stages(self.base_layer)]),
-            depth=self.depth,
-            tail=self._tail(active),
-            tail_input=torch.empty(0) if taps.tail is None else taps.tail,
-            kwargs=kwargs,
-        )
-        outputs = self.backbone.splice(outputs, run)
+        config = getattr(self.exit, "config", None)
+        is_model = not self.is_method and config is not None  # an exit of a user's own may know no return_dict
+        return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True)) if is_model else True
+        call_args, call_kwargs = self.family.prepare(args, kwargs)
+        lane = self._lane(active, shown=bool(states_shown(config, kwargs)) or not is_model)
+        recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, _image(args, kwargs))
+        if is_model:
+            call_kwargs = {**call_kwargs, "return_dict": True}
+        with CURRENT.set(recorder), torch.no_grad():
+            outputs = self._run(e3va_method, call_args, call_kwargs)
+        recorder.check_versions()
+        call = ExitCall(self.exit, e3va_method, self.depth, self._tail(active), lane.frozen.tail, args, kwargs)
+        outputs = self.family.splice(outputs, lane, call)
         return outputs if return_dict is not False else outputs.to_tuple()
+
+    def _run(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Run the exit as it is without us."""
+        if self.is_method:
+            return getattr(type(self.exit), method)(self.exit, *args, **kwargs)
+        return self.exit(*args, **kwargs)
+
+    def _lane(self, active: Sequence[str], shown: bool) -> Lane:
+        highways = [cast(Highway, self.e3va_highway[name]) for name in active]
+        grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
+        mergings = [
+            MergingSpec([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
+            for stage in self.stages[: len(self.depth) - 1]
+        ]
+        return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
 
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
         """Return the modules behind the last block: the active adapter's copies, and the frozen ones for the rest."""
-        tail = {name: getattr(self.base_layer, name, None) for name in self.backbone.tail}
+        tail = {name: getattr(self.exit, name, None) for name in self.family.tail}
         for name in active:
             if name in self.e3va_tail:
                 tail.update(self.e3va_tail[name].items())  # type: ignore[operator]
         return {name: module for name, module in tail.items() if module is not None}
 
     def train(self, mode: bool = True) -> E3VALayer:
-        """Set the training mode of the highway; the frozen stream stays in eval mode."""
+        """Set the training mode of the highway; the frozen stream stays in eval mode, and may want no gradient.
+
+        Raises:
+            ValueError: With `mode`, something in the frozen stream has `requires_grad`.
+        """
         super().train(mode)
-        self.base_layer.eval()
+        for part in self.frozen:
+            part.eval()
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -283,15 +239,28 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(names, inference_mode=inference_mode)
 
-    def unload(self) -> nn.Module:
-        """Return the exit without taps, with the active adapter's copies of the tail, as PEFT does for heads."""
-        remove_hooks(self.base_layer)
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the exit without hooks, with the active adapter's copies of the tail, as PEFT does for heads.
+
+        Raises:
+            NotImplementedError: With `merge`.
+        """
+        if merge:
+            raise cannot_merge()
+        exit, training = self.exit, self.training
+        remove_hooks(exit)
         for name in self.active_adapters:
             if name in self.e3va_tail:
                 for key, module in self.e3va_tail[name].items():  # type: ignore[operator]
-                    setattr(self.base_layer, key, module)
-        self.base_layer.train(self.training)
-        return self.base_layer
+                    setattr(exit, key, module)
+        if self.is_method:
+            for name in self.family.methods:
+                delattr(exit, name)
+        for part in self.frozen:
+            part.train(training)
+        return exit
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refuse: see `cannot_merge`."""
@@ -301,23 +270,54 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Refuse: see `cannot_merge`."""
         raise cannot_merge()
 
+    def get_base_layer(self) -> nn.Module:
+        """Return the exit, or the module whose methods it is."""
+        return self.exit
+
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
     ) -> tuple[torch.device | None, torch.dtype | None]:
         parameter = next((p for p in base_layer.parameters() if p.is_floating_point()), None)
         return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Move an adapter to its base: each stage of it to its own blocks, which a device map may have spread."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        highway = cast(Highway, self.e3va_highway[adapter_name])
+        if device is not None or any(p.is_meta for p in highway.parameters()):
+            return
+        for stage, spec in zip(highway.stages, self.stages, strict=False):
+            parameter = next(self.exit.get_submodule(spec.blocks[0]).parameters())
+            stage.to(parameter.device)
+
     def __getattr__(self, name: str) -> Any:
-        """Forward public attributes to the exit: heads read `config` and the like from what they take for it."""
+        """Forward what hosts read from what they take for the exit: its config and other data, not what computes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.base_layer, name)
+        value = getattr(self.base_layer, name)
+        if name in _READABLE or not (callable(value) or isinstance(value, Tensor)):
+            return value
+        raise AttributeError(
+            f"{name}: is not read from an adapted {type(self.base_layer).__name__}, because it would run or show the "
+            "frozen base, without the highway. Call the module itself, or take it from get_base_layer()."
+        )
 
     def __repr__(self) -> str:
         return "e3va." + super().__repr__()
+
+
+def states_shown(config: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Whether the outputs of a transformers encoder show every stage."""
+    return kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+
+
+def _image(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return (H, W) of the image: of an exit's own argument, or as its embeddings have seen it."""
+    seen = image_size(args or list(kwargs.values())[:1])
+    return seen if seen is not None or torch.compiler.is_compiling() else IMAGE.get()
 
 
 def cannot_merge() -> NotImplementedError:
@@ -326,26 +326,3 @@ def cannot_merge() -> NotImplementedError:
         "E3VA cannot be merged: the highway runs beside the backbone and reads its activations, so no weights of the "
         "backbone could stand for it. Keep the adapter (it is small), or call unload() to get the base model back."
     )
-
-
-def check_input_gradients(inputs: Sequence[Any]) -> None:
-    """Refuse an input of the backbone that some module in front of it computed with gradient; warn about a leaf's.
-
-    Raises:
-        ValueError: What made the input wants a gradient, which E3VA does not send.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    wanting = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    if any(value.grad_fn is not None for value in wanting):
-        raise ValueError(
-            "a module in front of the backbone wants a gradient, but E3VA sends none through the backbone, so it "
-            "would never train. Leave it out of modules_to_save, or use another PEFT method."
-        )
-    if wanting:
-        warnings.warn(
-            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
-            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
-            UserWarning,
-            stacklevel=3,
-        )

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
-from e3va_peft.resolve import everything_outside, find_exits
+from e3va_peft.exits import everything_outside, find_exits
 
 _ALLOWED = ("transformers", "e3va_peft")
 _FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, BASE_CONFIG, PROCESSOR]
@@ -134,7 +134,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
     exits = find_exits(model)
-    missing = [found.name for found in exits if not any(f"{found.name}.".startswith(f"{b}.") for b in backbones)]
+    missing = [found.target for found in exits if not any(found.is_within(b) for b in backbones)]
     if missing:
         raise ValueError(
             f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was "

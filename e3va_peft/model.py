@@ -1,27 +1,26 @@
-"""Injection: `E3VAModel(BaseTuner)`, its state-dict keys, and the registration with PEFT."""
+"""Injection: `E3VAModel(BaseTuner)`, and its state-dict keys."""
 
 from __future__ import annotations
 
 import copy
-import functools
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from e3va_peft.card import write_companions
-from e3va_peft.config import E3VAConfig, peft_type
-from e3va_peft.layer import E3VALayer, FrozenGuard, cannot_merge, remove_hooks
-from e3va_peft.resolve import find_exits, resolve
+from e3va_peft.backbones import child
+from e3va_peft.card import KeepCard
+from e3va_peft.config import E3VAConfig
+from e3va_peft.exits import Exit, find_exits
+from e3va_peft.hooks import FrozenGuard, remove_hooks
+from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
+from e3va_peft.resolve import resolve
 
 
 class E3VAModel(BaseTuner):
@@ -51,16 +50,22 @@ class E3VAModel(BaseTuner):
         _ignore_input_gradients(model)
 
     def _prepare_adapter_config(self, peft_config: E3VAConfig, model_config: dict[str, Any]) -> E3VAConfig:
-        """Resolve the names in the config and refuse what cannot work, before anything is changed."""
-        resolve(self.model, peft_config)
-        for_peft = copy.copy(peft_config)
-        for_peft.modules_to_save = None  # see inject_adapter
-        return for_peft
+        """Resolve the names in the config and refuse what cannot work, before anything is changed.
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: E3VAConfig, key: str) -> Any:
-        found = BaseTuner._check_target_module_exists(peft_config, key)
-        return found and key in (peft_config.target_modules or ())
+        PEFT gets a copy: with the layers' places as one exact regular expression, and without saved modules, which
+        `inject_adapter` wraps.
+        """
+        resolve(self.model, peft_config)
+        places = []
+        for found in find_exits(self.model):
+            if found.target in peft_config.target_modules:  # type: ignore[operator]
+                places.append(_place(found))
+                if found.family.methods and not hasattr(found.module, METHOD_CHILD):
+                    found.module.add_module(METHOD_CHILD, nn.Identity())  # which the layer will replace
+        for_peft = copy.copy(peft_config)
+        for_peft.target_modules = "|".join(map(re.escape, places))
+        for_peft.exclude_modules = for_peft.modules_to_save = None
+        return for_peft
 
     def _create_and_replace(  # type: ignore[override]  # E3VA has no target_parameters
         self,
@@ -71,23 +76,23 @@ class E3VAModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        found = next(found for found in find_exits(self.model) if found.name == current_key)
-        if isinstance(target, E3VALayer):
-            layer = target
-        else:
-            site = found.site
-            layer = E3VALayer(target, found.family, site.depth, peft_config.taps, takes_image=not site.frozen)
+        found = next(found for found in find_exits(self.model) if _place(found) == current_key)
+        site, layer = found.site, target
+        if not isinstance(layer, E3VALayer):
+            taps = found.family.taps(peft_config.taps)
+            layer = E3VALayer(found.module, found.family, site.depth, taps, takes_image=not site.frozen)
         saved = self.peft_config[adapter_name].modules_to_save
-        tail = [own for full, own in found.tail.items() if full in saved]
-        layer.update_layer(adapter_name, peft_config, tail)
+        layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
         if layer is not target:
-            layer.train(target.training)
-            for name in found.site.frozen:
+            for name in site.frozen:
                 self.model.get_submodule(name).register_forward_pre_hook(FrozenGuard(name))
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        setattr(parent, child_name, child.unload() if isinstance(child, E3VALayer) else new_module)
+        if isinstance(child, E3VALayer) and child.is_method:
+            delattr(parent, child_name)
+        else:
+            setattr(parent, child_name, new_module)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Set the active adapter, or several that were made with `modules_to_save=[]`: their lanes add up.
@@ -133,6 +138,12 @@ class E3VAModel(BaseTuner):
         return model
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        if isinstance(model, PeftModel):  # it is being saved, perhaps to be uploaded: PEFT has no hook for the card
+            model._upload_modified_files = KeepCard(model)  # type: ignore[assignment]
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         head, own, rest = key.partition(f".{cls.prefix}")
         if not own:
@@ -161,6 +172,11 @@ class E3VAModel(BaseTuner):
                     "named in its adapter_config.json, or let e3va_peft.load_adapter(folder_or_repo) rebuild that."
                 )
         return mapped
+
+
+def _place(found: Exit) -> str:
+    """Name of the module that is, or will be, the layer of an exit."""
+    return child(found.name, METHOD_CHILD) if found.family.methods else found.name
 
 
 def _wrap_saved_module(model: nn.Module, name: str, adapter_name: str, active: bool, inference_mode: bool) -> None:
@@ -199,47 +215,3 @@ def _restore_input_gradients(model: nn.Module) -> None:
     ignored = model.__dict__.pop("enable_input_require_grads", None)
     if ignored is not None and ignored.was_enabled:
         model.enable_input_require_grads()  # type: ignore[operator]
-
-
-def _with_card(upload: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `push_to_hub` upload the adapter's own model card.
-
-    Between saving and uploading, transformers writes its template, or the repository's card, over the one that
-    `save_pretrained` wrote.
-    """
-
-    @functools.wraps(upload)
-    def wrapped(self: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        config = self.peft_config.get("default")  # adapters of other names are saved, with their cards, in subfolders
-        if isinstance(config, E3VAConfig):
-            write_companions(Path(working_dir), config.to_dict(), config.base)
-        return upload(self, working_dir, *args, **kwargs)
-
-    return wrapped
-
-
-def register() -> None:
-    """Register E3VA with PEFT, once. Where PEFT ships the method itself, leave PEFT's in place and say so."""
-    known = PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type())
-    if known is None:
-        register_peft_method(name="e3va", config_cls=E3VAConfig, model_cls=E3VAModel)
-        PeftModel._upload_modified_files = _with_card(PeftModel._upload_modified_files)
-    elif known.__module__ != __name__:
-        warnings.warn(
-            f"PEFT registers E3VA itself ({known.__module__}). Use its classes; e3va_peft's stay unregistered.",
-            stacklevel=2,
-        )
-
-
-def record_metrics(model: PeftModel, metrics: Mapping[str, float], adapter_name: str | None = None) -> None:
-    """Note results of an adapter for its model card, which the next save writes.
-
-    Args:
-        model: The model.
-        metrics: Name -> value, e.g. `{"mean_iou": 0.75}`; what is no number is left out.
-        adapter_name: The adapter; the active one by default.
-    """
-    active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
-    config = model.peft_config[adapter_name or active[0]]
-    values = {name: value.item() if hasattr(value, "item") else value for name, value in metrics.items()}
-    config.base.metrics |= {name: float(value) for name, value in values.items() if isinstance(value, int | float)}

@@ -34,6 +34,7 @@ from transformers import (
     ViTModel,
 )
 
+from e3va_peft import Backbone, registered_backbones
 from e3va_peft.detection import CascadeMaskRCNN, CascadeMaskRCNNConfig, RetinaNet, RetinaNetConfig
 
 STAGES = ["stage1", "stage2", "stage3"]
@@ -252,6 +253,11 @@ def every_model_but(*names: str) -> pytest.MarkDecorator:
     """Parametrise over all models but these; the comment at the call says why."""
     assert set(names) <= BY_NAME.keys()
     return pytest.mark.parametrize("case", [c for c in CASES if c.name not in names], ids=lambda case: case.name)
+
+
+def registered(name: str) -> Backbone:
+    """A supported family."""
+    return registered_backbones()[name]
 
 
 def tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -147,7 +147,7 @@ def test_factors_frozen_by_hand_do_not_stop_the_others():
     for name in ("swin-classifier", "vit-classifier"):
         case = BY_NAME[name]
         model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
-        layer_of(model).e3va_highway["default"].stage(0).u1.requires_grad = False
+        layer_of(model).e3va_highway["default"].stages[0].u1.requires_grad = False
         model(**case.training_batch())["loss"].backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 

@@ -8,6 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,25 +19,21 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 
 import e3va_peft
-from e3va_peft import (
-    Backbone,
-    E3VAConfig,
-    E3VAModel,
-    Site,
-    StageSpec,
-    TapPoint,
-    register_backbone,
-    registered_backbones,
-)
+from e3va_peft import Backbone, Branch, E3VAConfig, E3VAModel, register_backbone, registered_backbones
 from e3va_peft import backbones as registry
-from e3va_peft import model as model_module
+from e3va_peft.backbones.splices import add
+from e3va_peft.registration import register
 from tests.models import CASES
 
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
-    {"card", "storage", "backbones"},
-    {"config", "highway"},
+    {"storage", "registration", "frozen_pass"},
+    {"config", "fused"},
+    {"highway", "backbones"},
+    {"card", "hooks"},
     {"layer"},
+    {"exits"},
+    {"refusals"},
     {"resolve"},
     {"model"},
     {"loading"},
@@ -48,7 +45,7 @@ ORDER = [
     {"cli"},
     {"__main__"},
 ]
-TORCH_ONLY = {"storage": {"torch"}, "highway": {"torch"}, "backbones": {"torch"}}
+TORCH_ONLY = {"storage", "frozen_pass", "fused", "highway", "backbones", "hooks"}
 
 
 def imports(path: Path) -> set[str]:
@@ -68,7 +65,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found.add(node.module or "")
+            rooms = {f"e3va_peft.{alias.name}" for alias in node.names} if node.module == "e3va_peft" else set()
+            rooms = {name for name in rooms if find_spec(name) is not None}
+            found |= rooms or {node.module or ""}
     return found
 
 
@@ -87,7 +86,7 @@ def test_imports_run_in_one_direction_only():
                 assert rank[room(module)] < rank[own], f"{own} imports {module}, which stands to its right"
             if own in TORCH_ONLY and module.split(".")[0] not in {"e3va_peft", "__future__"}:
                 library = module.split(".")[0]
-                assert library in TORCH_ONLY[own] | sys.stdlib_module_names, f"{own} imports {module}"
+                assert library == "torch" or library in sys.stdlib_module_names, f"{own} imports {module}"
 
 
 def test_registration_is_a_real_member_of_the_enum():
@@ -102,7 +101,7 @@ def test_registration_is_a_real_member_of_the_enum():
 
 
 def test_registration_happens_once():
-    e3va_peft.register()
+    register(E3VAConfig, E3VAModel)
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.E3VA] is E3VAModel
     assert [t.name for t in PeftType].count("E3VA") == 1
 
@@ -111,14 +110,15 @@ def test_registration_gives_way_the_day_peft_ships_e3va(monkeypatch):
     theirs = SimpleNamespace(__module__="peft.tuners.e3va.model")
     monkeypatch.setitem(PEFT_TYPE_TO_TUNER_MAPPING, PeftType.E3VA, theirs)
     with pytest.warns(UserWarning, match=r"PEFT registers E3VA itself \(peft\.tuners\.e3va\.model\)"):
-        model_module.register()
+        register(E3VAConfig, E3VAModel)
     assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.E3VA] is theirs
 
 
 def test_every_registered_family_is_tested():
     assert {case.family for case in CASES} == registered_backbones().keys()
-    exits = {name for family in registered_backbones().values() for name in family.exit_classes}
-    seen = {type(module).__name__ for case in CASES for module in case.base().modules()}
+    exits = {name for family in registered_backbones().values() for name in family.exits}
+    modules = (type(module) for case in CASES for module in case.base().modules())
+    seen = {f"{cls.__module__}.{cls.__qualname__}" for cls in modules}
     assert exits <= seen
 
 
@@ -128,10 +128,11 @@ def test_register_backbone_works_from_user_code(monkeypatch):
     class Block(nn.Module):
         def __init__(self, width):
             super().__init__()
+            self.norm = nn.LayerNorm(width)
             self.attention, self.mlp = nn.Linear(width, width), nn.Linear(width, width)
 
         def forward(self, x):
-            x = x + self.attention(x)
+            x = x + self.attention(self.norm(x))
             return x + self.mlp(x)
 
     class TinyEncoder(nn.Module):
@@ -144,20 +145,15 @@ def test_register_backbone_works_from_user_code(monkeypatch):
                 x = block(x)
             return SimpleNamespace(x=x)
 
-    class Tiny(Backbone):
-        name = "tiny"
-        exit_classes = ("TinyEncoder",)
-
-        def stages(self, exit):
-            taps = ({"attention": TapPoint(b.attention), "mlp": TapPoint(b.mlp)} for b in exit.blocks)
-            return (StageSpec(width=8, blocks=tuple(taps)),)
-
-        def site(self, exit, name, ancestors):
-            return Site(depth=(len(exit.blocks),))
-
-        def splice(self, outputs, run):
-            outputs.x = registry.add(outputs.x, run.lane.advance(3))
-            return outputs
+    tiny = Backbone(
+        name="tiny",
+        about="A tiny encoder",
+        exits=(f"{TinyEncoder.__module__}.{TinyEncoder.__qualname__}",),
+        blocks="blocks.{block}",
+        width="norm",
+        branches={"attention": Branch("attention"), "mlp": Branch("mlp")},
+        splice=lambda outputs, lane, call: SimpleNamespace(x=add(outputs.x, lane.behind(0, 3))),
+    )
 
     class Model(nn.Module):
         def __init__(self):
@@ -167,8 +163,8 @@ def test_register_backbone_works_from_user_code(monkeypatch):
         def forward(self, x):
             return self.head(self.encoder(x).x)
 
-    register_backbone(Tiny())
-    register_backbone(Tiny())  # again, as a notebook cell that is run twice does
+    register_backbone(tiny)
+    register_backbone(tiny)  # again, as a notebook cell that is run twice does
     assert "tiny" in registered_backbones()
     base, x = Model(), torch.randn(2, 5, 8)
     expected = base(x)
@@ -194,3 +190,9 @@ def test_importing_the_package_warns_about_nothing_and_reloading_it_does_no_harm
 
 def test_the_readme_shows_what_was_recorded():
     subprocess.run([sys.executable, PACKAGE.parent / "benchmarks" / "readme_tables.py", "--check"], check=True)
+
+
+def test_contributing_shows_the_order_that_is_held():
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    shown = text[text.index("a test holds this:") + len("a test holds this:") :].split("\n\n")[1]
+    assert [set(step.split()) for step in shown.split(">")] == [names for names in ORDER if names - {"", "__main__"}]

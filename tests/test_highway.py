@@ -10,17 +10,28 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from e3va_peft import E3VAConfig, E3VALayer
-from e3va_peft.highway import Highway, Lane, Stage, Taps
-from e3va_peft.layer import _CURRENT, MergingTap
-from e3va_peft.storage import STORAGES
-from tests.models import BY_NAME
+from e3va_peft import E3VAConfig, E3VALayer, fused
+from e3va_peft.backbones.base import in_turn
+from e3va_peft.frozen_pass import FrozenPass, Merging
+from e3va_peft.highway import Highway, Lane, MergingSpec, Stage, adapter, merge, sum_of_adapters
+from e3va_peft.hooks import CURRENT, MergingInput, MergingOutput, Recorder, Tap
+from e3va_peft.storage import STORAGES, pack
+from tests.models import BY_NAME, registered
 
 
-def adapter(t: Tensor, stage: Stage, i: int) -> Tensor:
-    """The paper's formula, written out."""
+def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
+    """The paper's formula for adapter i, written out."""
     hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
     return hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i]
+
+
+def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
+    """A lane that stands behind the one block of the first of two stages."""
+    lane = Lane(
+        [Highway([8], [1], tap_storage=tap_storage)], FrozenPass(), [1, 1], mergings=[MergingSpec([module], in_turn)]
+    )
+    lane.z, lane.block = z, 1
+    return lane
 
 
 def branches(base: nn.Module, batch: dict, points: list[tuple[nn.Module, bool]]) -> list[Tensor]:
@@ -74,7 +85,7 @@ def test_highway_on_swin_matches_a_ten_line_reference_in_value_and_gradient():
     z, expected = 0, []
     for i, (stage, factors) in enumerate(zip(layers, highway_of(model).stages, strict=True)):
         for j in range(2 * len(stage.blocks)):
-            z = z + adapter(next(reads), factors, j)
+            z = z + written_out(next(reads), factors, j)
         x = frozen.hidden_states[i + 1].flatten(2).transpose(1, 2)
         expected.append(base.backbone.hidden_states_norms[f"stage{i + 1}"](x + z))
         if i in merging_inputs:
@@ -106,7 +117,7 @@ def test_highway_on_vit_matches_a_ten_line_reference_at_every_hidden_state():
         frozen = base(**batch, output_hidden_states=True).hidden_states
     stage, z, states = highway_of(model).stages[0], 0, [frozen[0]]
     for j in range(len(base.vit.layers)):
-        z = z + adapter(reads[2 * j], stage, 2 * j) + adapter(reads[2 * j + 1], stage, 2 * j + 1)
+        z = z + written_out(reads[2 * j], stage, 2 * j) + written_out(reads[2 * j + 1], stage, 2 * j + 1)
         states.append(frozen[j + 1] + z)
     logits = base.classifier(base.vit.layernorm(states[-1])[:, 0])
     for left, right in zip((*outputs.hidden_states, outputs.logits), (*states, logits), strict=True):
@@ -130,7 +141,7 @@ def test_one_tap_per_block_reads_the_sum_of_its_branches(grad):
         frozen = base(**batch, output_hidden_states=True).hidden_states
     stage, z = highway_of(model).stages[0], 0
     for j in range(len(base.vit.layers)):
-        z = z + adapter(reads[2 * j] + reads[2 * j + 1], stage, j)
+        z = z + written_out(reads[2 * j] + reads[2 * j + 1], stage, j)
         torch.testing.assert_close(states[j + 1], frozen[j + 1] + z)
 
 
@@ -140,7 +151,7 @@ def test_sum_of_adapters_passes_gradcheck():
     names, values = zip(*stage.named_parameters(), strict=True)
     inputs = tuple(value.detach().requires_grad_() for value in values)
     assert torch.autograd.gradcheck(
-        lambda *v: torch.func.functional_call(stage, dict(zip(names, v, strict=True)), (0, [(t,) for t in taps])),
+        lambda *v: torch.func.functional_call(stage, dict(zip(names, v, strict=True)), ([(t,) for t in taps],)),
         inputs,
     )
 
@@ -150,7 +161,7 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
     taps = [torch.randn(2, 9, 8) for _ in range(4)]
     saved: list[Tensor] = []
     with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        stage(0, [(tap,) for tap in taps]).sum().backward()
+        stage([(tap,) for tap in taps]).sum().backward()
     own = {p.data_ptr() for p in stage.parameters()}
     kept = [t for t in saved if t.data_ptr() not in own]
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
@@ -161,32 +172,105 @@ def test_saved_taps_are_unpacked_once_and_can_be_checkpointed():
     taps = [torch.randn(2, 5, 8) for _ in range(3)]
     unpacked: list[int] = []
     with saved_tensors_hooks(lambda t: t, lambda t: unpacked.append(1) or t):
-        stage(0, [(tap,) for tap in taps]).sum().backward()
+        stage([(tap,) for tap in taps]).sum().backward()
     assert len(unpacked) == 6 + 3
     direct = stage.u1.grad.clone()
     stage.zero_grad()
-    checkpoint(lambda: stage(0, [(tap,) for tap in taps]).sum(), use_reentrant=False).backward()
+    checkpoint(lambda: stage([(tap,) for tap in taps]).sum(), use_reentrant=False).backward()
     torch.testing.assert_close(stage.u1.grad, direct)
 
 
 def test_a_stage_is_one_autograd_node_however_deep():
     for depth in (2, 36):
         stage = Stage(width=8, num_adapters=depth, r=2, bottleneck=4)
-        node = stage(0, [(torch.randn(1, 4, 8),) for _ in range(depth)]).grad_fn
+        node = stage([(torch.randn(1, 4, 8),) for _ in range(depth)]).grad_fn
         assert node.name() == "_SumOfAdaptersBackward"
+
+
+OPTIONS = [
+    (storage, dtype, autocast)
+    for storage in STORAGES
+    for dtype in (torch.float32, torch.float64)
+    for autocast in (False, True)
+]
+
+
+@pytest.mark.parametrize("storage, dtype, autocast", OPTIONS)
+def test_what_runs_equals_the_plain_formula_in_value_and_gradient(storage, dtype, autocast):
+    stage = Stage(width=40, num_adapters=3, r=4, bottleneck=20, init_weights=False).to(dtype)
+    kept = [pack(torch.randn(2, 9, 40, dtype=dtype), storage) for _ in range(3)]
+    weights = torch.randn(2, 9, 40, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        runs = stage(kept)
+    plain = sum_of_adapters(stage.factors, kept)
+    tolerance = 0.05 if autocast else 1e-5 if dtype == torch.float32 else 1e-11
+    assert (runs - plain).norm() <= tolerance * plain.norm()
+    got = torch.autograd.grad((runs * weights).sum(), stage.factors)
+    expected = torch.autograd.grad((plain * weights).sum(), stage.factors)
+    for left, right in zip(got, expected, strict=True):
+        assert (left - right).norm() <= tolerance * right.norm()
+
+
+@pytest.mark.parametrize("start, count", [(0, 3), (1, 1), (1, 2)])
+def test_the_halves_of_inference_equal_the_plain_formula(start, count):
+    stage = Stage(width=8, num_adapters=3, r=2, bottleneck=4, init_weights=False).double()
+    taps = [torch.randn(2, 9, 8, dtype=torch.double) for _ in range(count)]
+    with torch.no_grad():
+        reduced = [stage([tap], start + i, "reduce") for i, tap in enumerate(taps)]
+        together = stage(reduced, start, "expand")
+    factors = [factor[start : start + count] for factor in stage.factors]
+    torch.testing.assert_close(together, sum_of_adapters(factors, [(tap,) for tap in taps]).detach())
+
+
+def test_an_adapter_is_the_formula():
+    stage, tap = Stage(width=8, num_adapters=2, r=2, bottleneck=4, init_weights=False), torch.randn(2, 9, 8)
+    torch.testing.assert_close(
+        adapter(tap, *(f[1] for f in stage.factors)), written_out(tap, stage, 1), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_patch_merging_that_runs_equals_the_plain_formula_in_value_and_gradient(dtype, lean):
+    module = BY_NAME["swin-maps-in-own-head"].base().backbone.swin.encoder.layers[0].downsample
+    x, z = torch.randn(2, 15, 8), torch.randn(2, 15, 8, requires_grad=True)
+    x, exact = x.to(dtype), module.to(dtype)
+    frozen = exact(x, (3, 5)).detach()
+    runs = fused.merge([exact], in_turn, x, z, None, ((3, 5),), {}, frozen, lean)
+    (got,) = torch.autograd.grad(runs.square().sum(), z)
+    plain = merge([module.float()], in_turn, x.float(), z, None, (3, 5))
+    (expected,) = torch.autograd.grad(plain.square().sum(), z)
+    torch.testing.assert_close(runs, plain)
+    assert (got - expected).norm() <= (1e-2 if lean else 1e-5) * expected.norm()
+
+
+def test_one_forward_serves_whatever_wraps_a_stage_with_gradient_and_without():
+    calls = []
+    highway = Highway(widths=[8], num_adapters=[2], r=2)
+    for name, module in highway.named_modules():
+        if isinstance(module, Highway | Stage):
+            module.register_forward_pre_hook(lambda m, args, name=name: calls.append(name))
+    for grad in (True, False):
+        lane = Lane([highway], FrozenPass(), [2], grad=grad)
+        with torch.set_grad_enabled(grad):
+            for i in range(2):
+                lane.frozen.taps[0, i] = lane.keep(0, i, torch.randn(1, 4, 8))
+            lane.behind(0, 2)
+    assert calls == ["", "stages.0"] * (1 + 3)
 
 
 def test_inference_reduces_each_tap_at_once():
     highway = Highway(widths=[8], num_adapters=[2], r=2, init_weights=False)
     tap = torch.randn(2, 9, 8)
     with torch.no_grad():
-        taps = Taps([highway], taps_per_block=1, keep=False)
-        taps.read(0, 0, tap)
-        taps.read(0, 1, tap)
-        assert [read.shape for reads in taps.reads.values() for read in reads] == [(2, 9, 2), (2, 9, 2)]
-        lane = Lane(taps, [None]).advance(2)
-    expected = sum(adapter(tap, highway.stages[0], i) for i in range(2))
-    torch.testing.assert_close(lane, expected.detach())
+        lane = Lane([highway], FrozenPass(), [2], grad=False)
+        for i in range(2):
+            lane.frozen.taps[0, i] = lane.keep(0, i, tap)
+        assert [kept.shape for reads in lane.frozen.taps.values() for kept in reads] == [(2, 9, 2), (2, 9, 2)]
+        got = lane.behind(0, 2)
+    expected = sum(written_out(tap, highway.stages[0], i) for i in range(2))
+    torch.testing.assert_close(got, expected.detach())
+    assert not lane.frozen.taps
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -194,15 +278,13 @@ def test_inference_reduces_each_tap_at_once():
 def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype, storage):
     case = BY_NAME["swin-maps-in-own-head"]
     merging = case.base().backbone.swin.encoder.layers[0].downsample.to(dtype)
-    taps = Taps([Highway([8], [1], tap_storage=storage)], taps_per_block=1, keep=True)
     x = torch.randn(2, 15, 8).to(dtype)
-    taps.read_merging(0, x, (((3, 5),), {}), merging(x, (3, 5)).detach())
-    lane = Lane(taps, [merging])
-    lane.z = torch.zeros(2, 15, 8, requires_grad=True)
+    lane = lane_of(torch.zeros(2, 15, 8, requires_grad=True), merging, storage)
+    lane.frozen.mergings[0] = Merging(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        merged = lane.merge()
-    assert merged.dtype == torch.float32 and merged.shape == (2, 6, 16)
-    assert not merged.any()
+        lane.leave(0)
+    assert lane.ahead(0).dtype == torch.float32 and lane.ahead(0).shape == (2, 6, 16)
+    assert not lane.ahead(0).any()
 
 
 def test_inference_under_bf16_autocast_is_close_to_fp32():
@@ -211,7 +293,7 @@ def test_inference_under_bf16_autocast_is_close_to_fp32():
     found = {}
     for autocast in (False, True):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            found[autocast] = stage.expand(0, [stage.reduce(i, tap) for i, tap in enumerate(taps)])
+            found[autocast] = stage([stage([tap], i, "reduce") for i, tap in enumerate(taps)], 0, "expand")
     assert found[True].dtype == torch.bfloat16
     assert (found[True] - found[False]).norm() < 0.05 * found[False].norm()
 
@@ -219,11 +301,11 @@ def test_inference_under_bf16_autocast_is_close_to_fp32():
 def test_gradients_under_bf16_autocast_are_close_to_fp32():
     stage = Stage(width=16, num_adapters=4, r=4, bottleneck=8, init_weights=False)
     taps = [torch.randn(2, 30, 16) for _ in range(4)]
-    stage(0, [(tap,) for tap in taps]).square().sum().backward()
+    stage([(tap,) for tap in taps]).square().sum().backward()
     exact = {name: p.grad.clone() for name, p in stage.named_parameters()}
     stage.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = stage(0, [(tap,) for tap in taps])
+        out = stage([(tap,) for tap in taps])
         assert out.dtype == torch.bfloat16
     out.float().square().sum().backward()
     for name, parameter in stage.named_parameters():
@@ -251,19 +333,27 @@ class OddMerging(nn.Module):
         return (scale * self.reduction(x)[:, ::2]).float()
 
 
+def recorder_of(lane: Lane) -> Recorder:
+    return Recorder(lane.frozen, nn.Identity(), registered("swin"), lane.keep, lane.leave)
+
+
 @pytest.mark.parametrize("storage", ["exact", "int8"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_patch_merging_runs_in_the_lane_as_it_ran_in_the_backbone(storage, autocast):
     merging, x, z = OddMerging().requires_grad_(False), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
+    merging.register_forward_pre_hook(MergingInput(0, "merging"), with_kwargs=True)
+    merging.register_forward_hook(MergingOutput(0, "merging"))
     lanes = []
     for start in (torch.zeros_like(z), z):
-        taps = Taps([Highway([8], [1], tap_storage=storage)], taps_per_block=1, keep=True)
-        merging.register_forward_hook(MergingTap(0), with_kwargs=True)
-        with _CURRENT.set(taps), torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        lane = lane_of(start.requires_grad_(), merging, storage)
+        autocasting = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
+        with (
+            CURRENT.set(recorder_of(lane)),
+            autocasting,
+            torch.no_grad(),
+        ):  # the lane passes with gradient all the same
             merging(x, scale=3.0)
-        lane = Lane(taps, [merging])
-        lane.z = start.requires_grad_()
-        lanes.append(lane.merge())
+        lanes.append(lane.ahead(0))
     assert not lanes[0].any()
     expected = merging(x + z, scale=3.0) - merging(x, scale=3.0)
     torch.testing.assert_close(lanes[1], expected)
@@ -274,27 +364,29 @@ def test_patch_merging_runs_in_the_lane_as_it_ran_in_the_backbone(storage, autoc
 
 
 def test_patch_merging_that_cannot_carry_the_lane_is_an_error_that_names_it():
-    taps = Taps([], 1, keep=True)
-    with _CURRENT.set(taps), pytest.raises(TypeError, match=r"stage 2: Linear was given as its patch merging"):
-        MergingTap(2)(nn.Linear(1, 1), (), {"x": torch.ones(1)}, torch.ones(1))
-    lane = Lane(taps, [nn.Linear(1, 1)])
-    lane.z = torch.ones(1)
-    with pytest.raises(RuntimeError, match="stage 0: its patch merging Linear did not run"):
-        lane.merge()
+    lane = lane_of(torch.ones(1), nn.Linear(1, 1))
+    with CURRENT.set(recorder_of(lane)):
+        with pytest.raises(TypeError, match=r"layers.2: was given as the patch merging behind stage 2, but was not"):
+            MergingInput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
+        with pytest.raises(TypeError, match=r"layers.2: .*returned no tensor"):
+            MergingOutput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="stage 0: its patch merging did not run"):
+        lane.behind(1, 1)
 
 
-def test_halves_of_a_tap_add_up_whichever_comes_first():
-    taps = Taps([Highway([8], [1])], taps_per_block=1, keep=True)
+def test_parts_of_a_tap_add_up_whichever_comes_first():
+    lane = Lane([Highway([8], [1])], FrozenPass(), [1])
+    recorder = recorder_of(lane)
     first, second = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
-    taps.read(0, 0, first, half=True)
+    recorder.read(Tap(0, 0, "output", parts=2), first)
     with pytest.raises(RuntimeError, match=r"the taps \[0\] were not read"):
-        taps.take(0, 0, 1)
-    taps.read(0, 0, second, half=True)
-    torch.testing.assert_close(taps.take(0, 0, 1)[1][0][0], first + second)
+        lane.behind(0, 1)
+    recorder.read(Tap(0, 0, "output", parts=2), second)
+    torch.testing.assert_close(lane.frozen.take(0, 0, 1)[0][0], first + second)
 
 
 def test_a_missing_tap_is_an_error_that_says_so():
-    taps = Taps([Highway(widths=[8], num_adapters=[2], r=2)], taps_per_block=2, keep=True)
-    taps.read(0, 0, torch.randn(1, 4, 8))
+    lane = Lane([Highway(widths=[8], num_adapters=[2], r=2)], FrozenPass(), [1], taps_per_block=2)
+    lane.frozen.taps[0, 0] = lane.keep(0, 0, torch.randn(1, 4, 8))
     with pytest.raises(RuntimeError, match=r"stage 0: the taps \[1\] were not read"):
-        Lane(taps, [None]).advance(1)
+        lane.behind(0, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
-from e3va_peft import Backbone, E3VAConfig, register_backbone
+from e3va_peft import Backbone, E3VAConfig, register_backbone, registered_backbones
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
 
@@ -26,11 +27,11 @@ from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
         ("bottleneck_ratio", 0, "positive"),
         ("bottleneck_ratio", float("nan"), "positive"),
         ("bottleneck_ratio", "half", "positive"),
-        ("taps", (), "one or both of"),
+        ("taps", (), "sequence of names"),
         ("taps", ("attention", "attention"), "each once"),
-        ("taps", ("attn",), "one or both of"),
         ("taps", "attention", "sequence of names"),
-        ("taps", ("block", "mlp"), r"or \('block',\)"),
+        ("taps", ("mlp", 1), "sequence of names"),
+        ("taps", ("block", "mlp"), r"\('block',\) alone"),
         ("tap_storage", "fp8", "one of .*int8"),
         ("target_modules", "all-linear", "the exit is found by itself"),
         ("target_modules", 3, "list of module names"),
@@ -50,7 +51,7 @@ def test_config_refuses(argument, value, remedy):
 
 def test_config_keeps_what_it_was_given_in_a_normal_form():
     config = E3VAConfig(taps=["mlp", "attention"], target_modules={"b", "a"}, bottleneck_ratio=1)
-    assert config.taps == ("attention", "mlp")
+    assert config.taps == ("mlp", "attention")
     assert config.target_modules == ["a", "b"]
     assert config.peft_type == PeftType.E3VA
 
@@ -293,17 +294,21 @@ def test_input_gradients_that_were_on_are_on_again_after_unload():
     assert adapted.unload()._require_grads_hooks
 
 
+def test_taps_that_the_backbone_does_not_have_are_refused_with_those_it_has():
+    refused(
+        BY_NAME["swin-classifier"].base(),
+        r"taps=\('attn',\): \['attn'\] is no branch of a swin block.*\('attention', 'mlp'\)",
+        taps=("attn",),
+    )
+    model = get_peft_model(BY_NAME["swin-classifier"].base(), E3VAConfig(r=4, taps=["mlp", "attention"]))
+    assert model.peft_config["default"].taps == ("attention", "mlp")  # in the order in which they run
+
+
 def test_register_backbone_refuses_what_it_cannot_take():
-    with pytest.raises(TypeError, match="must be an instance"):
+    with pytest.raises(TypeError, match="must be an"):
         register_backbone(Backbone)
-
-    class Mine(Backbone):
-        name = "swin"
-        exit_classes = ("MyEncoder",)
-        stages = site = splice = None
-
-    with pytest.raises(ValueError, match="name='swin': taken by Swin"):
-        register_backbone(Mine())
-    Mine.name, Mine.exit_classes = "mine", ("SwinEncoder",)
-    with pytest.raises(ValueError, match=r"exit_classes=\['SwinEncoder'\]: adapted by the family 'swin'"):
-        register_backbone(Mine())
+    swin = registered_backbones()["swin"]
+    with pytest.raises(ValueError, match=r"name='swin': taken by the family of .*SwinEncoder"):
+        register_backbone(replace(swin, exits=("mine.MyEncoder",)))
+    with pytest.raises(ValueError, match=r"exits=\['.*SwinEncoder'\]: adapted by the family 'swin'"):
+        register_backbone(replace(swin, name="mine"))

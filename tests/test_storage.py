@@ -8,10 +8,12 @@ from peft import get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig
-from e3va_peft.highway import Highway, Lane, Stage, Taps
+from e3va_peft.frozen_pass import FrozenPass, Merging
+from e3va_peft.highway import Highway, Lane, Stage
 from e3va_peft.measure import measure_step
 from e3va_peft.storage import STORAGES, pack, unpack
 from tests.models import BY_NAME, every_model, loss_of, tensors
+from tests.test_highway import lane_of
 
 
 def with_outliers(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -62,7 +64,7 @@ def test_gradients_are_exact_for_the_taps_that_were_read(storage):
     stage = Stage(width=40, num_adapters=3, r=4, bottleneck=20, init_weights=False)
     kept = [pack(with_outliers(40), storage) for _ in range(3)]
     weights = torch.randn(2, 9, 40)
-    got = stage(0, kept)
+    got = stage(kept)
     (got * weights).sum().backward()
     rounded = {name: p.grad.clone() for name, p in stage.named_parameters()}
     stage.zero_grad()
@@ -83,11 +85,10 @@ def test_lean_merging_has_the_exact_value_and_nearly_the_exact_gradient(storage)
     x[..., 3] *= 100  # as one channel of a trained stream is
     results = {}
     for kind in ("exact", storage):
-        taps = Taps([Highway([8], [1], tap_storage=kind)], taps_per_block=1, keep=True)
-        taps.read_merging(0, x, (((3, 5),), {}), merging(x, (3, 5)).detach())
-        lane = Lane(taps, [merging])
-        lane.z = z.clone().requires_grad_()
-        leaf, merged = lane.z, lane.merge()
+        lane = lane_of(leaf := z.clone().requires_grad_(), merging, kind)
+        lane.frozen.mergings[0] = Merging(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
+        lane.leave(0)
+        merged = lane.ahead(0)
         (merged * weights).sum().backward()
         results[kind] = merged, leaf.grad
     torch.testing.assert_close(results[storage][0], results["exact"][0], rtol=0, atol=0)
@@ -125,8 +126,8 @@ def test_without_gradients_nothing_is_rounded(name):
 
 def test_highways_that_are_active_together_read_what_the_most_exact_wants():
     highways = [Highway([8], [1], tap_storage=storage) for storage in ("int4", "exact", "int8")]
-    assert Taps(highways, 1, keep=True).storage == "exact"
-    assert Taps(highways[::2], 1, keep=True).storage == "int8"
+    assert Lane(highways, FrozenPass(), [1]).storage == "exact"
+    assert Lane(highways[::2], FrozenPass(), [1]).storage == "int8"
 
 
 def test_storage_is_saved_with_the_adapter(tmp_path):

@@ -1,47 +1,156 @@
-"""What the highway has to know about a family of backbones, as one small class."""
+"""What E3VA has to know about a family of backbones, as one declaration: `Backbone`."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from e3va_peft.highway import Lane
 
+BLOCK = ("block",)  # one tap: the sum of a block's branches
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A branch of a block, read before its residual add.
+
+    Attributes:
+        path: Module, relative to the block.
+        read: Its output, or its first input.
+        computed_by: Module that computes the branch from its normed input, where `path` only ends it. Methods that run
+            beside a branch (AdaptFormer) need it, the highway does not.
+    """
+
+    path: str
+    read: Literal["input", "output"] = "output"
+    computed_by: str = ""
+
+
+def in_turn(modules: Sequence[Callable[..., Any]], x: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Run modules one behind the other; the first gets all arguments."""
+    x = modules[0](x, *args, **kwargs)
+    for module in modules[1:]:
+        x = module(x)
+    return x
+
+
+def in_turn_channels_first(
+    modules: Sequence[Callable[..., Any]], x: Tensor, grid: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    """(B, H, W, C) -> (B, H', W', C'): the same for modules on maps (B, C, H, W)."""
+    return in_turn(modules, x.movedim(-1, 1), grid, *args, **kwargs).movedim(1, -1)
+
+
+@dataclass(frozen=True)
+class Merging:
+    """The frozen downsampling between two stages.
+
+    Attributes:
+        paths: Its modules in the order in which they run, relative to the exit; `{stage}` is the stage in front of it,
+            `{next}` the one behind. The stream enters the first as its first argument and leaves the last.
+        run: (modules, x, grid, *args, **kwargs) -> Tensor: does the same outside of the backbone, on x with its
+            channels last; grid is that of the stage in front. `None` runs the modules in turn.
+    """
+
+    paths: tuple[str, ...]
+    run: Callable[..., Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Host:
+    """What surrounds an exit. Paths are relative to the exit: `../embeddings` is a module beside it.
+
+    Attributes:
+        classes: Qualified names of the class at `path`; none: any.
+        path: An ancestor of the exit that tells which host this is.
+        frozen: Modules before the exit that belong to the frozen stream.
+        norms: Output norms of what leaves the exit, which are trained; `{feature}` stands for each of the host's
+            `out_features`.
+        unused: Modules beside the exit whose result nobody reads; `*` stands for any child. They stay frozen.
+        cuts: The host returns no stage (no block, of one stage) behind the deepest of its `out_features`.
+        norms_if: Whether the norms are used, of the module at `path`; otherwise they are unused.
+    """
+
+    classes: tuple[str, ...] = ()
+    path: str = ".."
+    frozen: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    cuts: bool = False
+    norms_if: Callable[[Any], bool] = lambda host: True
+
+
+@dataclass(frozen=True)
+class GridSource:
+    """What is known where the first block of a stage is called.
+
+    Attributes:
+        args: The block's positional arguments; the first is the stream.
+        image: (H, W) of the image that the backbone was given, where its frozen part saw it.
+        exit: The exit.
+        prefix: Tokens in front of those of the image.
+    """
+
+    args: tuple[Any, ...]
+    image: tuple[int, int] | None
+    exit: nn.Module
+    prefix: int
+
+
+def second_argument(source: GridSource) -> tuple[int, int]:
+    """Take the grid (H, W) from a block's second argument."""
+    height, width = source.args[1]
+    return height, width
+
+
+def map_size(source: GridSource) -> tuple[int, int]:
+    """Take the grid from a stream that is a map, (B, H, W, C) here."""
+    return source.args[0].shape[1], source.args[0].shape[2]
+
+
+def patches(source: GridSource) -> tuple[int, int]:
+    """Work the grid of a plain vision transformer out of the image, or take it as square where none was seen."""
+    tokens = source.args[0].shape[1] - source.prefix
+    if source.image is None:
+        side = round(tokens**0.5)
+        return side, tokens // side
+    height, width = source.image
+    rows = round((tokens * height / width) ** 0.5)
+    return rows, tokens // rows
+
 
 @dataclass(frozen=True)
 class TapPoint:
-    """Where a branch can be read: the output of `module`, or its first input.
+    """Where a branch is read in a given block.
 
     Attributes:
-        module: What is read.
+        module: The module.
         read: Which side of it.
-        branch: Module that computes the branch from its normed input, where `module` only ends it. Baselines that run
-            beside a branch need it, the highway does not.
+        branch: Module that computes the branch from its normed input.
     """
 
     module: nn.Module
-    read: Literal["input", "output"] = "output"
-    branch: nn.Module | None = None
+    read: Literal["input", "output"]
+    branch: nn.Module
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """One stage: blocks of one width.
+    """One stage of a given exit: blocks of one width.
 
     Attributes:
         width: Channels C.
-        blocks: For each block its tap points, by tap name (`"attention"`, `"mlp"`).
-        merging: The frozen downsampling behind the stage, called as `merging(x, ...)`, or None.
+        blocks: Names of its blocks, relative to the exit.
+        merging: Names of the modules of the downsampling behind it, none where there is none.
     """
 
     width: int
-    blocks: tuple[Mapping[str, TapPoint], ...]
-    merging: nn.Module | None = None
+    blocks: tuple[str, ...]
+    merging: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,8 +159,8 @@ class Site:
 
     Attributes:
         depth: Blocks to adapt in each stage, up to the deepest output that anything asks for.
-        frozen: Modules before the exit that belong to the frozen stream (the embeddings).
-        norms: Output norms that are applied to what leaves the exit. They are trained.
+        frozen: Modules before the exit, or for an exit that is a method in its module, that belong to the stream.
+        norms: Output norms of what leaves the exit. They are trained.
         unused: Modules beside the exit whose result nobody reads. They stay frozen.
     """
 
@@ -61,75 +170,188 @@ class Site:
     unused: tuple[str, ...] = ()
 
 
-class Backbone(ABC):
-    """A family of backbones. Subclass it, then `register_backbone(YourFamily())`.
-
-    Attributes:
-        name: The family's name, as in the list of supported backbones.
-        exit_classes: Class names of the *exit*: the smallest module that holds the whole loop over the blocks and
-            returns the finished output. Names and not classes, so that nothing of transformers is imported.
-        tail: Names of the modules inside the exit that run behind the last block, in their order, the output norm
-            first. They run again with gradient; the first one's input must be the last block's output.
-    """
-
-    name: ClassVar[str]
-    exit_classes: ClassVar[tuple[str, ...]]
-    tail: ClassVar[tuple[str, ...]] = ()
-
-    @abstractmethod
-    def stages(self, exit: nn.Module) -> tuple[StageSpec, ...]:
-        """Describe the stages of an exit, in the order in which they run."""
-
-    @abstractmethod
-    def site(self, exit: nn.Module, name: str, ancestors: Sequence[tuple[str, nn.Module]]) -> Site:
-        """Describe what surrounds an exit.
-
-        Args:
-            exit: The exit.
-            name: Its name in the model.
-            ancestors: (name, module) from the root, whose name is "", down to the exit's parent.
-        """
-
-    @abstractmethod
-    def splice(self, outputs: Any, run: Run) -> Any:
-        """Write the lane into every output of the exit that a head can read, and return the outputs.
-
-        Args:
-            outputs: The exit's `ModelOutput`, all of it frozen.
-            run: The lane, at the beginning, and what belongs to this call.
-        """
-
-
 @dataclass(frozen=True)
-class Run:
-    """One forward of an adapted exit, between the frozen stream and its outputs.
+class ExitCall:
+    """One call of an adapted exit, between the frozen pass and its outputs.
 
     Attributes:
-        exit: The exit.
-        lane: The lane, to be advanced in the order of stages and blocks.
-        depth: Blocks that were adapted in each stage (`Site.depth`).
+        exit: The exit, or the module whose method it is.
+        method: The method; "" where the exit is the whole module.
+        depth: Blocks that are adapted in each stage (`Site.depth`).
         tail: The modules named in `Backbone.tail`, trained copies where there are any.
-        tail_input: What entered the first of them, (B, N, C); empty without a tail.
-        kwargs: Keyword arguments of the exit's call, which may decide what an output is.
+        tail_input: What entered the first of them, (B, N, C); None without a tail.
+        args: Positional arguments of the call.
+        kwargs: Keyword arguments, which may decide what an output is.
     """
 
     exit: nn.Module
-    lane: Lane
+    method: str
     depth: tuple[int, ...]
     tail: Mapping[str, nn.Module]
-    tail_input: Tensor
+    tail_input: Tensor | None
+    args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
 
-def add(x: Tensor, z: Tensor) -> Tensor:
-    """Add the lane to a frozen tensor of the same shape, in the frozen tensor's dtype."""
-    return (x + z).to(x.dtype)
+def no_change(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Call the frozen exit as it was called."""
+    return args, kwargs
 
 
-def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
-    """Run a module in the dtype of its parameters (PEFT keeps trained copies in fp32) and return x's dtype."""
-    dtype = next((p.dtype for p in module.parameters()), x.dtype)
-    return module(x.to(dtype)).to(x.dtype)
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A family of backbones. Declare one, then `register_backbone(it)`; `check_backbone` tries it.
+
+    The *exit* is the smallest module, or method of a module, that holds the whole loop over the blocks and returns the
+    finished output. Classes are named by their qualified name, `package.module.Class`, so that nothing is imported;
+    a subclass is of its base's family.
+
+    Attributes:
+        name: The family's name, as in the list of supported backbones.
+        about: What it is, in a few words, for that list.
+        exits: Qualified names of the exit's classes.
+        methods: Where the exit is a method of such a class: its names; each of them is adapted.
+        blocks: Pattern of the blocks' names relative to the exit: `layers.{stage}.blocks.{block}`, or, of one stage,
+            `layers.{block}`.
+        width: Name of a norm in a block, whose size is the stage's width C.
+        branches: What can be read of a block: name -> where, in the order in which they run.
+        merging: The downsampling between stages.
+        channels: Where the channels of the stream are: *last* in (B, N, C) and (B, H, W, C), *first* in (B, C, H, W).
+        prefix: Tokens in front of those of the image, of an exit.
+        grid: Rows and columns of the image's tokens in a stage.
+        frozen: Where the exit is a method: the frozen modules of its class that run before the tail.
+        tail: Names of the modules inside the exit that run behind the last block, in their order, the output norm
+            first. They run again with gradient; the first one's input must be the last block's output.
+        hosts: What surrounds the exit, by the class of an ancestor. The first that fits is taken.
+        prepare: (args, kwargs) of the exit's call -> those of the frozen run, where the splice needs other outputs.
+        splice: (outputs, lane, call) -> a copy of the outputs with the lane in each that a head can read.
+    """
+
+    name: str
+    about: str
+    exits: tuple[str, ...]
+    blocks: str
+    width: str
+    branches: Mapping[str, Branch]
+    splice: Callable[[Any, Lane, ExitCall], Any]
+    methods: tuple[str, ...] = ()
+    merging: Merging | None = None
+    channels: Literal["last", "first"] = "last"
+    prefix: Callable[[Any], int] = lambda exit: 0
+    grid: Callable[[GridSource], tuple[int, int]] = patches
+    frozen: tuple[str, ...] = ()
+    tail: tuple[str, ...] = ()
+    hosts: tuple[Host, ...] = field(default=(Host(),))
+    prepare: Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
+
+    def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
+        """Copy and pickle as the registered family of this name, because functions do not pickle."""
+        return _registered, (self.name,)
+
+    def taps(self, chosen: Sequence[str] | None) -> tuple[str, ...]:
+        """Return the taps of a block in the order in which they run; all branches where none are chosen.
+
+        Raises:
+            ValueError: This family has no such branch.
+        """
+        if chosen is None:
+            return tuple(self.branches)
+        if tuple(chosen) == BLOCK:
+            return BLOCK
+        if unknown := sorted(set(chosen) - set(self.branches)):
+            raise ValueError(
+                f"taps={tuple(chosen)!r}: {unknown} is no branch of a {self.name} block. Choose among "
+                f"{tuple(self.branches)}, or {BLOCK}, their sum; None means all of them."
+            )
+        return tuple(name for name in self.branches if name in chosen)
+
+    def stages(self, exit: nn.Module) -> tuple[StageSpec, ...]:
+        """Describe the stages of an exit, in the order in which they run.
+
+        Raises:
+            ValueError: The exit is not laid out as declared.
+        """
+        found = []
+        for stage in range(len(self._existing(exit, "{stage}")) if "{stage}" in self.blocks else 1):
+            pattern = self.blocks.replace("{stage}", str(stage))
+            blocks = tuple(self._existing(exit, "{block}", pattern))
+            norm: Any = submodule(exit, f"{blocks[0]}.{self.width}") if blocks else None
+            if norm is None:
+                raise ValueError(
+                    f"{type(exit).__name__}: has no {pattern.replace('{block}', '0')}.{self.width}, where the family "
+                    f"{self.name!r} expects a norm. E3VA does not know this variant of the backbone."
+                )
+            names = self.merging.paths if self.merging is not None else ()
+            names = tuple(name.format(stage=stage, next=stage + 1) for name in names)
+            present = all(submodule(exit, name) is not None for name in names)
+            found.append(StageSpec(norm.weight.shape[0], blocks, names if present else ()))
+        return tuple(found)
+
+    def _existing(self, exit: nn.Module, hole: str, pattern: str = "") -> list[str]:
+        """Return the names that a pattern gives with 0, 1, ... in its hole, as far as there are such modules."""
+        pattern = pattern or self.blocks.replace("{block}", "0")
+        names: list[str] = []
+        while submodule(exit, name := pattern.replace(hole, str(len(names)))) is not None:
+            names.append(name)
+        return names
+
+    def tap_points(self, exit: nn.Module, block: str) -> dict[str, TapPoint]:
+        """Find where each branch of a block is read.
+
+        Raises:
+            ValueError: The block is not laid out as declared.
+        """
+        points = {}
+        for name, branch in self.branches.items():
+            module = submodule(exit, f"{block}.{branch.path}")
+            computed_by = submodule(exit, f"{block}.{branch.computed_by}") if branch.computed_by else module
+            if module is None or computed_by is None:
+                raise ValueError(
+                    f"{block} ({type(exit.get_submodule(block)).__name__}): has no {branch.path}, where the family "
+                    f"{self.name!r} reads its {name}. E3VA does not know this variant of the block."
+                )
+            points[name] = TapPoint(module, branch.read, computed_by)
+        return points
+
+    def runner(self) -> Callable[..., Tensor]:
+        """Return what runs the merging outside of the backbone."""
+        assert self.merging is not None
+        default = in_turn if self.channels == "last" else in_turn_channels_first
+        return self.merging.run or default
+
+    def site(self, exit: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> Site:
+        """Describe what surrounds an exit.
+
+        Args:
+            exit: The exit, or the module whose method it is.
+            name: Its name in the model, whose own is "".
+            modules: All modules of the model, by name.
+        """
+        depth = tuple(len(stage.blocks) for stage in self.stages(exit))
+        inside = tuple(child(name, own) for own in self.frozen if submodule(exit, own) is not None)
+        tail_norm = tuple(child(name, own) for own in self.tail[:1])
+        for host in self.hosts:
+            at = resolve_path(name, host.path)
+            module = modules.get(at) if at is not None else None
+            if module is None or (host.classes and not is_a(module, *host.classes)):
+                continue
+            if host.cuts:
+                deepest = deepest_output(module)
+                depth = (min(deepest, depth[0]),) if len(depth) == 1 else depth[:deepest]
+            norms = tuple(expand_path(name, path, module, modules) for path in host.norms)
+            flat = tuple(norm for group in norms for norm in group)
+            unused = tuple(n for path in host.unused for n in expand_path(name, path, module, modules))
+            if not host.norms_if(module):
+                flat, unused = (), (*unused, *flat)
+            frozen = tuple(n for path in host.frozen for n in expand_path(name, path, module, modules))
+            return Site(depth, (*inside, *frozen), (*flat, *tail_norm), tuple(n for n in unused if n not in flat))
+        return Site(depth, inside, tail_norm)
+
+
+def _registered(name: str) -> Backbone:
+    from e3va_peft.backbones import registered_backbones
+
+    return registered_backbones()[name]
 
 
 def child(parent: str, name: str) -> str:
@@ -137,25 +359,44 @@ def child(parent: str, name: str) -> str:
     return f"{parent}.{name}" if parent else name
 
 
-def is_a(module: nn.Module, *class_names: str) -> bool:
-    """Whether a module's class or one of its bases has one of these names."""
-    return any(cls.__name__ in class_names for cls in type(module).__mro__)
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """Return a module by its path, or None where there is none."""
+    found: nn.Module | None = module
+    for part in path.split("."):
+        found = found._modules.get(part) if found is not None else None
+    return found
+
+
+def resolve_path(name: str, path: str) -> str | None:
+    """Resolve a path that is relative to the module `name`; None where it leads above the root."""
+    parts = name.split(".") if name else []
+    for step in path.split("/"):
+        if step == "..":
+            if not parts:
+                return None
+            parts.pop()
+        else:
+            parts += step.split(".")
+    return ".".join(parts)
+
+
+def expand_path(name: str, path: str, host: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Iterate over the names of existing modules that a path of a `Host` means."""
+    features = getattr(host, "out_features", ()) if "{feature}" in path else ("",)
+    for feature in features:
+        at = resolve_path(name, path.replace("{feature}", feature))
+        if at is None:
+            continue
+        parent = at.removesuffix(".*")
+        if parent in modules:
+            yield from [at] if parent == at else [child(parent, key) for key in modules[parent]._modules]
+
+
+def is_a(module: nn.Module, *names: str) -> bool:
+    """Whether a module's class or one of its bases has one of these qualified names."""
+    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(module).__mro__)
 
 
 def deepest_output(backbone: nn.Module) -> int:
     """Index of the deepest feature map that a transformers backbone returns, 0 being the stem."""
     return max(list(backbone.stage_names).index(name) for name in backbone.out_features)  # type: ignore[arg-type,union-attr]
-
-
-def splice_hidden_states(outputs: Any, run: Run) -> None:
-    """Splice the hidden states of a plain vision transformer: state l is `x_l` plus the lane behind block l.
-
-    Hidden states that nobody asked for are None and are left out, and so are those behind the last adapted block.
-    """
-    if outputs.hidden_states is None:
-        return
-    hidden = list(outputs.hidden_states)
-    for block in range(1, run.depth[0] + 1):
-        if hidden[block] is not None:
-            hidden[block] = add(hidden[block], run.lane.advance(block))
-    outputs.hidden_states = tuple(hidden)

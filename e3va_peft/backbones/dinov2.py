@@ -2,57 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from e3va_peft.backbones.base import Backbone, Branch, Host
+from e3va_peft.backbones.splices import plain_encoder
 
-from torch import nn
+_MODELS = "transformers.models"
 
-from e3va_peft.backbones.base import (
-    Backbone,
-    Run,
-    Site,
-    StageSpec,
-    TapPoint,
-    add,
-    child,
-    deepest_output,
-    is_a,
-    splice_hidden_states,
+DINOV2 = Backbone(
+    name="dinov2",
+    about="DINOv2, with or without registers",
+    exits=(
+        f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Encoder",
+        f"{_MODELS}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersEncoder",
+    ),
+    blocks="layer.{block}",
+    width="norm1",
+    # Behind LayerScale, as the stream sees them. `drop_path` is one module called twice and cannot be read.
+    branches={"attention": Branch("layer_scale1"), "mlp": Branch("layer_scale2", computed_by="mlp")},
+    prefix=lambda exit: 1 + getattr(exit.config, "num_register_tokens", 0),
+    hosts=(
+        # One norm for all that leaves, which may be switched off.
+        Host(
+            classes=(
+                f"{_MODELS}.dinov2.modeling_dinov2.Dinov2Backbone",
+                f"{_MODELS}.dinov2_with_registers.modeling_dinov2_with_registers.Dinov2WithRegistersBackbone",
+            ),
+            frozen=("../embeddings",),
+            norms=("../layernorm",),
+            cuts=True,
+            norms_if=lambda backbone: backbone.config.apply_layernorm,
+        ),
+        Host(frozen=("../embeddings",), norms=("../layernorm",)),
+    ),
+    splice=plain_encoder,
 )
-
-
-class Dinov2(Backbone):
-    """`Dinov2Encoder`, in `Dinov2Model`, `Dinov2Backbone` and all that is built on them.
-
-    The taps are behind LayerScale, as the residual stream sees them. `drop_path` is one module called twice and cannot
-    be read.
-    """
-
-    name = "dinov2"
-    exit_classes = ("Dinov2Encoder", "Dinov2WithRegistersEncoder")
-
-    def stages(self, exit: nn.Module) -> tuple[StageSpec, ...]:
-        """Describe the one stage: `layer[j]`."""
-        blocks = tuple(
-            {"attention": TapPoint(block.layer_scale1), "mlp": TapPoint(block.layer_scale2, branch=block.mlp)}
-            for block in exit.layer  # type: ignore[union-attr]
-        )
-        return (StageSpec(width=exit.config.hidden_size, blocks=blocks),)  # type: ignore[union-attr, arg-type]
-
-    def site(self, exit: nn.Module, name: str, ancestors: Sequence[tuple[str, nn.Module]]) -> Site:
-        """Describe the surroundings: one norm for all that leaves, which a backbone may have switched off."""
-        path, host = ancestors[-1]
-        norm, embeddings = child(path, "layernorm"), child(path, "embeddings")
-        blocks = len(exit.layer)  # type: ignore[arg-type]
-        if is_a(host, "Dinov2Backbone", "Dinov2WithRegistersBackbone"):
-            blocks = deepest_output(host)
-            if not host.config.apply_layernorm:  # type: ignore[union-attr]
-                return Site(depth=(blocks,), frozen=(embeddings,), unused=(norm,))
-        return Site(depth=(blocks,), frozen=(embeddings,), norms=(norm,))
-
-    def splice(self, outputs: Any, run: Run) -> Any:
-        """Add the lane to each hidden state up to the deepest feature map, and to the last where it got that far."""
-        splice_hidden_states(outputs, run)
-        if run.depth[0] == len(run.exit.layer):  # type: ignore[arg-type]
-            outputs.last_hidden_state = add(outputs.last_hidden_state, run.lane.advance(run.depth[0]))
-        return outputs

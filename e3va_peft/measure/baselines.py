@@ -34,8 +34,9 @@ from peft import LNTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from e3va_peft.backbones import TapPoint
-from e3va_peft.resolve import Exit, find_exits
+from e3va_peft.exits import Exit, find_exits
 from e3va_peft.training import methods
+from e3va_peft.training.config import UserError
 from e3va_peft.training.methods import checkpointed, freeze_backbone, trained_whole
 
 WIDTH = 64  # of bottlenecks, as in V-PETL Bench
@@ -140,7 +141,12 @@ def adaptformer(model: nn.Module) -> nn.Module:
     freeze_backbone(model)
     for found in find_exits(model):
         for width, taps in _taps(found):
-            beside = taps["mlp"].branch or taps["mlp"].module
+            if "mlp" not in taps:
+                raise UserError(
+                    f"method=adaptformer: a {found.family.name} block has no MLP to run beside, only {list(taps)}. "
+                    "Leave the method out."
+                )
+            beside = taps["mlp"].branch
             beside.add_module(_ADAPTER, Bottleneck(width, F.relu, scale=0.1))
             beside.register_forward_hook(_beside)
     return model
@@ -303,21 +309,13 @@ def _taps(found: Exit) -> Iterator[tuple[int, Mapping[str, TapPoint]]]:
     """Iterate over the blocks whose result is read: their width and tap points."""
     for stage, depth in zip(found.family.stages(found.module), found.site.depth, strict=False):
         for block in stage.blocks[:depth]:
-            yield stage.width, block
+            yield stage.width, found.family.tap_points(found.module, block)
 
 
 def _blocks(found: Exit) -> list[nn.Module]:
-    """Return the blocks whose result is read: of each, the smallest module that holds its tap points."""
-    return [_block(found.module, taps) for _, taps in _taps(found)]
-
-
-def _block(exit: nn.Module, taps: Mapping[str, TapPoint]) -> nn.Module:
-    names = {id(module): name for name, module in exit.named_modules()}
-    paths = [names[id(tap.module)].split(".") for tap in taps.values()]
-    shared = 0
-    while all(len(path) > shared + 1 and path[shared] == paths[0][shared] for path in paths):
-        shared += 1
-    return exit.get_submodule(".".join(paths[0][:shared]))
+    """Return the blocks whose result is read."""
+    stages = zip(found.family.stages(found.module), found.site.depth, strict=False)
+    return [found.module.get_submodule(block) for stage, depth in stages for block in stage.blocks[:depth]]
 
 
 def _read_modules(model: nn.Module, found: Exit) -> Iterator[tuple[str, nn.Module]]:
@@ -325,11 +323,10 @@ def _read_modules(model: nn.Module, found: Exit) -> Iterator[tuple[str, nn.Modul
     unread: set[int] = set()
     depths = found.site.depth
     for i, stage in enumerate(found.family.stages(found.module)):
-        unused = [_block(found.module, taps) for taps in stage.blocks[depths[i] if i < len(depths) else 0 :]]
-        if stage.merging is not None and i >= len(depths) - 1:
-            unused.append(stage.merging)
-        unread |= {id(module) for part in unused for module in part.modules()}
-    for part in (found.name, *found.site.frozen):
+        unused = list(stage.blocks[depths[i] if i < len(depths) else 0 :])
+        unused += stage.merging if i >= len(depths) - 1 else ()
+        unread |= {id(module) for name in unused for module in found.module.get_submodule(name).modules()}
+    for part in found.parts:
         for name, module in model.get_submodule(part).named_modules(prefix=part):
             if id(module) not in unread:
                 yield name, module

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import nn
 
+from e3va_peft.exits import base_modules, find_exits
 from e3va_peft.layer import E3VALayer
-from e3va_peft.resolve import base_modules, find_exits
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,17 @@ def backbone_share(model: PeftModel) -> BackboneShare:
     """
     root = model.get_base_model()
     modules = dict(base_modules(root))
-    exits = [found for found in find_exits(root) if isinstance(root.get_submodule(found.name), E3VALayer)]
+    layers = {id(layer.exit): layer for layer in root.modules() if isinstance(layer, E3VALayer)}
+    exits = [found for found in find_exits(root) if id(found.module) in layers]
     if not exits:
         raise ValueError(f"model={type(model).__name__}: holds no E3VA adapter. Pass what get_peft_model returned.")
     total: dict[int, int] = {}
     trainable: dict[int, int] = {}
     for found in exits:
-        parts = [found.name, *found.site.frozen, *found.site.norms, *found.site.unused]
+        parts = [*found.parts, *found.site.norms, *found.site.unused]
         total |= {id(p): _elements(p) for part in parts for p in modules[part].parameters()}
         outside = [root.get_submodule(name) for name in found.site.norms if name not in found.tail]
-        holders = [root.get_submodule(found.name), *outside]
+        holders = [layers[id(found.module)], *outside]
         trainable |= {id(p): p.numel() for holder in holders for p in holder.parameters() if p.requires_grad}
     return BackboneShare(sum(trainable.values()), sum(total.values()))
 

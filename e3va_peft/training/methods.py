@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
-from e3va_peft.resolve import everything_outside, find_exits
+from e3va_peft.exits import everything_outside, find_exits
 from e3va_peft.training.config import UserError
 
 LEARNING_RATES = {"e3va": 2e-3, "head-only": 2e-3, "lora": 1e-3, "full": 1e-4}
@@ -51,7 +51,7 @@ def lora_config(model: nn.Module, **options: Any) -> LoraConfig:
         model: Base model.
         options: For `LoraConfig`; they win.
     """
-    exits = "|".join(re.escape(found.name) for found in find_exits(model))
+    exits = "|".join(re.escape(part) for found in find_exits(model) for part in found.parts)
     queries = f"({exits})\\..*\\.({'|'.join(QUERIES_AND_VALUES)})"
     defaults: dict[str, Any] = {
         "r": 8,
@@ -66,8 +66,8 @@ def head_only(model: nn.Module) -> nn.Module:
     """Freeze the backbone but its output norms. It runs in eval mode, as under E3VA: no dropout, no drop-path."""
     freeze_backbone(model)
     for found in find_exits(model):
-        for module in (found.module, *map(model.get_submodule, found.site.frozen)):
-            module.register_forward_pre_hook(_stay_in_eval_mode)
+        for name in found.parts:
+            model.get_submodule(name).register_forward_pre_hook(_stay_in_eval_mode)
     return model
 
 

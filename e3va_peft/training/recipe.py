@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from e3va_peft.model import record_metrics
+from e3va_peft.card import record_metrics
 from e3va_peft.training.config import RECIPE_EPOCHS
 
 RECIPE: dict[str, Any] = {

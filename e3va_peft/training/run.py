@@ -29,8 +29,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
-from e3va_peft.model import record_metrics
 from e3va_peft.training.config import METHODS, RunConfig, UserError, read_config, reason
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.methods import LEARNING_RATES, adapt

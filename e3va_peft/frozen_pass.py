@@ -1,0 +1,72 @@
+"""The record of one forward of a frozen backbone. Pure torch.
+
+Who fills it and who reads it know nothing of each other: a *source* fills it (`hooks.Recorder`, while the backbone
+runs), the *lane* reads it (`highway.Lane`), a *splice* of the family writes the lane into a copy of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """How the tokens of a stage lie in the image: `prefix` tokens, then height * width in rows."""
+
+    prefix: int
+    height: int
+    width: int
+
+
+class Merging(NamedTuple):
+    """One call of frozen patch merging.
+
+    Attributes:
+        x: The stream that entered, channels last.
+        args: Its further arguments.
+        kwargs: Likewise, by keyword.
+        output: What left it, channels last; None where it was computed in another precision than the lane's.
+    """
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    output: Tensor | None
+
+
+@dataclass
+class FrozenPass:
+    """What one forward of a frozen backbone leaves. Tensors are detached and have their channels last.
+
+    Attributes:
+        taps: (stage, index of the adapter that reads it) -> what is kept of the tap, see `highway.Lane.keep`.
+        mergings: Stage -> the patch merging behind it.
+        grids: Stage -> how its tokens lie in the image.
+        tail: What entered the modules behind the last block, (B, N, C).
+        outputs: The outputs.
+    """
+
+    taps: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)
+    mergings: dict[int, Merging] = field(default_factory=dict)
+    grids: dict[int, Grid] = field(default_factory=dict)
+    tail: Tensor | None = None
+    outputs: Any = None
+
+    def take(self, stage: int, first: int, last: int) -> list[Sequence[Tensor]]:
+        """Return and forget what was kept of the taps `first` up to `last` (exclusive) of a stage.
+
+        Raises:
+            RuntimeError: One of them was not read.
+        """
+        indices = range(first, last)
+        missing = [index for index in indices if (stage, index) not in self.taps]
+        if missing:
+            raise RuntimeError(
+                f"stage {stage}: the taps {missing} were not read, so the backbone ran without some of its blocks. "
+                "E3VA needs every block's forward to run: remove what skips or replaces blocks (layer pruning, graph "
+                "capture, a patched forward)."
+            )
+        return [self.taps.pop((stage, index)) for index in indices]

@@ -1,0 +1,250 @@
+"""What runs in place of the formulas of `highway`: the same values and gradients, with less kept and fewer kernels.
+
+A stage keeps nothing for backward but its taps and computes again what is between them and their sum; patch merging,
+where taps are rounded, keeps its input in int8. `tests/test_highway.py` compares every function with its plain form in
+`highway`, in value and in gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from e3va_peft.storage import pack, unpack
+
+Modules = Sequence[nn.Module]
+Run = Callable[..., Tensor]  # (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`
+
+
+def under_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    device = tensor.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def compute_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype that a matmul with `parameter` runs in: autocast's where it is on, else the parameter's own."""
+    return torch.get_autocast_dtype(parameter.device.type) if under_autocast(parameter) else parameter.dtype
+
+
+def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Switch autocast off for the device of a tensor."""
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
+def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]]) -> Tensor:
+    """N x (..., C) -> (..., C): the sum of n adapters of a stage, one autograd node that keeps the taps only.
+
+    Args:
+        factors: U1, V1, b1, U2, V2, b2 of the n adapters, stacked along the first dimension.
+        taps: What is kept of each tap (`storage.pack`).
+    """
+    return _SumOfAdapters.apply(compute_dtype(factors[0]), *factors, *(t for tap in taps for t in tap))
+
+
+def reduce(tap: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """(..., C) -> (..., r): an adapter up to its last factor, `GELU(t U1 V1 + b1) U2`.
+
+    Args:
+        tap: The tap.
+        factors: U1, V1, b1, U2 of the adapter.
+    """
+    dtype = compute_dtype(factors[0])  # outside: inside, autocast is off and has no say
+    with no_autocast(tap):
+        return _reduce(tap, *(factor.to(dtype) for factor in factors))
+
+
+def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
+    """N x (..., r) -> (..., C): the last factors of n adapters and their sum, as one matmul.
+
+    Args:
+        reduced: What `reduce` made of each tap.
+        v2: (n, r, C).
+        b2: (n, C).
+    """
+    dtype = compute_dtype(v2)  # outside: inside, autocast is off and has no say
+    with no_autocast(v2):
+        return _expand(reduced, v2.to(dtype), b2.to(dtype))
+
+
+def _bottleneck(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, C) -> (M, r), (M, k): the first projection `p = t U1` and the pre-activation `h = p V1 + b1`."""
+    p = tap @ u1
+    return p, torch.addmm(b1, p, v1)
+
+
+def _reduce(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
+    flat = tap.to(u1.dtype).reshape(-1, tap.shape[-1])
+    _, h = _bottleneck(flat, u1, v1, b1)
+    return (F.gelu(h) @ u2).view(*tap.shape[:-1], -1)
+
+
+def _expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
+    joined = torch.cat(list(reduced), dim=-1)
+    flat = torch.addmm(b2.sum(0), joined.flatten(0, -2), v2.flatten(0, 1))
+    return flat.view(*joined.shape[:-1], -1)
+
+
+class _SumOfAdapters(torch.autograd.Function):
+    """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C).
+
+    All adapters of a stage receive the same gradient, because the lane only adds them up. So the last factors of all
+    of them are one matmul, forward and backward, and everything between tap and sum is computed again in backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        ctx.dtype = dtype
+        parameters, taps = _split(tensors)
+        with no_autocast(tensors[0]):
+            u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
+            width = u1.shape[1]
+            reduced = [_reduce(unpack(tap, width, dtype), u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
+            return _expand(reduced, v2, b2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: each access unpacks them again
+        parameters, taps = _split(saved)
+        dtype = ctx.dtype
+        with no_autocast(grad):
+            u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])
+            n, r, width = v2.shape
+            grad = grad.to(dtype).reshape(-1, width)  # (M, C)
+            grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
+            reduced, grad_u1, grad_v1, grad_b1, grad_u2 = [], [], [], [], []
+            for i, tap in enumerate(taps):
+                t = unpack(tap, width, dtype).reshape(-1, width)
+                grad_q = grad_reduced[:, i * r : (i + 1) * r]
+                p, h = _bottleneck(t, u1[i], v1[i], b1[i])
+                activated = F.gelu(h)
+                reduced.append(activated @ u2[i])
+                grad_u2.append(grad_q.T @ activated)  # transposed: a third faster with the thin factor on the left
+                grad_h = torch.ops.aten.gelu_backward(grad_q @ u2[i].T, h)
+                grad_b1.append(grad_h.sum(0))
+                grad_v1.append(p.T @ grad_h)
+                grad_u1.append((grad_h @ v1[i].T).T @ t)  # transposed
+            grad_v2 = (torch.cat(reduced, dim=1).T @ grad).reshape(n, r, width)
+            grad_b2 = grad.sum(0).expand(n, width)
+            grads = [
+                torch.stack(grad_u1).mT,
+                torch.stack(grad_v1),
+                torch.stack(grad_b1),
+                torch.stack(grad_u2).mT,
+                grad_v2,
+                grad_b2,
+            ]
+        kept = [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
+        return (None, *kept, *(None for _ in saved[len(kept) :]))
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:
+    """Split what a `_SumOfAdapters` works on: the six stacked factors, and what is kept of each tap."""
+    parameters, kept = tensors[:6], tensors[6:]
+    per_tap = len(kept) // len(parameters[0])
+    return parameters, [kept[i : i + per_tap] for i in range(0, len(kept), per_tap)]
+
+
+def merge(
+    modules: Modules,
+    run: Run,
+    x: Tensor,
+    z: Tensor,
+    grid: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    frozen: Tensor | None,
+    lean: bool,
+) -> Tensor:
+    """Carry the lane through frozen patch merging, `PM(x + z) - PM(x)`, in z's dtype and without autocast.
+
+    Both terms are by the same function, so a zero lane stays exactly zero, and over a bf16 base the difference is not
+    drowned by rounding.
+
+    Args:
+        modules: The modules that make up PM.
+        run: Runs them, see `backbones.Merging.run`.
+        x: The stream that entered PM.
+        z: The lane, of the same shape.
+        grid: (H, W) of the tokens of x.
+        args: PM's further arguments.
+        kwargs: Likewise, by keyword.
+        frozen: PM(x) as the backbone computed it; None where that was in another precision.
+        lean: Keep x + z rounded to int8 for backward.
+    """
+    stream, x = x, x.to(z.dtype)
+    cast = in_dtype(modules, x.dtype)
+    with no_autocast(x):
+        if frozen is None or x is not stream or any(a is not b for a, b in zip(cast, modules, strict=True)):
+            with torch.no_grad():  # else the backbone did the same, to the bit
+                frozen = run(cast, x, grid, *args, **kwargs)
+        y = x + z
+        # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
+        lean = lean and all(p.is_floating_point() for module in modules for p in module.parameters())
+        merged = (
+            _LeanMerging.apply(modules, run, grid, args, kwargs, y) if lean else run(cast, y, grid, *args, **kwargs)
+        )
+        return merged - frozen
+
+
+class _LeanMerging(torch.autograd.Function):
+    """`PM(y)` that keeps `y` rounded to int8 and runs again in backward.
+
+    The value is exact. Only the Jacobian, that of the norm inside, is taken at the rounded `y`: the gradient that
+    passes to earlier stages is off by about 0.2 % (`test_storage`), the one of the last stage is exact.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, modules: Modules, run: Run, grid: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+    ) -> Tensor:
+        ctx.modules, ctx.run, ctx.grid, ctx.args, ctx.kwargs = modules, run, grid, args, kwargs
+        ctx.save_for_backward(*pack(y, "int8"))
+        return run(in_dtype(modules, y.dtype), y, grid, *args, **kwargs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, scale = ctx.saved_tensors
+        with no_autocast(grad):
+            y = unpack((codes, scale), codes.shape[-1], grad.dtype)
+            cast = in_dtype(ctx.modules, y.dtype)  # cast again: weights in another dtype would be held till here
+            vjp = torch.func.vjp(lambda y: ctx.run(cast, y, ctx.grid, *ctx.args, **ctx.kwargs), y)[1]
+            return None, None, None, None, None, vjp(grad)[0]
+
+
+def in_dtype(modules: Modules, dtype: torch.dtype) -> list[Callable[..., Any]]:
+    """Return the forwards of modules with their parameters plain and in `dtype`; a module itself where they are so."""
+    return [_in_dtype(module, dtype) for module in modules]
+
+
+def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
+    parameters: Mapping[str, Tensor] = dict(module.named_parameters())
+    cast = {name: _plain(p, dtype) for name, p in parameters.items()}
+    if all(cast[name] is p for name, p in parameters.items()):
+        return module
+    return lambda *args, **kwargs: torch.func.functional_call(module, cast, args, kwargs)
+
+
+def _plain(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a parameter dequantised and in `dtype`; packed integers stay, because only their own layer reads them.
+
+    A quantised tensor (torchao) could multiply by itself, but where it quantises activations too no gradient passes.
+    """
+    if wraps_quantized(parameter):
+        parameter = parameter.dequantize()
+    return parameter.to(dtype) if parameter.is_floating_point() else parameter
+
+
+def wraps_quantized(parameter: Tensor) -> bool:
+    """Whether a parameter is a quantised tensor that passes for one of floating point, as torchao's do."""
+    return type(parameter).dequantize is not Tensor.dequantize

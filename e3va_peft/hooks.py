@@ -1,0 +1,332 @@
+"""What reads inside the frozen backbone: hooks, and the recorder that they write to while an adapted exit runs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from e3va_peft.backbones.base import Backbone, GridSource
+from e3va_peft.frozen_pass import FrozenPass, Grid, Merging
+from e3va_peft.fused import under_autocast
+
+T = TypeVar("T")
+
+
+class Current(Generic[T]):
+    """A value that hooks find while it is set.
+
+    Safe in threads (`nn.DataParallel`) through a `ContextVar`. `torch.compile` cannot trace setting one: what is set
+    while tracing is a plain attribute, which all threads share until it is reset. Which of the two is remembered when
+    it is *set*, because what reads it may be compiled alone (`nn.Module.compile()`, regional compilation).
+    """
+
+    def __init__(self, name: str) -> None:
+        self._variable: ContextVar[T | None] = ContextVar(name, default=None)
+        self._traced: T | None = None
+        self._tracing = False
+
+    def get(self) -> T | None:
+        """Return the value, None where none is set."""
+        return self._traced if self._tracing else self._variable.get()
+
+    @contextmanager
+    def set(self, value: T) -> Iterator[None]:
+        """Set the value for the time of a `with` statement."""
+        if torch.compiler.is_compiling():
+            self._traced, self._tracing = value, True
+            try:
+                yield
+            finally:
+                self._traced, self._tracing = None, False
+        else:
+            token = self._variable.set(value)
+            try:
+                yield
+            finally:
+                self._variable.reset(token)
+
+
+class Recorder:
+    """Fills the record of a frozen pass, and tells when a stage has ended.
+
+    Args:
+        frozen: The record.
+        exit: The exit that runs.
+        family: Its family.
+        keep: (stage, index, tap) -> what is kept of a tap.
+        leave: Called with a stage when the patch merging behind it has run.
+        image: (H, W) of the image, where it was seen.
+    """
+
+    def __init__(
+        self,
+        frozen: FrozenPass,
+        exit: nn.Module,
+        family: Backbone,
+        keep: Callable[[int, int, Tensor], Sequence[Tensor]],
+        leave: Callable[[int], None],
+        image: tuple[int, int] | None = None,
+    ) -> None:
+        self.frozen = frozen
+        self.exit = exit
+        self.family = family
+        self.keep = keep
+        self.leave = leave
+        self.image = image
+        self.listens = True  # not while the lane itself runs the backbone's modules
+        self.parts: dict[tuple[int, int], list[Tensor]] = {}
+        self.entered: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
+        self.versions: list[tuple[Tensor, int, str]] = []
+
+    def channels_last(self, x: Tensor) -> Tensor:
+        """Return a view of the stream with its channels last."""
+        return x.movedim(1, -1) if self.family.channels == "first" else x
+
+    def read(self, tap: Tap, value: Tensor) -> None:
+        """Take a tap, or one of several parts that add up."""
+        key = (tap.stage, tap.index)
+        value = self.channels_last(value.detach())
+        if tap.parts > 1:
+            parts = self.parts.setdefault(key, [])
+            self.note_version(value, tap.name)
+            parts.append(value)
+            if len(parts) < tap.parts:
+                return
+            self.check_versions()
+            value = torch.stack(parts).sum(0) if len(parts) > 2 else parts[0] + parts[1]
+            del self.parts[key]
+        kept = self.keep(*key, value)
+        if any(part is value for part in kept):
+            self.note_version(value, tap.name)
+        self.frozen.taps[key] = kept
+
+    def note_version(self, value: Tensor, name: str) -> None:
+        """Remember the state of a tensor that is a view of the backbone's own."""
+        if not torch.compiler.is_compiling() and not value.is_inference():
+            self.versions.append((value, value._version, name))
+
+    def check_versions(self) -> None:
+        """Refuse what was changed in place since it was read.
+
+        Raises:
+            RuntimeError: A module behind the tap works in place. The message names the tap.
+        """
+        for value, version, name in self.versions:
+            if value._version != version:
+                raise RuntimeError(
+                    f"{name}: its tap was changed in place after it was read, so the highway would read something "
+                    "else than the branch. Make what follows it work out of place (inplace=False, x = x * s for "
+                    "x.mul_(s))."
+                )
+        self.versions.clear()
+
+    def enter_merging(self, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+        """Take what enters the patch merging behind a stage."""
+        if not args or not isinstance(args[0], Tensor):
+            raise TypeError(
+                f"{name}: was given as the patch merging behind stage {stage}, but was not called with the stream "
+                "first and by position. Merging.paths must be modules that are called as module(x, ...)."
+            )
+        x = self.channels_last(args[0].detach())
+        self.note_version(x, name)
+        self.entered[stage] = x, args[1:], kwargs
+
+    def leave_merging(self, stage: int, output: Any, name: str) -> None:
+        """Take what leaves it, and let the lane pass too while the stage's modules are there to run."""
+        output = output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{name}: was given as the patch merging behind stage {stage}, but returned no tensor. The last of "
+                "Merging.paths must be a module that returns the merged stream."
+            )
+        self.check_versions()
+        x, args, kwargs = self.entered.pop(stage)
+        frozen = None if under_autocast(x) else self.channels_last(output.detach())
+        self.frozen.mergings[stage] = Merging(x, args, kwargs, frozen)
+        self.listens = False
+        try:
+            self.leave(stage)
+        finally:
+            self.listens = True
+
+    def note_grid(self, stage: int, args: tuple[Any, ...]) -> None:
+        """Work out how the tokens of a stage lie in the image, as its first block is called."""
+        prefix = self.family.prefix(self.exit)
+        args = (self.channels_last(args[0]), *args[1:])
+        height, width = self.family.grid(GridSource(args, self.image, self.exit, prefix))
+        self.frozen.grids[stage] = Grid(prefix, height, width)
+
+
+CURRENT: Current[Recorder] = Current("e3va_recorder")
+IMAGE: ContextVar[tuple[int, int] | None] = ContextVar("e3va_image", default=None)
+
+
+def listening() -> Recorder | None:
+    """Return the recorder of the running forward, None where there is none or it does not listen."""
+    recorder = CURRENT.get()
+    return recorder if recorder is not None and recorder.listens else None
+
+
+class Hook:
+    """A hook of ours. A class, because closures survive neither pickle nor deepcopy.
+
+    It holds no module and no tensor: it writes what it sees, by key, into the recorder of the running forward, and
+    does nothing outside of one.
+    """
+
+
+class Tap(Hook):
+    """A hook that reads one branch of a block.
+
+    Args:
+        stage: Index of the stage.
+        index: Index of the adapter that reads it.
+        read: The module's first input (a forward pre-hook) or its output (a forward hook).
+        parts: Number of branches that add up to the tap.
+        name: What it reads, for messages.
+    """
+
+    def __init__(
+        self, stage: int, index: int, read: Literal["input", "output"], parts: int = 1, name: str = ""
+    ) -> None:
+        self.stage = stage
+        self.index = index
+        self.read = read
+        self.parts = parts
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
+        """Read the branch."""
+        recorder = listening()
+        if recorder is not None:
+            value = args[0] if self.read == "input" else output
+            recorder.read(self, value[0] if isinstance(value, tuple) else value)
+
+
+class MergingInput(Hook):
+    """A pre-hook, with keywords, that reads what enters frozen patch merging."""
+
+    def __init__(self, stage: int, name: str = "") -> None:
+        self.stage = stage
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Read the arguments."""
+        recorder = listening()
+        if recorder is not None:
+            recorder.enter_merging(self.stage, args, kwargs, self.name)
+
+
+class MergingOutput(MergingInput):
+    """A hook that reads what leaves frozen patch merging."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Read the output."""
+        recorder = listening()
+        if recorder is not None:
+            recorder.leave_merging(self.stage, output, self.name)
+
+
+class GridTap(Hook):
+    """A pre-hook on the first block of a stage, which notes how its tokens lie in the image."""
+
+    def __init__(self, stage: int) -> None:
+        self.stage = stage
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Read the block's arguments."""
+        recorder = listening()
+        if recorder is not None:
+            recorder.note_grid(self.stage, args)
+
+
+class TailTap(Hook):
+    """A pre-hook that reads what enters the exit's tail: the last block's output, to which the lane is added."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Read the first argument."""
+        recorder = listening()
+        if recorder is not None:
+            recorder.frozen.tail = args[0].detach()
+
+
+class FrozenGuard(Hook):
+    """A pre-hook on frozen modules before the exit: eval mode always, and nothing in them may want a gradient."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Put the module into eval mode, refuse it if it wants a gradient, and note the image's size."""
+        if module.training:
+            module.eval()
+        refuse_trainable(module, self.name)
+        check_input_gradients(args)
+        if not torch.compiler.is_compiling():
+            IMAGE.set(image_size(args))
+
+
+def image_size(args: Sequence[Any]) -> tuple[int, int] | None:
+    """Return (H, W) of the first argument where that is an image (B, 3, H, W)."""
+    image = args[0] if args else None
+    if isinstance(image, Tensor) and image.dim() == 4:
+        return image.shape[-2], image.shape[-1]
+    return None
+
+
+def refuse_trainable(module: nn.Module, name: str) -> None:
+    """Raise if anything in a frozen module wants a gradient while gradients are on: it would never get one.
+
+    Raises:
+        ValueError: A parameter of `module` has `requires_grad`. The message names it.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for parameter_name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(
+                f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
+                "would never train. Set requires_grad=False, or use another PEFT method for this module."
+            )
+
+
+def check_input_gradients(inputs: Sequence[Any]) -> None:
+    """Refuse an input of the backbone that some module in front of it computed with gradient; warn about a leaf's.
+
+    Raises:
+        ValueError: What made the input wants a gradient, which E3VA does not send.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    wanting = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    if any(value.grad_fn is not None for value in wanting):
+        raise ValueError(
+            "a module in front of the backbone wants a gradient, but E3VA sends none through the backbone, so it "
+            "would never train. Leave it out of modules_to_save, or use another PEFT method."
+        )
+    if wanting:
+        warnings.warn(
+            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
+            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def remove_hooks(model: nn.Module) -> None:
+    """Remove every hook of ours from a model and all its modules, with all that PyTorch notes about hooks."""
+    for module in model.modules():
+        for hooks, notes in (
+            (module._forward_hooks, (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)),
+            (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,)),
+        ):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Hook)]:
+                del hooks[key]
+                for note in notes:
+                    note.pop(key, None)

@@ -1,0 +1,137 @@
+"""What cannot work in a given model, refused before anything is changed."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from e3va_peft.backbones import child
+from e3va_peft.config import E3VAConfig
+from e3va_peft.exits import CONTAINERS, Exit, base_modules, learns
+from e3va_peft.fused import wraps_quantized
+
+
+def named(model: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
+    """Return (full name, module) of a part of a model and of all in it, as it was before PEFT wrapped any."""
+    return list(base_modules(dict(base_modules(model))[part], part))
+
+
+def check_exit(model: nn.Module, found: Exit) -> None:
+    """Refuse an exit that has nothing to adapt, or that another PEFT method has already changed."""
+    if not any(found.site.depth):
+        raise ValueError(
+            f"{found.target}: the deepest output that is asked for is the stem, in front of every block, so there is "
+            "nothing to adapt. Ask the backbone for a deeper stage (out_features)."
+        )
+    stages = found.family.stages(found.module)
+    for block in (block for stage in stages for block in stage.blocks):
+        found.family.tap_points(found.module, block)
+    for name, module in ((part, module) for part in found.parts for part, module in named(model, part)):
+        if isinstance(module, BaseTunerLayer):
+            raise ValueError(
+                f"{name} is already adapted by {type(module).__name__}. E3VA sends no gradient into the "
+                "backbone, so that adapter would never train. unload() or merge it first."
+            )
+
+
+def check_merging(found: Exit) -> None:
+    """Refuse patch merging by layers of bitsandbytes that round activations as well: the lane passes through it."""
+    mergings = {
+        name: found.module.get_submodule(name) for s in found.family.stages(found.module) for name in s.merging
+    }
+    rounding = [name for name, module in mergings.items() if any(hasattr(p, "SCB") for p in module.parameters())]
+    names = [child(found.name, name) for name in rounding]
+    if names:
+        raise ValueError(
+            f"load_in_8bit=True: bitsandbytes rounds what enters the patch merging {names}, and the lane, which "
+            f"passes through, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or "
+            "use load_in_4bit=True or a TorchAoConfig: only weights are rounded there."
+        )
+
+
+def check_label_count(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> None:
+    """Refuse to load a trained head onto a base model with another number of classes."""
+    trained = (config.auto_mapping or {}).get("num_labels")
+    present = getattr(getattr(model, "config", None), "num_labels", None)
+    norms = {name for found in exits for name in found.site.norms}
+    heads = [name for name in config.modules_to_save or () if name not in norms]
+    if heads and trained is not None and present is not None and trained != present:
+        raise ValueError(
+            f"num_labels={present}: the base model has {present} classes, the adapter's head was trained for "
+            f"{trained}. Build the base with num_labels={trained}, or let e3va_peft.load_adapter(folder_or_repo) "
+            "rebuild base, head and image processor."
+        )
+
+
+def check_nesting(model: nn.Module, names: list[str]) -> None:
+    """Refuse to save a part of what another adapter saves whole, or the other way round: the copies would overlap."""
+    wrapped = [
+        name.replace(".original_module", "").replace(".base_layer", "")
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    for name in names:
+        if whole := [other for other in names if name.startswith(f"{other}.")]:
+            raise ValueError(
+                f"modules_to_save={name!r}: is a part of {whole[0]!r}, which is saved whole. Name one of them."
+            )
+        for other in wrapped:
+            if name.startswith(f"{other}.") or other.startswith(f"{name}."):
+                raise ValueError(
+                    f"modules_to_save={name!r}: overlaps {other!r}, which another adapter of this model saves. Name "
+                    "the same modules in both."
+                )
+
+
+def check_saved_module(name: str, module: nn.Module, exits: list[Exit]) -> None:
+    """Refuse to save and train what is inside the frozen region, holds it, or cannot be wrapped."""
+    for found in exits:
+        if found.contains(name) and name not in found.tail:
+            raise ValueError(
+                f"modules_to_save={name!r}: is inside the frozen backbone, where no gradient enters, so it would "
+                f"never train. Of {found.target}, only {sorted(found.tail) or 'nothing'} can be trained whole; beside "
+                "it, anything."
+            )
+        if found.is_within(name):
+            raise ValueError(
+                f"modules_to_save={name!r}: contains the frozen backbone {found.target}. Name its other parts."
+            )
+    if isinstance(module, CONTAINERS):
+        parts = [child(name, key) for key, _ in module.named_children()]
+        raise ValueError(
+            f"modules_to_save={name!r}: is a {type(module).__name__}, which PEFT cannot wrap. Name {parts}."
+        )
+
+
+def check_quantized(model: nn.Module, names: list[str]) -> None:
+    """Refuse to train quantised weights: they take no gradient, or no optimizer step, or cannot be saved."""
+    modules = dict(base_modules(model))
+    quantized = {
+        name: f"{child(name, key)} is a {type(parameter).__name__} of {parameter.dtype}"
+        for name in names
+        for key, parameter in modules[name].named_parameters()
+        if wraps_quantized(parameter) or not parameter.is_floating_point()
+    }
+    if quantized:
+        raise ValueError(
+            f"modules_to_save={list(quantized)}: what is saved is trained whole, which quantised weights cannot be: "
+            f"{'; '.join(quantized.values())}. Load the base model with modules_to_not_convert={list(quantized)} in "
+            "its TorchAoConfig (llm_int8_skip_modules in a BitsAndBytesConfig), or leave them out of modules_to_save."
+        )
+
+
+def check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> None:
+    """Refuse a name that by PEFT's rule, `endswith`, would also mean another module outside the backbone."""
+    unused = {name for found in exits for name in found.site.unused}
+    for key, module in base_modules(model):
+        inside = any(key == name or key.startswith(f"{name}.") for name in names)
+        if inside or key in unused or not learns(module) or any(found.contains(key) for found in exits):
+            continue
+        for name in names:
+            if key.endswith(name):
+                raise ValueError(
+                    f"modules_to_save={name!r}: PEFT matches these names by their ending, so this would also mean "
+                    f"{key!r}. Name both, leave modules_to_save out to train everything outside the backbone, or "
+                    f"rename the attribute {name!r} of your model."
+                )
