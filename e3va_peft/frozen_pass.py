@@ -25,10 +25,10 @@ class Merging(NamedTuple):
     """One call of frozen patch merging.
 
     Attributes:
-        x: The stream that entered, channels last.
+        x: The stream that entered, (B, N, C) or (B, H, W, C).
         args: Its further arguments.
         kwargs: Likewise, by keyword.
-        output: What left it, channels last; None where it was computed in another precision than the lane's.
+        output: What left it, likewise; None where it was computed in another precision than the lane's.
     """
 
     x: Tensor
@@ -42,7 +42,7 @@ class FrozenPass:
     """What one forward of a frozen backbone leaves. Tensors are detached and have their channels last.
 
     Attributes:
-        taps: (stage, index of the adapter that reads it) -> what is kept of the tap, see `highway.Lane.keep`.
+        taps: (stage, index of its adapter) -> what is kept of the tap (B, N, C), see `highway.Lane.keep`.
         mergings: Stage -> the patch merging behind it.
         grids: Stage -> how its tokens lie in the image.
         tail: What entered the modules behind the last block, (B, N, C).

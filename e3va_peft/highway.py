@@ -156,7 +156,7 @@ class MergingSpec(NamedTuple):
 class Lane:
     """The running tensor `z`, as a cursor over stages and blocks that only moves forward.
 
-    It is kept in at least fp32, whatever the backbone's dtype is, and has its channels last.
+    It is (B, N, C), also where the stream is a map, and in at least fp32, whatever the backbone's dtype is.
 
     Args:
         highways: The active highways; their adapters add up.
@@ -198,7 +198,7 @@ class Lane:
         return [highway(stage, [tap], index, "reduce") for highway in self.highways]
 
     def behind(self, stage: int, block: int) -> Tensor:
-        """Return the lane (..., C) behind the first `block` blocks of a stage."""
+        """Return the lane (B, N, C) behind the first `block` blocks of a stage."""
         if stage in self.stages:
             return self.stages[stage][0]
         if stage > self.stage:
@@ -223,7 +223,7 @@ class Lane:
         return self.z
 
     def ahead(self, stage: int) -> Tensor:
-        """Return the lane (..., C') behind the patch merging of a stage."""
+        """Return the lane (B, N', C') behind the patch merging of a stage."""
         return self.stages[stage][1]
 
     def leave(self, stage: int) -> None:
@@ -232,7 +232,9 @@ class Lane:
             behind = self.behind(stage, self.depth[stage])
             x, args, kwargs, output = self.frozen.mergings.pop(stage)
             grid, lean = self.frozen.grids.get(stage), self.storage != "exact"
-            self.z = fused.merge(*self.mergings[stage], x, behind.to(x.device), grid, args, kwargs, output, lean)
+            z = behind.to(x.device).reshape(x.shape)  # of a map, where the stream is one
+            z = fused.merge(*self.mergings[stage], x, z, grid, args, kwargs, output, lean)
+            self.z = z.flatten(1, -2) if z.dim() > 3 else z
         self.stage, self.block = stage + 1, 0
         if self.keep_stages:
             self.stages[stage] = behind, self.z

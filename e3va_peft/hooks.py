@@ -92,6 +92,7 @@ class Recorder:
         """Take a tap, or one of several parts that add up."""
         key = (tap.stage, tap.index)
         value = self.channels_last(value.detach())
+        value = value.flatten(1, -2) if value.dim() > 3 else value
         if tap.parts > 1:
             parts = self.parts.setdefault(key, [])
             self.note_version(value, tap.name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -178,7 +179,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         config = getattr(self.exit, "config", None)
         is_model = not self.is_method and config is not None  # an exit of a user's own may know no return_dict
         return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True)) if is_model else True
-        call_args, call_kwargs = self.family.prepare(args, kwargs)
+        call = ExitCall(self.exit, e3va_method, self.depth, self._tail(active), None, args, kwargs)
+        call_args, call_kwargs = self.family.prepare(call)
         lane = self._lane(active, shown=bool(states_shown(config, kwargs)) or not is_model)
         recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, _image(args, kwargs))
         if is_model:
@@ -186,8 +188,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         with CURRENT.set(recorder), torch.no_grad():
             outputs = self._run(e3va_method, call_args, call_kwargs)
         recorder.check_versions()
-        call = ExitCall(self.exit, e3va_method, self.depth, self._tail(active), lane.frozen.tail, args, kwargs)
-        outputs = self.family.splice(outputs, lane, call)
+        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail))
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _run(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from transformers import (
+    ConvNextBackbone,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ConvNextV2Config,
+    ConvNextV2ForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
     Dinov2Backbone,
@@ -21,18 +27,33 @@ from transformers import (
     Dinov2ForImageClassification,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersForImageClassification,
+    DINOv3ConvNextBackbone,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ViTBackbone,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     Mask2FormerConfig,
     Mask2FormerForUniversalSegmentation,
     SwinBackbone,
     SwinConfig,
     SwinForImageClassification,
     SwinModel,
+    Swinv2Backbone,
+    Swinv2Config,
+    Swinv2ForImageClassification,
+    TimmBackbone,
+    TimmBackboneConfig,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
     UperNetConfig,
     UperNetForSemanticSegmentation,
     ViTConfig,
     ViTForImageClassification,
     ViTModel,
 )
+from transformers.modeling_outputs import BackboneOutput
+from transformers.models.upernet.modeling_upernet import UperNetHead
 
 from e3va_peft import Backbone, registered_backbones
 from e3va_peft.detection import CascadeMaskRCNN, CascadeMaskRCNNConfig, RetinaNet, RetinaNetConfig
@@ -67,6 +88,20 @@ class Case:
     labels: Callable[[int, int, int], dict[str, Any]]
     size: tuple[int, int] = (32, 32)
     blocks: tuple[str, ...] = ()
+    sizes: tuple[tuple[int, int], ...] = ((32, 32), (33, 47), (61, 40))
+    """Of images that one model takes one after the other; none where it has one size."""
+    embeddings: str = "patch_embeddings"
+    """The end of the name of a frozen module in front of the blocks."""
+    stem: bool = True
+    """The first hidden state is in front of every block."""
+    beyond: frozenset[str] = frozenset()
+    """Outputs behind the last adapted block, and those that see no image."""
+    pickles: bool = True
+    """False where transformers hooks its backbones with closures as it builds them, which no pickle takes."""
+    as_tuple: bool = True
+    """It takes return_dict=False and gives all of its outputs in a tuple."""
+    lora: str = r".*\.(q_proj|v_proj)"
+    """What LoRA adapts in it, to compare with."""
 
     def base(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -157,7 +192,7 @@ def swin_backbone(out_features: list[str]) -> SwinBackbone:
 def upernet(backbone_config: Any) -> UperNetForSemanticSegmentation:
     config = UperNetConfig(
         backbone_config=backbone_config, hidden_size=8, pool_scales=[1, 2], num_labels=3, auxiliary_channels=4,
-        auxiliary_in_channels=backbone_config.hidden_size if "dinov2" in backbone_config.model_type else 32,
+        auxiliary_in_channels=backbone_config.hidden_size if "dino" in backbone_config.model_type else 32,
     )  # fmt: skip
     return UperNetForSemanticSegmentation(config)
 
@@ -201,52 +236,206 @@ def dinov2_config(**kwargs: Any) -> Dinov2Config:
     return Dinov2Config(**(PLAIN | {"layerscale_value": 0.5, "drop_path_rate": 0.3} | kwargs))
 
 
-_SWIN_BLOCKS = ("SwinLayer",)
-_PLAIN: dict[str, Any] = {"size": (28, 28)}
+class TimmClassifier(nn.Module):
+    """A user's own model around a plain timm model, whose outputs it names."""
+
+    def __init__(self, name: str, **kwargs: Any) -> None:
+        super().__init__()
+        self.model = timm.create_model(name, num_classes=3, **kwargs)
+
+    def forward(
+        self, pixel_values: Tensor, labels: Tensor | None = None, output_hidden_states: bool = False
+    ) -> dict[str, Any]:
+        if output_hidden_states:
+            features, maps = self.model.forward_intermediates(pixel_values)
+            result = {"logits": self.model.forward_head(features), "features": features, "hidden_states": maps}
+        else:
+            result = {"logits": self.model(pixel_values)}
+        if labels is not None:
+            result["loss"] = nn.functional.cross_entropy(result["logits"], labels)
+        return result
+
+
+class ChannelsLastMaps(nn.Module):
+    """A backbone whose maps are (B, H, W, C), as timm's Swin gives them, turned as heads want them."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.channels = backbone.channels
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        outputs = self.backbone(pixel_values)
+        return BackboneOutput(feature_maps=tuple(x.movedim(-1, 1) for x in outputs.feature_maps))
+
+
+TIMM_VIT = {"img_size": 28, "patch_size": 7, "embed_dim": 16, "depth": 3, "num_heads": 2, "dynamic_img_size": True}
+TIMM_SWIN = {
+    "img_size": 32,
+    "patch_size": 2,
+    "embed_dim": 8,
+    "depths": (1, 2, 1),
+    "num_heads": (1, 2, 2),
+    "window_size": 4,
+    "dynamic_img_size": True,
+    "drop_path_rate": 0.3,
+}
+
+
+def timm_wrapper(name: str, **kwargs: Any) -> TimmWrapperForImageClassification:
+    config = {"architecture": name, "num_classes": 3, "label_names": ["a", "b", "c"], "model_args": kwargs}
+    return TimmWrapperForImageClassification(TimmWrapperConfig.from_dict(config))
+
+
+def timm_backbone(name: str, out_indices: list[int], **kwargs: Any) -> TimmBackbone:
+    return TimmBackbone(TimmBackboneConfig(backbone=name, features_only=True, out_indices=out_indices), **kwargs)
+
+
+def upernet_over(backbone: nn.Module) -> UperNetForSemanticSegmentation:
+    """UperNet whose backbone is put in its place, as users of timm do."""
+    model = upernet(SwinConfig(**SWIN, out_features=STAGES))
+    config = UperNetConfig(backbone_config=backbone.config, hidden_size=8, pool_scales=[1, 2], num_labels=3,
+                           use_auxiliary_head=False)  # fmt: skip
+    model.backbone = backbone
+    model.decode_head = UperNetHead(config, in_channels=backbone.channels)
+    model.auxiliary_head = None
+    return model
+
+
+_MAPS: dict[str, Any] = {"pickles": False, "as_tuple": False}
+_SWIN: dict[str, Any] = {"blocks": ("SwinLayer",)}
+_PLAIN: dict[str, Any] = {"size": (28, 28), "sizes": ((35, 42), (28, 28), (49, 35))}
+_VIT: dict[str, Any] = {"size": (28, 28), "sizes": (), "blocks": ("ViTLayer",)}
+_DINOV2: dict[str, Any] = {**_PLAIN, "blocks": ("Dinov2Layer",)}
+_DINOV3: dict[str, Any] = {**_PLAIN, "blocks": ("DINOv3ViTLayer",)}
+_SWINV2: dict[str, Any] = {"blocks": ("Swinv2Layer",), "lora": r".*\.(query|value)"}
+_CONVNEXT: dict[str, Any] = {"blocks": ("ConvNextLayer", "ConvNextV2Layer"), "lora": r".*\.pwconv[12]"}
+_DINOV3_CONVNEXT: dict[str, Any] = {
+    "blocks": ("DINOv3ConvNextLayer",),
+    "lora": r".*\.pointwise_conv[12]",
+    "embeddings": "stages.0.downsample_layers.0",
+}
+_TIMM: dict[str, Any] = {"lora": r".*\.qkv", "embeddings": "patch_embed", "stem": False}
+_TIMM_VIT: dict[str, Any] = {**_TIMM, **_PLAIN, "blocks": ("Block",)}
+_TIMM_SWIN: dict[str, Any] = {**_TIMM, "blocks": ("SwinTransformerBlock",), "sizes": ((32, 32), (34, 46), (60, 40))}
+_BEHIND_STAGE_2 = frozenset({"hidden_states[3]"})
+
+
+def convnext_config(cls: Any, **kwargs: Any) -> Any:
+    sizes = {"hidden_sizes": [8, 12, 16], "depths": [1, 2, 1], "drop_path_rate": 0.3}
+    more = {ConvNextConfig: {"layer_scale_init_value": 0.5}, ConvNextV2Config: {}}
+    if cls in more:
+        return cls(**sizes, **more[cls], num_stages=3, patch_size=2, **kwargs)
+    return cls(**sizes, layer_scale_init_value=0.5, **kwargs)
+
+
+def dinov3_config(**kwargs: Any) -> DINOv3ViTConfig:
+    more = {"layerscale_value": 0.5, "drop_path_rate": 0.3, "num_register_tokens": 2}
+    return DINOv3ViTConfig(**(PLAIN | more | kwargs))
+
+
+def swinv2_config(**kwargs: Any) -> Swinv2Config:
+    return Swinv2Config(**SWIN, drop_path_rate=0.3, **kwargs)
+
 
 CASES = [
     Case("swin-classifier", "swin", lambda: SwinForImageClassification(SwinConfig(**SWIN, **DROPOUT, num_labels=3)),
-         classes, blocks=_SWIN_BLOCKS),
-    Case("swin-in-own-head", "swin", lambda: HeadOnModel(SwinModel(SwinConfig(**SWIN)), 32), classes,
-         blocks=_SWIN_BLOCKS),
-    Case("swin-maps-in-own-head", "swin", lambda: HeadOnMaps(swin_backbone(STAGES)), label_map, blocks=_SWIN_BLOCKS),
-    Case("swin-early-maps", "swin", lambda: HeadOnMaps(swin_backbone(["stage2"])), label_map, blocks=_SWIN_BLOCKS),
-    Case("swin-upernet", "swin", lambda: upernet(SwinConfig(**SWIN, out_features=STAGES)), label_map,
-         blocks=_SWIN_BLOCKS),
-    Case("swin-mask2former", "swin", mask2former, instance_masks, blocks=_SWIN_BLOCKS),
+         classes, **_SWIN),
+    Case("swin-in-own-head", "swin", lambda: HeadOnModel(SwinModel(SwinConfig(**SWIN)), 32), classes, as_tuple=False,
+         **_SWIN),
+    Case("swin-maps-in-own-head", "swin", lambda: HeadOnMaps(swin_backbone(STAGES)), label_map, **_SWIN, **_MAPS),
+    Case("swin-early-maps", "swin", lambda: HeadOnMaps(swin_backbone(["stage2"])), label_map, beyond=_BEHIND_STAGE_2,
+         **_SWIN, **_MAPS),
+    Case("swin-upernet", "swin", lambda: upernet(SwinConfig(**SWIN, out_features=STAGES)), label_map, pickles=False,
+         **_SWIN),
+    # its tuple leaves out outputs by rules of its own; its learned queries have not seen the image yet
+    Case("swin-mask2former", "swin", mask2former, instance_masks, lora=r".*encoder\.layers.*(q_proj|v_proj)", **_SWIN,
+         **_MAPS),
     Case("vit-classifier", "vit", lambda: ViTForImageClassification(ViTConfig(**PLAIN, **DROPOUT, num_labels=3)),
-         classes, blocks=("ViTLayer",), **_PLAIN),
-    Case("vit-in-own-head", "vit", lambda: HeadOnModel(ViTModel(ViTConfig(**PLAIN)), 16), classes,
-         blocks=("ViTLayer",), **_PLAIN),
+         classes, **_VIT),
+    Case("vit-in-own-head", "vit", lambda: HeadOnModel(ViTModel(ViTConfig(**PLAIN)), 16), classes, as_tuple=False,
+         **_VIT),
     Case("deit-classifier", "vit", lambda: DeiTForImageClassification(DeiTConfig(**PLAIN, num_labels=3)), classes,
-         blocks=("DeiTLayer",), **_PLAIN),
+         **{**_VIT, "blocks": ("DeiTLayer",)}),
     Case("dinov2-classifier", "dinov2", lambda: Dinov2ForImageClassification(dinov2_config(num_labels=3)), classes,
-         size=(28, 28), blocks=("Dinov2Layer",)),
+         **_DINOV2),
     Case("dinov2-registers-classifier", "dinov2",
          lambda: Dinov2WithRegistersForImageClassification(
              Dinov2WithRegistersConfig(**PLAIN, num_labels=3, layerscale_value=0.5)), classes,
-         size=(28, 28), blocks=("Dinov2WithRegistersLayer",)),
+         blocks=("Dinov2WithRegistersLayer",), **_PLAIN),
     Case("dinov2-early-maps", "dinov2",
          lambda: HeadOnMaps(Dinov2Backbone(dinov2_config(out_features=["stage1", "stage2"]))), label_map,
-         size=(28, 28), blocks=("Dinov2Layer",)),
+         beyond=_BEHIND_STAGE_2, **_DINOV2, **_MAPS),
     Case("dinov2-maps-without-norm", "dinov2",
          lambda: HeadOnMaps(Dinov2Backbone(dinov2_config(out_features=["stage3"], apply_layernorm=False))), label_map,
-         size=(28, 28), blocks=("Dinov2Layer",)),
-    Case("dinov2-upernet", "dinov2", lambda: upernet(dinov2_config(out_features=STAGES)), label_map,
-         size=(28, 28), blocks=("Dinov2Layer",)),
+         **_DINOV2, **_MAPS),
+    Case("dinov2-upernet", "dinov2", lambda: upernet(dinov2_config(out_features=STAGES)), label_map, pickles=False,
+         **_DINOV2),
     Case("swin-retinanet", "swin", lambda: retinanet(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=STAGES[1:])),
-         objects, blocks=_SWIN_BLOCKS),
+         objects, pickles=False, **_SWIN),
     Case("swin-cascade", "swin", lambda: cascade(SwinConfig(**SWIN, drop_path_rate=0.3, out_features=["stage3"])),
-         objects, blocks=_SWIN_BLOCKS),
+         objects, pickles=False, **_SWIN),
     Case("vit-retinanet", "vit", lambda: retinanet(ViTConfig(**PLAIN | DROPOUT | {"patch_size": 14})), objects,
-         blocks=("ViTLayer",), **_PLAIN),
-    Case("dinov2-cascade", "dinov2", lambda: cascade(dinov2_config(out_features=["stage3"])), objects,
-         size=(28, 28), blocks=("Dinov2Layer",)),
+         **_VIT),
+    Case("dinov2-cascade", "dinov2", lambda: cascade(dinov2_config(out_features=["stage3"])), objects, pickles=False,
+         **_DINOV2),
+    Case("swinv2-classifier", "swinv2", lambda: Swinv2ForImageClassification(swinv2_config(num_labels=3)), classes,
+         **_SWINV2),
+    Case("swinv2-early-maps", "swinv2",
+         lambda: HeadOnMaps(Swinv2Backbone(swinv2_config(out_features=["stage1", "stage2"]))), label_map,
+         beyond=_BEHIND_STAGE_2, **_SWINV2, **_MAPS),
+    Case("swinv2-upernet", "swinv2", lambda: upernet(swinv2_config(out_features=STAGES)), label_map, pickles=False,
+         **_SWINV2),
+    Case("dinov3-vit-in-own-head", "dinov3-vit", lambda: HeadOnModel(DINOv3ViTModel(dinov3_config()), 16), classes,
+         as_tuple=False, **_DINOV3),
+    Case("dinov3-vit-early-maps", "dinov3-vit",
+         lambda: HeadOnMaps(DINOv3ViTBackbone(dinov3_config(out_features=["stage1", "stage2"]))), label_map,
+         beyond=_BEHIND_STAGE_2, **_DINOV3, **_MAPS),
+    Case("dinov3-vit-upernet", "dinov3-vit", lambda: upernet(dinov3_config(out_features=STAGES)), label_map,
+         pickles=False, **_DINOV3),
+    Case("convnext-classifier", "convnext",
+         lambda: ConvNextForImageClassification(convnext_config(ConvNextConfig, num_labels=3)), classes, **_CONVNEXT),
+    Case("convnextv2-classifier", "convnext",
+         lambda: ConvNextV2ForImageClassification(convnext_config(ConvNextV2Config, num_labels=3)), classes,
+         **_CONVNEXT),
+    Case("convnext-early-maps", "convnext",
+         lambda: HeadOnMaps(ConvNextBackbone(convnext_config(ConvNextConfig, out_features=["stage2"]))), label_map,
+         beyond=_BEHIND_STAGE_2, **_CONVNEXT, **_MAPS),
+    Case("convnext-retinanet", "convnext",
+         lambda: retinanet(convnext_config(ConvNextConfig, out_features=STAGES[1:])), objects, pickles=False,
+         **_CONVNEXT),
+    Case("dinov3-convnext-in-own-head", "dinov3-convnext",
+         lambda: HeadOnModel(DINOv3ConvNextModel(convnext_config(DINOv3ConvNextConfig)), 16), classes, as_tuple=False,
+         **_DINOV3_CONVNEXT),
+    Case("dinov3-convnext-maps", "dinov3-convnext",
+         lambda: HeadOnMaps(DINOv3ConvNextBackbone(convnext_config(DINOv3ConvNextConfig, out_features=STAGES))),
+         label_map, **_DINOV3_CONVNEXT, **_MAPS),
+    Case("timm-vit", "timm-vit", lambda: TimmClassifier("vit_tiny_patch16_224", init_values=0.5, **TIMM_VIT), classes,
+         as_tuple=False, **_TIMM_VIT),
+    Case("timm-vit-averaged", "timm-vit",
+         lambda: timm_wrapper("vit_tiny_patch16_224", global_pool="avg", reg_tokens=2, **TIMM_VIT), classes,
+         **_TIMM_VIT),
+    Case("timm-vit-upernet", "timm-vit",
+         lambda: upernet_over(timm_backbone("vit_tiny_patch16_224", [0, 1, 2], **TIMM_VIT)), label_map,
+         **{**_TIMM_VIT, **_MAPS, "pickles": True}),
+    Case("timm-swin", "timm-swin", lambda: TimmClassifier("swin_tiny_patch4_window7_224", **TIMM_SWIN), classes,
+         as_tuple=False, **_TIMM_SWIN),
+    Case("timm-swin-wrapper", "timm-swin", lambda: timm_wrapper("swin_tiny_patch4_window7_224", **TIMM_SWIN), classes,
+         **_TIMM_SWIN),
+    Case("timm-swin-features", "timm-swin-features",
+         lambda: HeadOnMaps(ChannelsLastMaps(timm_backbone("swin_tiny_patch4_window7_224", [0, 1, 2], **TIMM_SWIN))),
+         label_map, **{**_TIMM_SWIN, **_MAPS, "pickles": True}),
 ]  # fmt: skip
 
 BY_NAME = {case.name: case for case in CASES}
-DETECTORS = ("swin-retinanet", "swin-cascade", "vit-retinanet", "dinov2-cascade")
+DETECTORS = ("swin-retinanet", "swin-cascade", "vit-retinanet", "dinov2-cascade", "convnext-retinanet")
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+def every_model_that(**has: Any) -> pytest.MarkDecorator:
+    """Parametrise over all models whose fields have these values."""
+    cases = [case for case in CASES if all(getattr(case, name) == value for name, value in has.items())]
+    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
 
 
 def every_model_but(*names: str) -> pytest.MarkDecorator:

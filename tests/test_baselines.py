@@ -14,7 +14,7 @@ from transformers import SwinBackbone, SwinConfig
 from e3va_peft.measure.baselines import BASELINES, Bottleneck, LoRand, adapt
 from e3va_peft.training.config import UserError
 from e3va_peft.training.methods import trained_whole
-from tests.models import BY_NAME, every_model, loss_of, train_steps
+from tests.models import BY_NAME, every_model, loss_of, registered, train_steps
 from tests.test_counts import SWIN_B
 
 every_method = pytest.mark.parametrize("method", BASELINES)
@@ -39,7 +39,12 @@ def wanting(model: nn.Module) -> set[str]:
 @every_model
 def test_what_is_trained_gets_a_gradient_and_nothing_else_does(case):
     # full and LoRA take blocks along that nobody reads; E3VA and the head alone have tests of their own
+    mlp = registered(case.family).branches.get("mlp")
     for method in ("partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand"):
+        if method == "adaptformer" and (mlp is None or mlp.computed_by is None):
+            with pytest.raises(UserError, match="no one module of a .* block is an MLP"):
+                adapted(case, method)
+            continue
         model = adapted(case, method).train()
         loss_of(model(**case.training_batch())).backward()
         assert {name for name, p in model.named_parameters() if p.grad is not None} == wanting(model), method

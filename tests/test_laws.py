@@ -16,7 +16,18 @@ from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.highway import Lane
 from e3va_peft.hooks import CURRENT, Hook, Recorder
-from tests.models import BY_NAME, DETECTORS, Case, every_model, every_model_but, loss_of, tensors, train_steps
+from tests.models import (
+    BY_NAME,
+    DETECTORS,
+    Case,
+    every_model,
+    every_model_but,
+    every_model_that,
+    loss_of,
+    registered,
+    tensors,
+    train_steps,
+)
 
 
 def adapted(case: Case, **config) -> nn.Module:
@@ -32,6 +43,11 @@ def assert_same(left: dict, right: dict, **tolerance) -> None:
     assert left.keys() == right.keys()
     for key in left:
         torch.testing.assert_close(left[key], right[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+def stem_of(case: Case, found: dict) -> set[str]:
+    """The outputs that are in front of every block."""
+    return {"hidden_states[0]", "reshaped_hidden_states[0]"} & found.keys() if case.stem else set()
 
 
 def layers(model: nn.Module) -> list[E3VALayer]:
@@ -86,9 +102,7 @@ def test_every_output_but_the_stem_moves_once_trained(case):
     train_steps(model, case.training_batch())
     after = outputs(model, case.batch())
     unmoved = {key for key in before if torch.equal(before[key], after[key])}
-    beyond = {"swin-early-maps": {"hidden_states[3]"}, "dinov2-early-maps": {"hidden_states[3]"}}
-    stem = {"hidden_states[0]", "reshaped_hidden_states[0]"} & before.keys()
-    assert unmoved - {"labels"} == stem | beyond.get(case.name, set())
+    assert unmoved - {"labels"} == stem_of(case, before) | case.beyond
 
 
 @every_model
@@ -100,12 +114,8 @@ def test_the_highway_alone_moves_every_output_but_the_stem(case):
         nn.init.normal_(parameter, std=0.3)
     after = outputs(model, case.batch())
     moved = {key for key in before if not torch.equal(before[key], after[key])}
-    frozen = {"swin-early-maps": "hidden_states[3]", "dinov2-early-maps": "hidden_states[3]"}.get(case.name)
     learned_queries = {"transformer_decoder_hidden_states[0]"}  # Mask2Former's, which have not seen the image yet
-    assert (
-        moved | ({"labels"} & before.keys())
-        == before.keys() - {"hidden_states[0]", "reshaped_hidden_states[0]", frozen} - learned_queries
-    )
+    assert moved - {"labels"} == before.keys() - stem_of(case, before) - case.beyond - learned_queries - {"labels"}
 
 
 @every_model
@@ -176,11 +186,8 @@ def test_saved_bytes_are_below_those_of_lora(case):
         return total
 
     model = adapted(case)
-    lora = LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], modules_to_save=model.peft_config["default"].modules_to_save
-    )
-    if case.name == "swin-mask2former":
-        lora.target_modules = r".*encoder\.layers.*(q_proj|v_proj)"
+    whole = model.peft_config["default"].modules_to_save
+    lora = LoraConfig(r=4, target_modules=case.lora, modules_to_save=whole)
     assert saved_bytes(model) < saved_bytes(get_peft_model(case.base(), lora))
 
 
@@ -276,31 +283,16 @@ def test_deepcopy_at_any_time(case):
         assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
 
 
-# transformers hooks its backbones with closures as it builds them, which no pickle takes, adapted or not
-@every_model_but(
-    "swin-maps-in-own-head",
-    "swin-early-maps",
-    "swin-upernet",
-    "swin-mask2former",
-    "dinov2-early-maps",
-    "dinov2-maps-without-norm",
-    "dinov2-upernet",
-    "swin-retinanet",
-    "swin-cascade",
-    "dinov2-cascade",
-)
+@every_model_that(pickles=True)
 def test_pickle_before_outputs_were_recorded(case):
     model = adapted(case, init_weights=False)
     twin = pickle.loads(pickle.dumps(model))
     assert_same(outputs(twin, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
 
 
-# ViT and DeiT have one image size unless they are told to interpolate: the test below
-@every_model_but("vit-classifier", "vit-in-own-head", "deit-classifier")
+@every_model
 def test_image_sizes_change_from_step_to_step_and_are_odd(case):
-    base, model = case.base(), adapted(case)
-    swin = case.family == "swin"
-    sizes = [(32, 32), (33, 47), (61, 40)] if swin else [(35, 42), (28, 28), (49, 35)]
+    base, model, sizes = case.base(), adapted(case), case.sizes or (case.size,)
     for size in sizes:
         assert_same(outputs(model, case.batch(size=size)), outputs(base, case.batch(size=size)), rtol=1e-5, atol=1e-6)
     model.train()
@@ -328,25 +320,16 @@ def test_no_grad_and_grad_forwards_agree_once_trained(case):
 
 @every_model
 def test_taps_can_be_chosen(case):
-    counts = {}
-    for taps in (("attention",), ("mlp",), ("attention", "mlp"), ("block",)):
+    counts, branches = {}, tuple(registered(case.family).branches)
+    for taps in (*((branch,) for branch in branches), branches, ("block",)):
         model = adapted(case, taps=taps, modules_to_save=[])
         counts[taps] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         loss_of(model.train()(**case.training_batch())).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert counts["attention",] == counts["mlp",] == counts["block",] == counts["attention", "mlp"] / 2
+    assert all(counts[branch,] == counts["block",] == counts[branches] / len(branches) for branch in branches)
 
 
-# a user's own head reads its backbone's output by name; Mask2Former's tuple leaves out outputs by rules of its own
-@every_model_but(
-    "swin-in-own-head",
-    "swin-maps-in-own-head",
-    "swin-early-maps",
-    "vit-in-own-head",
-    "dinov2-early-maps",
-    "dinov2-maps-without-norm",
-    "swin-mask2former",
-)
+@every_model_that(as_tuple=True)
 def test_return_dict_false_gives_the_same_tuple(case):
     base, model = case.base(), adapted(case)
     with torch.no_grad():
@@ -359,7 +342,7 @@ def test_return_dict_false_gives_the_same_tuple(case):
 def test_low_cpu_mem_usage_gives_an_adapter_on_meta(case):
     model = get_peft_model(case.base(), E3VAConfig(r=4), low_cpu_mem_usage=True)
     assert all(p.is_meta for p in layers(model)[0].e3va_highway.parameters())
-    assert not any(p.is_meta for p in layers(model)[0].base_layer.parameters())
+    assert not any(p.is_meta for part in layers(model)[0].frozen for p in part.parameters())
 
 
 # transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention); vit-retinanet's P6 is 1x1,

@@ -141,7 +141,7 @@ def test_modules_to_save_inside_the_frozen_backbone_are_refused(case):
     model = case.base()
     inside = next(name for name, m in model.named_modules() if type(m).__name__ in case.blocks)
     refused(model, f"modules_to_save='{inside}'.*never train", modules_to_save=[inside])
-    embeddings = next(name for name, _ in model.named_modules() if name.endswith("patch_embeddings"))
+    embeddings = next(name for name, _ in model.named_modules() if name.endswith(case.embeddings))
     refused(model, f"modules_to_save='{embeddings}'.*never train", modules_to_save=[embeddings])
 
 
@@ -218,8 +218,8 @@ def test_an_output_in_front_of_every_block_is_refused():
 @every_model
 def test_requires_grad_set_by_hand_in_the_frozen_region_is_refused_at_the_next_step(case):
     model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
-    for name in ("patch_embeddings", case.blocks[0]):
-        frozen = next(m for n, m in model.named_modules() if n.endswith(name) or type(m).__name__ == name)
+    for name in (case.embeddings, case.blocks):
+        frozen = next(m for n, m in model.named_modules() if n.endswith(name) or type(m).__name__ in name)
         parameter_name, parameter = next(iter(frozen.named_parameters()))
         parameter.requires_grad = True
         with pytest.raises(ValueError, match=rf"{parameter_name} has requires_grad=True.*never train"):

@@ -5,8 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 from e3va_peft.backbones.base import Backbone, Branch, ExitCall, Host, Merging, Site, StageSpec, TapPoint, child, is_a
+from e3va_peft.backbones.convnext import CONVNEXT
 from e3va_peft.backbones.dinov2 import DINOV2
+from e3va_peft.backbones.dinov3_convnext import DINOV3_CONVNEXT
+from e3va_peft.backbones.dinov3_vit import DINOV3_VIT
 from e3va_peft.backbones.swin import SWIN
+from e3va_peft.backbones.swinv2 import SWINV2
+from e3va_peft.backbones.timm_swin import TIMM_SWIN, TIMM_SWIN_FEATURES
+from e3va_peft.backbones.timm_vit import TIMM_VIT
 from e3va_peft.backbones.vit import VIT
 
 __all__ = [
@@ -25,7 +31,19 @@ __all__ = [
     "registered_backbones",
 ]
 
-_FAMILIES: dict[str, Backbone] = {family.name: family for family in (SWIN, VIT, DINOV2)}
+_BUILT_IN = (
+    SWIN,
+    SWINV2,
+    VIT,
+    DINOV2,
+    DINOV3_VIT,
+    CONVNEXT,
+    DINOV3_CONVNEXT,
+    TIMM_VIT,
+    TIMM_SWIN,
+    TIMM_SWIN_FEATURES,
+)
+_FAMILIES: dict[str, Backbone] = {family.name: family for family in _BUILT_IN}
 
 
 def register_backbone(family: Backbone) -> Backbone:
@@ -55,4 +73,4 @@ def registered_backbones() -> dict[str, Backbone]:
 
 def family_of(module: nn.Module) -> Backbone | None:
     """Return the family whose exit this module is, or whose methods it has, or None."""
-    return next((family for family in _FAMILIES.values() if is_a(module, *family.exits)), None)
+    return next((family for family in _FAMILIES.values() if family.matches(module)), None)

@@ -21,13 +21,13 @@ class Branch:
     Attributes:
         path: Module, relative to the block.
         read: Its output, or its first input.
-        computed_by: Module that computes the branch from its normed input, where `path` only ends it. Methods that run
-            beside a branch (AdaptFormer) need it, the highway does not.
+        computed_by: Module that computes the branch from its normed input, where `path` only ends it; None where no
+            one module does. Methods that run beside a branch (AdaptFormer) need it, the highway does not.
     """
 
     path: str
     read: Literal["input", "output"] = "output"
-    computed_by: str = ""
+    computed_by: str | None = ""
 
 
 def in_turn(modules: Sequence[Callable[..., Any]], x: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -130,12 +130,12 @@ class TapPoint:
     Attributes:
         module: The module.
         read: Which side of it.
-        branch: Module that computes the branch from its normed input.
+        branch: Module that computes the branch from its normed input; None where no one module does.
     """
 
     module: nn.Module
     read: Literal["input", "output"]
-    branch: nn.Module
+    branch: nn.Module | None
 
 
 @dataclass(frozen=True)
@@ -193,9 +193,9 @@ class ExitCall:
     kwargs: Mapping[str, Any]
 
 
-def no_change(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    """Call the frozen exit as it was called."""
-    return args, kwargs
+def no_change(call: ExitCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """Return the arguments of a call as they are."""
+    return call.args, call.kwargs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,7 +223,7 @@ class Backbone:
         tail: Names of the modules inside the exit that run behind the last block, in their order, the output norm
             first. They run again with gradient; the first one's input must be the last block's output.
         hosts: What surrounds the exit, by the class of an ancestor. The first that fits is taken.
-        prepare: (args, kwargs) of the exit's call -> those of the frozen run, where the splice needs other outputs.
+        prepare: call -> (args, kwargs) of the frozen run, where the splice needs other outputs than were asked for.
         splice: (outputs, lane, call) -> a copy of the outputs with the lane in each that a head can read.
     """
 
@@ -242,7 +242,7 @@ class Backbone:
     frozen: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
     hosts: tuple[Host, ...] = field(default=(Host(),))
-    prepare: Callable[..., tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
+    prepare: Callable[[ExitCall], tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
         """Copy and pickle as the registered family of this name, because functions do not pickle."""
@@ -265,6 +265,14 @@ class Backbone:
             )
         return tuple(name for name in self.branches if name in chosen)
 
+    def matches(self, module: nn.Module) -> bool:
+        """Whether a module is an exit of this family: of one of its classes, and with blocks where it has them."""
+        return is_a(module, *self.exits) and bool(self._existing(module, "{stage}", self._first_blocks))
+
+    @property
+    def _first_blocks(self) -> str:
+        return self.blocks.replace("{block}", "0")
+
     def stages(self, exit: nn.Module) -> tuple[StageSpec, ...]:
         """Describe the stages of an exit, in the order in which they run.
 
@@ -272,7 +280,7 @@ class Backbone:
             ValueError: The exit is not laid out as declared.
         """
         found = []
-        for stage in range(len(self._existing(exit, "{stage}")) if "{stage}" in self.blocks else 1):
+        for stage in range(len(self._existing(exit, "{stage}", self._first_blocks))):
             pattern = self.blocks.replace("{stage}", str(stage))
             blocks = tuple(self._existing(exit, "{block}", pattern))
             norm: Any = submodule(exit, f"{blocks[0]}.{self.width}") if blocks else None
@@ -287,12 +295,13 @@ class Backbone:
             found.append(StageSpec(norm.weight.shape[0], blocks, names if present else ()))
         return tuple(found)
 
-    def _existing(self, exit: nn.Module, hole: str, pattern: str = "") -> list[str]:
+    def _existing(self, exit: nn.Module, hole: str, pattern: str) -> list[str]:
         """Return the names that a pattern gives with 0, 1, ... in its hole, as far as there are such modules."""
-        pattern = pattern or self.blocks.replace("{block}", "0")
         names: list[str] = []
         while submodule(exit, name := pattern.replace(hole, str(len(names)))) is not None:
             names.append(name)
+            if hole not in pattern:
+                break
         return names
 
     def tap_points(self, exit: nn.Module, block: str) -> dict[str, TapPoint]:
@@ -304,13 +313,13 @@ class Backbone:
         points = {}
         for name, branch in self.branches.items():
             module = submodule(exit, f"{block}.{branch.path}")
-            computed_by = submodule(exit, f"{block}.{branch.computed_by}") if branch.computed_by else module
-            if module is None or computed_by is None:
+            if module is None:
                 raise ValueError(
                     f"{block} ({type(exit.get_submodule(block)).__name__}): has no {branch.path}, where the family "
                     f"{self.name!r} reads its {name}. E3VA does not know this variant of the block."
                 )
-            points[name] = TapPoint(module, branch.read, computed_by)
+            computed_by = submodule(exit, f"{block}.{branch.computed_by}") if branch.computed_by else module
+            points[name] = TapPoint(module, branch.read, None if branch.computed_by is None else computed_by)
         return points
 
     def runner(self) -> Callable[..., Tensor]:

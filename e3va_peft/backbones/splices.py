@@ -18,8 +18,8 @@ def add(x: Tensor, z: Tensor) -> Tensor:
 
 
 def add_to_map(x: Tensor, z: Tensor) -> Tensor:
-    """(B, C, H, W) + (B, N, C) or (B, H, W, C) -> (B, C, H, W)."""
-    return add(x, z.movedim(-1, 1).reshape(x.shape))
+    """(B, C, H, W) + (B, N, C) -> (B, C, H, W)."""
+    return add(x, z.transpose(1, 2).reshape(x.shape))
 
 
 def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
@@ -79,4 +79,37 @@ def stages_of_maps(outputs: Any, lane: Lane, call: ExitCall) -> Any:
     if len(call.depth) == len(call.exit.stages):  # type: ignore[arg-type]
         last = lane.behind(len(call.depth) - 1, call.depth[-1])
         changes["last_hidden_state"] = add_to_map(outputs.last_hidden_state, last)
+    return replaced(outputs, **changes)
+
+
+def stages_of_tokens(outputs: Any, lane: Lane, call: ExitCall, hidden_before_merging: bool = False) -> Any:
+    """Splice a Swin encoder, whose states are tokens and maps of the same.
+
+    `hidden_states[i + 1]` is stage i behind its patch merging. `reshaped_hidden_states[i + 1]` is the same as a map
+    (B, C, H, W), or the stage *before* merging where the caller (a backbone) asked for that.
+
+    Args:
+        outputs: What the encoder returned.
+        lane: The lane.
+        call: The call.
+        hidden_before_merging: The hidden states follow what the caller asked for too.
+    """
+    before = call.kwargs.get("output_hidden_states_before_downsampling", False)
+    hidden, maps = list(outputs.hidden_states or ()), list(outputs.reshaped_hidden_states or ())
+    changes: dict[str, Any] = {}
+    for i, blocks in enumerate(call.depth):
+        merged, last = i + 1 < len(call.depth), i + 1 == len(call.exit.layers)  # type: ignore[arg-type]
+        state_before = before and hidden_before_merging
+        if maps and maps[i + 1] is not None:
+            maps[i + 1] = add_to_map(maps[i + 1], lane.ahead(i) if merged and not before else lane.behind(i, blocks))
+        if hidden and hidden[i + 1] is not None and (merged or last or state_before):
+            hidden[i + 1] = add(
+                hidden[i + 1], lane.ahead(i) if merged and not state_before else lane.behind(i, blocks)
+            )
+        if last:
+            changes["last_hidden_state"] = add(outputs.last_hidden_state, lane.behind(i, blocks))
+    if hidden:
+        changes["hidden_states"] = tuple(hidden)
+    if maps:
+        changes["reshaped_hidden_states"] = tuple(maps)
     return replaced(outputs, **changes)

@@ -141,12 +141,12 @@ def adaptformer(model: nn.Module) -> nn.Module:
     freeze_backbone(model)
     for found in find_exits(model):
         for width, taps in _taps(found):
-            if "mlp" not in taps:
+            beside = taps["mlp"].branch if "mlp" in taps else None
+            if beside is None:
                 raise UserError(
-                    f"method=adaptformer: a {found.family.name} block has no MLP to run beside, only {list(taps)}. "
-                    "Leave the method out."
+                    f"method=adaptformer: no one module of a {found.family.name} block is an MLP to run beside. Leave "
+                    "the method out."
                 )
-            beside = taps["mlp"].branch
             beside.add_module(_ADAPTER, Bottleneck(width, F.relu, scale=0.1))
             beside.register_forward_hook(_beside)
     return model
@@ -273,6 +273,18 @@ class LoRand(nn.Module):
         return F.gelu(x @ down + self.down_bias) @ up + self.up_bias
 
 
+class OnMaps(nn.Module):
+    """A module on tokens for maps, (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        return self.adapter(x.movedim(1, -1)).movedim(-1, 1)
+
+
 _ADAPTER = "baseline_adapter"
 
 
@@ -297,7 +309,8 @@ def _sequential(model: nn.Module, build: Callable[[int], nn.Module]) -> nn.Modul
     for found in find_exits(model):
         for width, taps in _taps(found):
             for tap in taps.values():
-                tap.module.add_module(_ADAPTER, build(width))
+                adapter = build(width)
+                tap.module.add_module(_ADAPTER, OnMaps(adapter) if found.family.channels == "first" else adapter)
                 if tap.read == "input":
                     tap.module.register_forward_pre_hook(_before)
                 else:
