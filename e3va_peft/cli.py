@@ -76,7 +76,9 @@ Source = Annotated[
 def train(
     config: Config,
     overrides: Overrides = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run, once this one is saved.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on your images: one YAML file, one command.
 
@@ -103,9 +105,12 @@ def train(
     """
     with _errors_in_plain_words():
         from e3va_peft.training.config import read_config
+        from e3va_peft.training.folder import protect_source
         from e3va_peft.training.run import train as run
 
-        run(read_config(config, overrides or ()), overwrite=overwrite)
+        read = read_config(config, overrides or ())
+        protect_source(config, read, overwrite)
+        run(read, overwrite=overwrite)
 
 
 @app.command()
@@ -166,8 +171,9 @@ def evaluate(
         from rich.console import Console
 
         from e3va_peft.training.config import UserError, read_config
+        from e3va_peft.training.folder import CONFIG
         from e3va_peft.training.predict import evaluate as score
-        from e3va_peft.training.run import CONFIG, plain
+        from e3va_peft.training.run import plain
         from e3va_peft.training.tables import metrics_table
 
         _check_new_file(output)

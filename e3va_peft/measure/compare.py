@@ -21,8 +21,9 @@ from e3va_peft.measure.report import Row, write_report
 from e3va_peft.measure.step import StepReport, measure_step
 from e3va_peft.training.config import RunConfig, UserError, nearest, read_config
 from e3va_peft.training.data import Examples, Split, load_splits
+from e3va_peft.training.folder import checkpoints, finished
 from e3va_peft.training.methods import trained_whole
-from e3va_peft.training.run import build_arguments, finished, train, verify
+from e3va_peft.training.run import build_arguments, train, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -147,7 +148,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
 
 def _drop_checkpoints(run: Path) -> None:
     """Remove what only a run that is not finished needs: for large models it fills a disk."""
-    for path in run.glob("checkpoint-*"):
+    for path in checkpoints(run).values():
         shutil.rmtree(path)
 
 

@@ -16,7 +16,8 @@ from rich.table import Table
 from e3va_peft.measure.plots import draw_tradeoff
 from e3va_peft.measure.step import MIB
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.run import plain, versions, write_whole
+from e3va_peft.training.folder import write_whole
+from e3va_peft.training.run import plain, versions
 
 TABLE, JSON = "compare.md", "compare.json"
 MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"

@@ -26,8 +26,9 @@ from e3va_peft.detection import Detector
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig, UserError
 from e3va_peft.training.data import Examples, load_eval_split, open_image
+from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.objects import Detections, Objects, decode_mask
-from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
+from e3va_peft.training.run import build_arguments, plain
 from e3va_peft.training.sources import IMAGE_SUFFIXES, class_names
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import forward_extras
