@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.resolve import everything_outside, find_exits
 from e3va_peft.training.config import UserError
+
+_COPY = re.compile(r"\.(modules_to_save|e3va_tail)\.[^.]+")  # what stands in the name of a trained copy
 
 LEARNING_RATES = {"e3va": 2e-3, "head-only": 2e-3, "lora": 1e-3, "full": 1e-4}
 QUERIES_AND_VALUES = ("query", "value", "q_proj", "v_proj")
@@ -42,6 +44,32 @@ def adapt(model: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise UserError(f"method={name}: {error}") from error
     return head_only(model) if name == "head-only" else model.requires_grad_(True)
+
+
+def refuse_lost(adapted: nn.Module, new: Sequence[str]) -> None:
+    """Refuse to train beside parameters that start at random and that nothing would keep.
+
+    A whole model is saved with all it has; of an adapter's base only what it trains.
+
+    Args:
+        adapted: What `adapt` returned.
+        new: Names of the parameters of its base that no checkpoint gave their values.
+
+    Raises:
+        UserError: Some of them are neither trained nor saved.
+    """
+    if not isinstance(adapted, PeftModel):
+        return
+    base = adapted.get_base_model()
+    trained = {_COPY.sub("", name) for name, parameter in base.named_parameters() if parameter.requires_grad}
+    unused = tuple(f"{name}." for found in find_exits(base) for name in found.site.unused)
+    lost = [name for name in new if name not in trained and not name.startswith(unused)]
+    if lost:
+        raise UserError(
+            f"method.modules_to_save: leaves out {lost[:3]}{' and more' if len(lost) > 3 else ''}, which start at "
+            "random, because the model has no weights for them or for other classes; they would be neither trained "
+            "nor saved. Name their modules, or leave modules_to_save out to train everything outside the backbone."
+        )
 
 
 def lora_config(model: nn.Module, **options: Any) -> LoraConfig:

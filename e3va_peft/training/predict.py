@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from matplotlib import font_manager
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -31,10 +31,10 @@ from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import build_arguments, plain
 from e3va_peft.training.sources import IMAGE_SUFFIXES, class_names
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import forward_extras
+from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
-from e3va_peft.training.trainer import VisionTrainer
+from e3va_peft.training.trainer import VisionTrainer, refuse_other_weights
 
 _OPACITY = 0.5
 _FONT = "DejaVu Sans"  # which matplotlib brings along
@@ -132,7 +132,10 @@ def _class_names(config: Any) -> tuple[str, ...]:
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
     if folder is not None and config is not None and config.method_name == "lora":
         base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder)))
-        return PeftModel.from_pretrained(base, folder), AutoImageProcessor.from_pretrained(folder)
+        model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
+        refuse_other_weights(model, folder)
+        model.load_adapter(str(folder), "default")
+        return model, AutoImageProcessor.from_pretrained(folder)
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
@@ -143,7 +146,19 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
     cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
     if cls is None:
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
-    return cls.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder)
+
+
+def _whole(cls: Any, folder: Path) -> Any:
+    """Load a model of which every weight must be there."""
+    model, report = cls.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    absent = sorted(absent_weights(report))
+    if absent:
+        raise UserError(
+            f"{folder}: has no weights for {len(absent)} parameters of the model, {absent[:3]} among them, or has "
+            "them in other sizes: they would be random. Restore the files that were saved together."
+        )
+    return model
 
 
 def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:

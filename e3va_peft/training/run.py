@@ -46,10 +46,11 @@ from e3va_peft.training.folder import (
     remove_replaced,
     write_whole,
 )
-from e3va_peft.training.methods import LEARNING_RATES, adapt
+from e3va_peft.training.methods import LEARNING_RATES, adapt, refuse_lost
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
+from e3va_peft.training.tasks.base import new_parameters
 from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
 
 _FULL_DISK = (  # what Python, safetensors and torch.save say
@@ -110,8 +111,9 @@ def _train(
     hub = _check_hub(config, arguments) if state.is_main_process else None
     set_seed(arguments.seed)
     model = task.build_model(split.labels)
-    processor = task.build_processor()
+    processor, new = task.build_processor(), new_parameters(model)
     adapted = adapt(model, config.method)
+    refuse_lost(adapted, new)
     _check_disk(output, adapted)
     interrupt = StopOnInterrupt()
     callbacks = [interrupt, Progress(task.main_metric, quiet=arguments.disable_tqdm)]

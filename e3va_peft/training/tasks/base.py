@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import logging
@@ -21,6 +21,8 @@ from transformers.utils import logging
 from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
+
+_ABSENT = "_e3va_absent"  # attribute of a model: the weights that its checkpoint did not have
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
@@ -313,7 +315,8 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
             )
     finally:
         logging.set_verbosity(verbosity)
-    absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    absent = absent_weights(report)
+    setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]
     if missing:
         raise UserError(
@@ -322,6 +325,21 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
             "model_options that change its sizes."
         )
     return model
+
+
+def absent_weights(report: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names that `from_pretrained` found no weights for, or in other sizes, by its loading info."""
+    return frozenset([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+
+
+def new_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of a model, as a task builds it, that no checkpoint gave their values."""
+    loaded: set[int] = set()
+    for module in model.modules():
+        absent = module.__dict__.get(_ABSENT)
+        if absent is not None:
+            loaded |= {id(parameter) for name, parameter in module.named_parameters() if name not in absent}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in loaded]
 
 
 def load_backbone(cls: Any, source: str, config: Any, **options: Any) -> Any:
