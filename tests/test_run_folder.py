@@ -162,6 +162,23 @@ def test_an_adapter_that_is_a_link_is_put_aside_and_its_target_is_not_touched(ov
     load_trained(str(tmp_path / "run"))
 
 
+def test_a_run_in_the_home_folder_is_in_one_place_and_goes_on_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    values = quick(tmp_path, num_train_epochs=2) | {
+        "output": "~/run",
+        "model": "~/model",
+        "data": {"source": "~/colors"},
+    }
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(parse_config(values))
+    assert train(parse_config(values))["resumed"]
+    assert {"adapter", "checkpoint-6", "config.yaml", "metrics.json"} <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_start_that_fails_leaves_no_folder(tmp_path):
     with pytest.raises(UserError):
         train(parse_config(quick(tmp_path) | {"model": str(tmp_path / "nowhere")}))

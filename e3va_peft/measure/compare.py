@@ -101,7 +101,7 @@ def read_comparison(
     learned = {name: BASELINES[name].learning_rate for name in names}
     if "learning_rate" in config.training and config.method_name in learned:
         learned[config.method_name] = config.training["learning_rate"]
-    return Comparison(config, Path(output), names, _seeds(seeds), learned | _rates(rates, names))
+    return Comparison(config, Path(output).expanduser(), names, _seeds(seeds), learned | _rates(rates, names))
 
 
 def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:

@@ -436,7 +436,7 @@ def _read_labels(
 
 def _folder_pair(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Pair the images and label maps of two folders with equal sub-folders and file names (ADE20K layout)."""
-    images, masks = Path(str(config.images)).expanduser(), Path(str(config.masks)).expanduser()
+    images, masks = Path(str(config.images)), Path(str(config.masks))
     for name, folder in (("images", images), ("masks", masks)):
         if not folder.is_dir():
             raise UserError(f"data.{name}={str(folder)!r}: no such folder (from {Path.cwd()}).")

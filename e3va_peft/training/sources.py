@@ -27,7 +27,7 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
         UserError: It is none of these, or not there.
     """
     source = str(config.source)
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
         if path.is_file() and path.suffix == ".parquet":
             return dict(datasets.load_dataset("parquet", data_files=str(path)))
@@ -221,7 +221,7 @@ def _given_labels(given: list[str] | str | int) -> list[str]:
         return [str(i) for i in range(given)]
     if isinstance(given, list):
         return [str(name) for name in given]
-    path = Path(given).expanduser()
+    path = Path(given)
     if not path.is_file():
         raise UserError(
             f"data.labels={given!r}: no such file. Write the names as a list, or a file of one name a line."

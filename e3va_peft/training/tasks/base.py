@@ -252,7 +252,7 @@ def find_processor(model: str) -> Any:
     try:
         return AutoImageProcessor.from_pretrained(model)
     except (OSError, ValueError) as error:
-        file = Path(model).expanduser() / "preprocessor_config.json"
+        file = Path(model) / "preprocessor_config.json"
         if file.is_file():
             raise UserError(
                 f"{file}: cannot be read ({error}). Mend it, or remove it for ImageNet's values."
