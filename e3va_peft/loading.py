@@ -137,7 +137,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
     base_config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text()))
     name = config.base_model_name_or_path
     if name:
-        options = {"config": base_config, "revision": config.revision} | kwargs
+        options = {"config": base_config, "revision": config.revision, "trust_remote_code": False} | kwargs
         return _from_pretrained(source, model_class, name, options, config.modules_to_save or ())
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
@@ -164,7 +164,8 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         part = model.get_submodule(path)
         bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
         own = [name.removeprefix(f"{path}.") for name in config.modules_to_save or () if name.startswith(f"{path}.")]
-        loaded = _from_pretrained(source, type(part), weights, {"config": part.config} | bare | kwargs, own)
+        options = {"config": part.config, "trust_remote_code": False} | bare | kwargs
+        loaded = _from_pretrained(source, type(part), weights, options, own)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 
@@ -197,11 +198,21 @@ def _from_pretrained(
     return cast(PreTrainedModel, model)
 
 
+def _image_processor(place: Any, options: dict[str, Any]) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(place)!r}: its {PROCESSOR} names no image processor of transformers, and code of its author's is "
+            "not run unasked. Put the file of one that is into the adapter's folder."
+        ) from error
+
+
 def _load_processor(folder: Path, config: E3VAConfig, token: str | bool | None) -> Any:
     backbones = (config.auto_mapping or {}).get("backbones") or {}
     base = {"revision": config.revision, "token": token}
     places: list[tuple[Any, dict[str, Any]]] = [(folder, {}), (config.base_model_name_or_path, base)]
     for place, options in places + [(backbone, {"token": token}) for backbone in backbones.values()]:
         if place and cached_file(place, PROCESSOR, _raise_exceptions_for_missing_entries=False, **options):
-            return AutoImageProcessor.from_pretrained(place, **options)
+            return _image_processor(place, options)
     return None

@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, SegformerImageProcessor
 from typer.testing import CliRunner
 
+import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
 from e3va_peft.training.config import UserError, parse_config
 from e3va_peft.training.data import load_eval_split, load_splits, open_label_map
 from e3va_peft.training.methods import adapt
 from e3va_peft.training.predict import evaluate, load_trained, palette, predict
+from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.models import BY_NAME
 
 LABELS = {0: "ground", 1: "disc", 2: "edge"}
@@ -241,6 +243,54 @@ def test_an_adapter_whose_base_model_is_gone_is_explained(adapters, tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": gone}))
     with pytest.raises(UserError, match=r"cannot be loaded: .*base_model_name_or_path"):
         load_trained(str(tmp_path))
+
+
+@pytest.fixture
+def hostile(monkeypatch):
+    """Put an image processor into a folder whose code says that it was run; whoever asks fails the test."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks whether to run the code"))
+
+    def put(folder: Path) -> Path:
+        (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        processor = {"image_processor_type": "Nope", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return put
+
+
+def test_code_beside_an_adapter_or_a_model_is_neither_run_nor_asked_about(adapters, hostile, tmp_path):
+    for name in ("classifier", "classifier-base"):
+        folder = hostile(Path(shutil.copytree(adapters / name, tmp_path / name)))
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_trained(str(folder))
+        assert not (folder / "ran").exists()
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json names no image processor.*not run unasked"):
+        e3va_peft.load_adapter(tmp_path / "classifier")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: cannot be read.*author's is not run"):
+        find_processor(str(tmp_path / "classifier-base"))
+
+
+def test_the_code_of_a_model_that_transformers_does_not_know_is_not_run(hostile, tmp_path):
+    hostile(tmp_path)
+    config = {"model_type": "nope", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_trained(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        find_config(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(adapters, pictures, tmp_path):
+    folder = Path(shutil.copytree(adapters / "classifier", tmp_path / "classifier"))
+    config = json.loads((folder / "base_config.json").read_text())
+    config["id2label"] = {"0": "[/bold]ground", "1": "[red]disc", "2": "edge[/]"}
+    (folder / "base_config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["predict", str(folder), str(pictures), "--output", str(tmp_path / "[x]")])
+    assert done.exit_code == 0, done.output
+    shown = done.output.replace("\n", "")
+    assert all(name in shown for name in (*config["id2label"].values(), f"{tmp_path}/[x]/predictions.json"))
 
 
 def test_a_lora_adapter_without_its_run_is_refused(adapters, tmp_path):

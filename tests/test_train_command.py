@@ -385,6 +385,17 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
         assert done.exit_code == 1 and words in done.output.replace("\n", " "), (arguments, done.output)
 
 
+def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_are(tmp_path, capsys):
+    values = classify(tmp_path, "[x]", num_train_epochs=1)
+    values["data"]["labels"] = ["[/bold]green", "[red]red"]
+    for path in (tmp_path / "colors" / "test" / "red").iterdir():
+        path.unlink()
+    train(parse_config(values))
+    shown = capsys.readouterr().out
+    assert "the class '[red]red' never occurs" in shown and f"saved: {tmp_path}/[x]/adapter" in shown
+    assert "[/bold]green" in shown
+
+
 def test_help_teaches_by_examples():
     runner = CliRunner()
     for command in ("train", "compare", "eval", "predict", "recipes"):

@@ -131,22 +131,22 @@ def _class_names(config: Any) -> tuple[str, ...]:
 
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
     if folder is not None and config is not None and config.method_name == "lora":
-        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder)))
+        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
         model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
         refuse_other_weights(model, folder)
         model.load_adapter(str(folder), "default")
-        return model, AutoImageProcessor.from_pretrained(folder)
+        return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
-    architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    architecture = (AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""])[0]
     cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
     if cls is None:
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
-    return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder)
+    return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _whole(cls: Any, folder: Path) -> Any:

@@ -132,12 +132,12 @@ def _train(
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     scored_on = len(eval_split) if eval_split is not None else 0
     console.print(
-        f"{config.method_name} on {config.model} ({type(model).__name__}): {trained:,d} trained parameters, "
+        f"{config.method_name} on {escape(config.model)} ({type(model).__name__}): {trained:,d} trained parameters, "
         f"{len(split):,d} images to train on, {scored_on:,d} to evaluate on, on {arguments.device}"
         + (f", {arguments.world_size} processes" if arguments.world_size > 1 else "")
     )
     if checkpoint is not None:
-        console.print(f"going on from {checkpoint}")
+        console.print(f"going on from {escape(str(checkpoint))}")
     with state.main_process_first(), _full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
@@ -163,7 +163,7 @@ def _train(
             folder = _save(output, adapted, processor, record, console)
         if eval_split is not None:
             console.print(metrics_table(trainer.scores, split.labels))
-        console.print(f"saved: {folder}, {output / METRICS}, {output / CURVES}")
+        console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}"))
         if hub is not None:
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
@@ -233,12 +233,13 @@ def verify(splits: Sequence[Split | None], console: Console) -> None:
             continue
         notes: list[str] = []
         with progress.Progress(console=console, transient=True) as bars:
-            task = bars.add_task(f"checking {split.name}", total=len(split))
+            task = bars.add_task(f"checking {escape(split.name)}", total=len(split))
             counts = split.verify(partial(bars.advance, task), notes.append)
         for note in notes:
             console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
         for name in missing_classes(counts, split.labels):
-            console.print(f"[yellow]warning[/yellow]: the class {name!r} never occurs in {split.name}.")
+            note = f"the class {name!r} never occurs in {split.name}"
+            console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
 
 
 def last_checkpoint(output: Path, console: Console) -> Path | None:
@@ -256,7 +257,8 @@ def last_checkpoint(output: Path, console: Console) -> Path | None:
         aside = found[step].with_name(f"broken-{found[step].name}")
         shutil.rmtree(aside, ignore_errors=True)
         found[step].rename(aside)
-        console.print(f"[yellow]warning[/yellow]: {found[step]} was cut short ({broken}); put aside as {aside.name}.")
+        note = f"{found[step]} was cut short ({broken}); put aside as {aside.name}"
+        console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
     return None
 
 
@@ -295,7 +297,7 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
             f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."
         ) from None
-    console.print(f"pushed to {api.endpoint}/{repo_id}")
+    console.print(escape(f"pushed to {api.endpoint}/{repo_id}"))
 
 
 def _check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:

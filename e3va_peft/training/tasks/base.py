@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from e3va_peft.card import PROCESSOR
 from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
@@ -146,7 +148,7 @@ def find_config(model: str) -> Any:
         UserError: There is no such model.
     """
     with _clear_errors(model):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:
@@ -250,14 +252,18 @@ def find_processor(model: str) -> Any:
         UserError: Its file is there and broken.
     """
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        file = Path(model) / "preprocessor_config.json"
-        if file.is_file():
-            raise UserError(
-                f"{file}: cannot be read ({error}). Mend it, or remove it for ImageNet's values."
-            ) from None
-        return None
+        file = None
+        with contextlib.suppress(OSError):  # no such model: its own loading says so
+            file = cached_file(model, PROCESSOR, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return None
+        place = file if Path(model).is_dir() else f"{PROCESSOR} of {model}"
+        raise UserError(
+            f"{place}: cannot be read ({reason(error)}). Mend it, or remove it for ImageNet's values, for a model on "
+            "the Hub in a folder of your own. Code of its author's is not run."
+        ) from None
 
 
 def kept_options(found: Any) -> dict[str, Any]:
@@ -311,7 +317,7 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
     try:
         with _clear_errors(source):
             model, report = cls.from_pretrained(
-                source, ignore_mismatched_sizes=True, output_loading_info=True, **options
+                source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
             )
     finally:
         logging.set_verbosity(verbosity)
