@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.resolve import everything_outside, find_exits
 from e3va_peft.training.config import UserError
-
-_COPY = re.compile(r"\.(modules_to_save|e3va_tail)\.[^.]+")  # what stands in the name of a trained copy
 
 LEARNING_RATES = {"e3va": 2e-3, "head-only": 2e-3, "lora": 1e-3, "full": 1e-4}
 QUERIES_AND_VALUES = ("query", "value", "q_proj", "v_proj")
@@ -60,10 +59,12 @@ def refuse_lost(adapted: nn.Module, new: Sequence[str]) -> None:
     """
     if not isinstance(adapted, PeftModel):
         return
-    base = adapted.get_base_model()
-    trained = {_COPY.sub("", name) for name, parameter in base.named_parameters() if parameter.requires_grad}
-    unused = tuple(f"{name}." for found in find_exits(base) for name in found.site.unused)
-    lost = [name for name in new if name not in trained and not name.startswith(unused)]
+    base, config = adapted.get_base_model(), adapted.peft_config["default"]
+    saved = {name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    saved |= set(config.modules_to_save or ()) if isinstance(config, E3VAConfig) else set()  # also in the exits
+    unused = {name for found in find_exits(base) for name in found.site.unused}
+    kept = tuple(f"{name}." for name in saved | unused)
+    lost = [name for name in new if not name.startswith(kept)]
     if lost:
         raise UserError(
             f"method.modules_to_save: leaves out {lost[:3]}{' and more' if len(lost) > 3 else ''}, which start at "
