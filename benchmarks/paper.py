@@ -50,7 +50,7 @@ from e3va_peft.measure.parameters import backbone_share
 from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use
 from e3va_peft.measure.step import MIB, _peak, _saved_bytes, _step
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.run import write_whole
+from e3va_peft.training.folder import write_whole
 from e3va_peft.training.tasks.base import name_classes
 from e3va_peft.training.tasks.detection import detector_config
 from e3va_peft.training.tasks.segmentation import segmenter_config

@@ -76,7 +76,9 @@ Source = Annotated[
 def train(
     config: Config,
     overrides: Overrides = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Throw away an earlier run in output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run, once this one is saved.")
+    ] = False,
 ) -> None:
     """Fine-tune a model on your images: one YAML file, one command.
 
@@ -103,9 +105,12 @@ def train(
     """
     with _errors_in_plain_words():
         from e3va_peft.training.config import read_config
+        from e3va_peft.training.folder import protect_source
         from e3va_peft.training.run import train as run
 
-        run(read_config(config, overrides or ()), overwrite=overwrite)
+        read = read_config(config, overrides or ())
+        protect_source(config, read, overwrite)
+        run(read, overwrite=overwrite)
 
 
 @app.command()
@@ -166,8 +171,9 @@ def evaluate(
         from rich.console import Console
 
         from e3va_peft.training.config import UserError, read_config
+        from e3va_peft.training.folder import CONFIG
         from e3va_peft.training.predict import evaluate as score
-        from e3va_peft.training.run import CONFIG, plain
+        from e3va_peft.training.run import plain
         from e3va_peft.training.tables import metrics_table
 
         _check_new_file(output)
@@ -201,14 +207,15 @@ def predict(
     """
     with _errors_in_plain_words():
         from rich.console import Console
+        from rich.markup import escape
 
         from e3va_peft.training.predict import predict as run
 
         entries = run(source, images, output, overwrite=overwrite, top=top, threshold=threshold)
         console = Console()
         for entry in entries[:20]:
-            console.print(f"{entry['file']}: {_in_a_line(entry)}")
-        console.print(f"{len(entries)} images: {output / 'predictions.json'}")
+            console.print(f"{escape(entry['file'])}: {_in_a_line(entry)}")
+        console.print(escape(f"{len(entries)} images: {output / 'predictions.json'}"))
         broken = [entry for entry in entries if "error" in entry]
         if broken:
             typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)
@@ -217,14 +224,16 @@ def predict(
 
 def _in_a_line(entry: dict[str, Any]) -> str:
     """Return what was found in an image: its best classes, the shares of its regions, or why it was not read."""
+    from rich.markup import escape
+
     if "error" in entry:
-        return f"[red]{entry['error']}[/red]"
+        return f"[red]{escape(entry['error'])}[/red]"
     if "shares" in entry:
-        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items())
+        return escape(", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items()))
     if "objects" in entry:
-        counts = Counter(found["label"] for found in entry["objects"])
-        return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "nothing above the threshold"
-    return ", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"])
+        counts = Counter(found["label"] for found in entry["objects"]).most_common()
+        return escape(", ".join(f"{count} {name}" for name, count in counts)) or "nothing above the threshold"
+    return escape(", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"]))
 
 
 @app.command()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, or httpx2's
@@ -59,7 +60,8 @@ def load_adapter(
         PermissionError: The Hub refuses the token.
         ConnectionError: The Hub cannot be reached, or the connection broke.
         OSError: The base model cannot be loaded.
-        ValueError: The adapter is of another method, or does not say what its base model is.
+        ValueError: The adapter is of another method, does not say what its base model is, or has weights that are not
+            all of its own; or neither it nor the base model has the weights of some module, or has them in its sizes.
     """
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
@@ -73,7 +75,13 @@ def load_adapter(
     if not isinstance(config, E3VAConfig):
         raise ValueError(f"adapter={source!r}: holds {config.peft_type}, not E3VA. Load it with peft.AutoPeftModel.")
     base = _build_base(source, folder, config, {"token": token} | kwargs)
-    model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+    except KeyError as error:  # PEFT's way to say that a module's weights are not in the file
+        raise ValueError(
+            f"adapter={source!r}: lacks the weights {error}, which its adapter_config.json names in modules_to_save. "
+            "Restore the file that was saved, or download it again."
+        ) from error
     model.train(is_trainable)
     return model, _load_processor(folder, config, token)
 
@@ -129,8 +137,8 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
     base_config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text()))
     name = config.base_model_name_or_path
     if name:
-        options = {"config": base_config, "revision": config.revision, "ignore_mismatched_sizes": True} | kwargs
-        return _from_pretrained(source, model_class, name, options)
+        options = {"config": base_config, "revision": config.revision, "trust_remote_code": False} | kwargs
+        return _from_pretrained(source, model_class, name, options, config.modules_to_save or ())
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
     exits = find_exits(model)
@@ -155,7 +163,9 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         parent, _, attribute = path.rpartition(".")
         part = model.get_submodule(path)
         bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
-        loaded = _from_pretrained(source, type(part), weights, {"config": part.config} | bare | kwargs)
+        own = [name.removeprefix(f"{path}.") for name in config.modules_to_save or () if name.startswith(f"{path}.")]
+        options = {"config": part.config, "trust_remote_code": False} | bare | kwargs
+        loaded = _from_pretrained(source, type(part), weights, options, own)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 
@@ -164,13 +174,37 @@ def _is_transformers_model(value: Any) -> bool:
     return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
-def _from_pretrained(source: str, model_class: Any, name: str, options: dict[str, Any]) -> Any:
+def _from_pretrained(
+    source: str, model_class: Any, name: str, options: dict[str, Any], saved: Sequence[str]
+) -> PreTrainedModel:
+    """Load a base model, or its backbone, of which the adapter brings the modules `saved`; all else must be there."""
+    options = {"ignore_mismatched_sizes": True} | options | {"output_loading_info": True}
     try:
-        return model_class.from_pretrained(name, **options)
+        model, report = model_class.from_pretrained(name, **options)
     except (OSError, HTTPError) as error:
         raise OSError(
             f"adapter={source!r}: its base model {name!r} cannot be loaded. If it is elsewhere now, set "
             f"base_model_name_or_path in adapter_config.json. {error.__cause__ or error}"
+        ) from error
+    elsewhere = (*saved, *(part for found in find_exits(model) for part in found.site.unused))
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    random = sorted(key for key in absent if not any(key.startswith(f"{part}.") for part in elsewhere))
+    if random:
+        raise ValueError(
+            f"adapter={source!r}: its base model {name!r} has no weights for {len(random)} parameters, {random[:3]} "
+            "among them, or has them in other sizes, and the adapter brings none: they would be random. Restore the "
+            "base model that it was trained on, or set base_model_name_or_path in adapter_config.json to it."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _image_processor(place: Any, options: dict[str, Any]) -> Any:
+    try:
+        return AutoImageProcessor.from_pretrained(place, trust_remote_code=False, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(place)!r}: its {PROCESSOR} names no image processor of transformers, and code of its author's is "
+            "not run unasked. Put the file of one that is into the adapter's folder."
         ) from error
 
 
@@ -180,5 +214,5 @@ def _load_processor(folder: Path, config: E3VAConfig, token: str | bool | None) 
     places: list[tuple[Any, dict[str, Any]]] = [(folder, {}), (config.base_model_name_or_path, base)]
     for place, options in places + [(backbone, {"token": token}) for backbone in backbones.values()]:
         if place and cached_file(place, PROCESSOR, _raise_exceptions_for_missing_entries=False, **options):
-            return AutoImageProcessor.from_pretrained(place, **options)
+            return _image_processor(place, options)
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -160,24 +160,53 @@ class E3VAModel(BaseTuner):
         adapter_name: str,
         state_dict: dict[str, torch.Tensor],
     ) -> dict[str, torch.Tensor]:
+        """Give the keys of a file the names that they have in the model; refuse a file that is not all of an adapter.
+
+        Raises:
+            ValueError: The file lacks weights of the adapter, has others besides, or has them in other sizes.
+        """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        expected = model.state_dict()
-        for key, value in mapped.items():
-            if f".{cls.prefix}" not in key:
-                continue
-            if key not in expected or expected[key].shape != value.shape:
-                got = "no such highway" if key not in expected else f"one of shape {tuple(expected[key].shape)}"
-                raise ValueError(
-                    f"the adapter has {key} of shape {tuple(value.shape)}, the base model {got}: it was trained on "
-                    "another backbone, or on the same one with other out_features. Load it onto the base model "
-                    "named in its adapter_config.json, or let e3va_peft.load_adapter(folder_or_repo) rebuild that."
-                )
+        containers = (*E3VALayer.adapter_layer_names, "modules_to_save")
+        own = tuple(f".{container}.{adapter_name}." for container in containers)
+        expected = {
+            key.removeprefix(_PEFT_PREFIX): value.shape
+            for key, value in model.state_dict().items()
+            if any(part in key for part in own)
+        }
+        _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value.shape for key, value in mapped.items()})
         return mapped
 
 
 def _place(found: Exit) -> str:
     """Name of the module that is, or will be, the layer of an exit."""
     return child(found.name, METHOD_CHILD) if found.family.methods else found.name
+
+
+_PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
+
+
+def _check_weights(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
+    """Raise a ValueError unless a file has exactly the weights of an adapter; keys -> shapes."""
+    for key in sorted(found, key=lambda key: (f".{E3VAModel.prefix}" not in key, key)):  # the highway tells most
+        if expected.get(key) == found[key]:
+            continue
+        there = f"one of shape {tuple(expected[key])}" if key in expected else "no such highway"
+        if f".{E3VAModel.prefix}" in key or key in expected:
+            raise ValueError(
+                f"the adapter has {key} of shape {tuple(found[key])}, the base model {there}: it was trained on "
+                "another backbone, or on the same one with other out_features. Load it onto the base model "
+                "named in its adapter_config.json, or let e3va_peft.load_adapter(folder_or_repo) rebuild that."
+            )
+        raise ValueError(
+            f"the adapter has {key}, which is neither of its highway nor of what its adapter_config.json names in "
+            "modules_to_save: it would change the frozen base model. Restore the files that were saved together."
+        )
+    missing = sorted(expected.keys() - found.keys())
+    if missing:
+        raise ValueError(
+            f"the adapter lacks {len(missing)} of its {len(expected)} weights, {missing[0]!r} among them, which would "
+            "stay as they were before training. Restore the file that was saved, or download it again."
+        )
 
 
 def _wrap_saved_module(model: nn.Module, name: str, adapter_name: str, active: bool, inference_mode: bool) -> None:

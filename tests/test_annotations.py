@@ -258,6 +258,9 @@ def test_names_of_the_config_replace_those_of_the_file_in_the_order_of_its_ids(t
     assert split.labels == ("Katze", "Hund") and split[0][1].labels.tolist() == [1]
     with pytest.raises(UserError, match=r"data\.labels: has 3 names, the dataset 2"):
         coco(tmp_path, labels=["a", "b", "c"])
+    for labels in (["dog", "cat"], ["dog", "wolf"]):
+        with pytest.raises(UserError, match=r"calls class 0 'dog', and in the dataset that is class 1"):
+            coco(tmp_path, labels=labels)
 
 
 def test_categories_of_the_evaluation_file_are_matched_by_name_not_by_id(tmp_path):

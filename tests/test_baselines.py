@@ -42,7 +42,7 @@ def test_what_is_trained_gets_a_gradient_and_nothing_else_does(case):
     mlp = registered(case.family).branches.get("mlp")
     for method in ("partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand"):
         if method == "adaptformer" and (mlp is None or mlp.computed_by is None):
-            with pytest.raises(UserError, match="no one module of a .* block is an MLP"):
+            with pytest.raises(UserError, match="no one module of a"):
                 adapted(case, method)
             continue
         model = adapted(case, method).train()

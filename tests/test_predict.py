@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,18 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, SegformerImageProcessor
 from typer.testing import CliRunner
 
+import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
 from e3va_peft.training.config import UserError, parse_config
 from e3va_peft.training.data import load_eval_split, load_splits, open_label_map
 from e3va_peft.training.methods import adapt
 from e3va_peft.training.predict import evaluate, load_trained, palette, predict
+from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.models import BY_NAME
 
 LABELS = {0: "ground", 1: "disc", 2: "edge"}
@@ -241,15 +245,63 @@ def test_an_adapter_whose_base_model_is_gone_is_explained(adapters, tmp_path):
         load_trained(str(tmp_path))
 
 
+@pytest.fixture
+def hostile(monkeypatch):
+    """Put an image processor into a folder whose code says that it was run; whoever asks fails the test."""
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asks whether to run the code"))
+
+    def put(folder: Path) -> Path:
+        (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+        processor = {"image_processor_type": "Nope", "auto_map": {"AutoImageProcessor": "evil.Evil"}}
+        (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+        return folder
+
+    return put
+
+
+def test_code_beside_an_adapter_or_a_model_is_neither_run_nor_asked_about(adapters, hostile, tmp_path):
+    for name in ("classifier", "classifier-base"):
+        folder = hostile(Path(shutil.copytree(adapters / name, tmp_path / name)))
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_trained(str(folder))
+        assert not (folder / "ran").exists()
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json names no image processor.*not run unasked"):
+        e3va_peft.load_adapter(tmp_path / "classifier")
+    with pytest.raises(UserError, match=r"preprocessor_config\.json: cannot be read.*author's is not run"):
+        find_processor(str(tmp_path / "classifier-base"))
+
+
+def test_the_code_of_a_model_that_transformers_does_not_know_is_not_run(hostile, tmp_path):
+    hostile(tmp_path)
+    config = {"model_type": "nope", "architectures": ["Evil"], "auto_map": {"AutoConfig": "evil.Evil"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_trained(str(tmp_path))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        find_config(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_names_that_look_like_markup_are_shown_as_they_are(adapters, pictures, tmp_path):
+    folder = Path(shutil.copytree(adapters / "classifier", tmp_path / "classifier"))
+    config = json.loads((folder / "base_config.json").read_text())
+    config["id2label"] = {"0": "[/bold]ground", "1": "[red]disc", "2": "edge[/]"}
+    (folder / "base_config.json").write_text(json.dumps(config))
+    done = CliRunner().invoke(app, ["predict", str(folder), str(pictures), "--output", str(tmp_path / "[x]")])
+    assert done.exit_code == 0, done.output
+    shown = done.output.replace("\n", "")
+    assert all(name in shown for name in (*config["id2label"].values(), f"{tmp_path}/[x]/predictions.json"))
+
+
 def test_a_lora_adapter_without_its_run_is_refused(adapters, tmp_path):
     adapt(BY_NAME["vit-classifier"].base(), {"name": "lora"}).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"holds .*LORA"):
         load_trained(str(tmp_path))
 
 
-def run_folder(tmp_path: Path, method: str = "e3va", **data: Any) -> Path:
+def run_folder(tmp_path: Path, method: str = "e3va", model: str = "m", **data: Any) -> Path:
     (tmp_path / "run").mkdir()
-    values = {"task": "image-classification", "model": "m", "output": str(tmp_path / "run"), "method": method}
+    values = {"task": "image-classification", "model": model, "output": str(tmp_path / "run"), "method": method}
     values |= {"training": {"use_cpu": True, "dataloader_num_workers": 0, "disable_tqdm": True, "seed": 3}}
     config = parse_config(values | {"data": {"source": str(tmp_path / "data")} | data})
     (tmp_path / "run" / "config.yaml").write_text(config.to_yaml())
@@ -262,6 +314,60 @@ def test_a_run_that_is_not_finished_is_refused_with_how_to_go_on(method, tmp_pat
     (run / "checkpoint-5").mkdir()
     with pytest.raises(UserError, match=r"run: holds a run that is not finished.*e3va train"):
         load_trained(str(run))
+
+
+def without(folder: Path, part: str) -> None:
+    """Leave the weights whose names hold `part` out of a folder."""
+    file = next(folder.glob("*model.safetensors"))
+    weights = load_file(file)
+    kept = {name: value for name, value in weights.items() if part not in name}
+    assert kept.keys() != weights.keys()
+    save_file(kept, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["swin.encoder.layers.0", "classifier"])
+def test_a_whole_model_that_lacks_weights_is_refused_by_their_names(part, adapters, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(adapters / "classifier-base", folder)
+    BitImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
+    load_trained(str(folder))
+    without(folder, part)
+    with pytest.raises(UserError, match=rf"model: has no weights for \d+ parameters.*\['{part}.*would be random"):
+        load_trained(str(folder))
+
+
+@pytest.mark.parametrize("part", ["lora_A", "classifier"])
+def test_a_lora_adapter_that_lacks_weights_is_refused_by_their_names(part, adapters, tmp_path):
+    run = run_folder(tmp_path, "lora", model=str(adapters / "classifier-base"))
+    base = BY_NAME[MODELS["classifier"]].base()
+    base.config.id2label, base.config.label2id = LABELS, {v: k for k, v in LABELS.items()}
+    adapt(base, {"name": "lora"}).save_pretrained(run / "adapter")
+    base.config.save_pretrained(run / "adapter")
+    BitImageProcessor(size={"shortest_edge": 32}).save_pretrained(run / "adapter")
+    load_trained(str(run))
+    without(run / "adapter", part)
+    with pytest.raises(UserError, match=rf"adapter: the adapter there lacks \d+ weights, '.*{part}.*Restore the file"):
+        load_trained(str(run))
+
+
+def test_an_adapter_and_a_base_model_that_lack_weights_are_refused_when_they_shall_predict(
+    adapters, pictures, tmp_path
+):
+    for name in ("classifier", "classifier-base"):
+        shutil.copytree(adapters / name, tmp_path / name)
+    config = json.loads((tmp_path / "classifier" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(tmp_path / "classifier-base")
+    (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps(config))
+    assert len(predict(str(tmp_path / "classifier"), [str(pictures)], tmp_path / "found")) == 4
+    for broken, part, words in (
+        ("classifier-base", "swin.encoder.layers.0", r"classifier-base' has no weights for \d+ parameters"),
+        ("classifier", "e3va_highway", r"the adapter lacks \d+ of its \d+ weights"),
+    ):
+        whole = next((tmp_path / broken).glob("*model.safetensors")).read_bytes()
+        without(tmp_path / broken, part)
+        with pytest.raises(UserError, match=rf"classifier: cannot be loaded: .*{words}"):
+            predict(str(tmp_path / "classifier"), [str(pictures)], tmp_path / "other")
+        next((tmp_path / broken).glob("*model.safetensors")).write_bytes(whole)
 
 
 def test_a_run_whose_config_is_broken_is_named(tmp_path):

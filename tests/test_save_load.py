@@ -11,7 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForImageClassification,
@@ -249,6 +249,127 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"the base model no such highway.*out_features"):
         PeftModel.from_pretrained(BY_NAME["swin-early-maps"].base(), tmp_path)
+
+
+def edit(folder, change) -> None:
+    """Change the weights in a folder: `change` takes the mapping."""
+    file = next(folder.glob("*model.safetensors"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def drop(part):
+    """Leave out the weights whose names hold `part`."""
+
+    def change(weights):
+        names = [name for name in weights if part in name]
+        assert names
+        for name in names:
+            del weights[name]
+
+    return change
+
+
+def drop_half(weights):
+    """Leave out every second weight of the highway."""
+    for name in sorted(name for name in weights if "e3va_highway" in name)[::2]:
+        del weights[name]
+
+
+@pytest.fixture
+def adapter(pretrained, tmp_path):
+    """The folder of an adapter whose head has other classes than its base."""
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    get_peft_model(base, E3VAConfig(r=4, init_weights=False)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.mark.parametrize("part", ["swin.encoder.layers.0.blocks.0", "swin.layernorm", "swin.embeddings"])
+def test_a_base_model_that_lacks_weights_of_its_backbone_is_refused_by_their_names(part, adapter, pretrained):
+    e3va_peft.load_adapter(adapter)
+    if part == "swin.layernorm":  # which the adapter brings
+        edit(pretrained, drop(part))
+        e3va_peft.load_adapter(adapter)
+        return
+    edit(pretrained, drop(part))
+    with pytest.raises(ValueError, match=rf"pretrained' has no weights for \d+ parameters, \['{part}.*be random"):
+        e3va_peft.load_adapter(adapter)
+
+
+def test_a_base_model_of_another_size_is_refused(adapter, pretrained):
+    config = BY_NAME["swin-classifier"].base().config
+    config.embed_dim *= 2
+    SwinForImageClassification(config).save_pretrained(pretrained)
+    with pytest.raises(ValueError, match=r"has no weights for \d+ parameters, .*or has them in other sizes"):
+        e3va_peft.load_adapter(adapter)
+
+
+def test_a_backbone_that_lacks_weights_is_refused_where_the_base_was_put_together(tmp_path):
+    torch.manual_seed(0)
+    Dinov2Backbone(dinov2_config(out_features=STAGES)).save_pretrained(tmp_path / "dinov2")
+    base = BY_NAME["dinov2-upernet"].base()
+    base.backbone = Dinov2Backbone.from_pretrained(tmp_path / "dinov2", out_features=STAGES)
+    get_peft_model(base, E3VAConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    e3va_peft.load_adapter(tmp_path / "adapter")
+    edit(tmp_path / "dinov2", drop("layer.1."))
+    with pytest.raises(ValueError, match=r"dinov2' has no weights for \d+ parameters, \['encoder\.layer\.1"):
+        e3va_peft.load_adapter(tmp_path / "adapter")
+
+
+def test_a_new_head_that_was_not_saved_is_missed(pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    get_peft_model(base, E3VAConfig(r=4, modules_to_save=[])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"no weights for 2 parameters, \['classifier.bias', 'classifier.weight'\]"):
+        e3va_peft.load_adapter(tmp_path / "adapter")
+    base = SwinForImageClassification.from_pretrained(pretrained)
+    model = get_peft_model(base, E3VAConfig(r=4, modules_to_save=[], init_weights=False)).eval()
+    model.save_pretrained(tmp_path / "same")  # its head is the base model's
+    again, _ = e3va_peft.load_adapter(tmp_path / "same")
+    batch = BY_NAME["swin-classifier"].batch()
+    assert_same(outputs(again, batch), outputs(model, batch), rtol=0, atol=0)
+
+
+LOADS = {
+    "load_adapter": lambda adapter, base: e3va_peft.load_adapter(adapter),
+    "PeftModel": lambda adapter, base: PeftModel.from_pretrained(base, adapter),
+    "another-name": lambda adapter, base: PeftModel.from_pretrained(base, adapter, adapter_name="other"),
+    "low_cpu_mem_usage": lambda adapter, base: PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=True),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (drop("e3va_highway"), r"the adapter lacks \d+ of its \d+ weights, '.*e3va_highway"),
+        (drop_half, r"the adapter lacks \d+ of its \d+ weights, '.*e3va_highway.*Restore the file"),
+        (
+            lambda weights: weights.update({"base_model.model.swin.embeddings.norm.weight": torch.full((16,), 9.0)}),
+            r"has swin\.embeddings\.norm\.weight, which is neither.*would change the frozen base",
+        ),
+        (
+            lambda weights: weights.update({"base_model.model.swin.encoder.e3va_highway.x.y": torch.ones(1)}),
+            r"has .*e3va_highway.*x\.y of shape \(1,\), the base model no such highway",
+        ),
+        (
+            lambda weights: weights.update({"base_model.model.swin.layernorm.bias": torch.ones(7)}),
+            r"layernorm.*bias of shape \(7,\), the base model one of shape",
+        ),
+    ],
+    ids=["no-highway", "half", "frozen", "too-many", "size"],
+)
+def test_a_file_that_is_not_all_of_an_adapter_and_nothing_else_is_refused(load, change, words, adapter, pretrained):
+    edit(adapter, change)
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=words):
+        load(adapter, base)
+
+
+def test_a_head_that_is_not_in_the_file_is_named(adapter):
+    edit(adapter, drop("classifier"))
+    with pytest.raises(ValueError, match=r"lacks the weights '.*classifier\.\w+', which .* modules_to_save"):
+        e3va_peft.load_adapter(adapter)
 
 
 def test_model_card_opens_with_the_import_and_tells_what_is_inside(pretrained, tmp_path):

@@ -16,7 +16,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -190,6 +190,46 @@ def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path
     assert (tmp_path / "run" / "broken-checkpoint-9").is_dir()
 
 
+@pytest.mark.parametrize("method", ["e3va", "lora"])
+@pytest.mark.parametrize("part", ["highway|lora_A", "classifier"])
+def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_gone_on_from(method, part, tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path) | {"method": method})
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(Stop):
+            train(config)
+    file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
+    weights = {name: value for name, value in load_file(file).items() if not re.search(part, name)}
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"checkpoint-6: the adapter there lacks \d+ weights, '.*may be removed"):
+        train(config)
+
+
+@pytest.mark.parametrize("method", ["e3va", "lora"])
+def test_a_new_head_that_would_be_neither_trained_nor_saved_is_refused(method, tmp_path):
+    values = classify(tmp_path) | {"method": {"name": method, "modules_to_save": []}}
+    with pytest.raises(UserError, match=r"modules_to_save: leaves out \['classifier.weight', 'classifier.bias'\]"):
+        train(parse_config(values))
+    values["method"]["modules_to_save"] = ["classifier"]
+    assert train(parse_config(values))["steps"] == 9
+
+
+def test_a_part_of_a_new_segmenter_that_would_be_neither_trained_nor_saved_is_refused(tmp_path):
+    values = segment(tmp_path) | {"method": {"name": "e3va", "modules_to_save": ["decode_head"]}}
+    with pytest.raises(UserError, match=r"leaves out \['backbone.hidden_states_norms.* which start at random"):
+        train(parse_config(values))
+
+
+def test_a_pretrained_head_may_stay_as_it_is(tmp_path):
+    values = classify(tmp_path, num_train_epochs=1) | {"method": {"name": "e3va", "modules_to_save": []}}
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    config = model.config
+    config.num_labels = 2
+    type(model)(config).save_pretrained(tmp_path / "model")
+    train(parse_config(values))
+    assert load_trained(str(tmp_path / "run")).labels == ("green", "red")
+
+
 def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     values = classify(tmp_path, num_train_epochs=4000, logging_steps=1, eval_strategy="no", save_strategy="no")
     config = write(tmp_path / "config.yaml", values)
@@ -343,6 +383,17 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(tmp_path):
     ):
         done = runner.invoke(app, arguments)
         assert done.exit_code == 1 and words in done.output.replace("\n", " "), (arguments, done.output)
+
+
+def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_are(tmp_path, capsys):
+    values = classify(tmp_path, "[x]", num_train_epochs=1)
+    values["data"]["labels"] = ["[/bold]green", "[red]red"]
+    for path in (tmp_path / "colors" / "test" / "red").iterdir():
+        path.unlink()
+    train(parse_config(values))
+    shown = capsys.readouterr().out
+    assert "the class '[red]red' never occurs" in shown and f"saved: {tmp_path}/[x]/adapter" in shown
+    assert "[/bold]green" in shown
 
 
 def test_help_teaches_by_examples():

@@ -52,6 +52,27 @@ def arguments(base: dict[str, Any] = CLASSIFY, has_eval: bool = True, **training
 
 
 @pytest.mark.parametrize(
+    "data",
+    [
+        {"source": "~/photos", "labels": "~/names.txt"},
+        {"source": "photos", "labels": ["~", "cat"]},
+        {"images": "~/i", "annotations": "~/a.json"},
+        {"images": "~/i", "masks": "~/m"},
+    ],
+    ids=lambda data: " ".join(data),
+)
+def test_a_tilde_is_the_home_folder_in_every_path(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = {"annotations": "object-detection", "masks": "semantic-segmentation"}.get([*data][-1], TASKS[0])
+    config = parsed(task=task, model="~/model", output="~/runs/{method}", data=data)
+    assert (config.model, config.output) == (str(tmp_path / "model"), str(tmp_path / "runs" / "e3va"))
+    for name, value in data.items():
+        expected = value.replace("~", str(tmp_path)) if isinstance(value, str) else value
+        assert getattr(config.data, name) == expected
+    assert parse_config(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
     ("fields", "named", "nearest"),
     [
         ({"modle": "m"}, "modle:", "model"),

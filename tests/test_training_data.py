@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from rich.console import Console
 
 from e3va_peft.training.config import DataConfig, LabelKind, UserError
@@ -323,6 +323,13 @@ def test_names_must_be_two_or_more_and_different(labels, tmp_path):
     refused(replace(mask_folder(tmp_path), labels=labels), "data.labels=", "two or more names", kind="label-map")
 
 
+@pytest.mark.parametrize("labels", [["dog", "cat"], ["dog", "wolf"], ["bird", "cat"]])
+def test_a_class_does_not_get_the_name_of_another_one(labels, tmp_path):
+    config = DataConfig(source=str(image_folder(tmp_path / "photos")), labels=labels)
+    refused(config, "data.labels: calls class", "in the dataset that is class", "['cat', 'dog']", "rename them")
+    assert single(replace(config, labels=["cat", "wolf"])).labels == ("cat", "wolf")
+
+
 def test_the_number_of_names_must_be_that_of_the_dataset(tmp_path):
     config = DataConfig(source=str(image_folder(tmp_path / "photos")), labels=["cat", "dog", "cow"])
     refused(config, "data.labels: has 3 names", "2 classes: ['cat', 'dog']")
@@ -482,6 +489,22 @@ def test_a_broken_image_inside_parquet_is_named_by_split_and_row(tmp_path):
     rows = {"image": [of(picture()), {"bytes": b"junk", "path": "x.png"}], "label": [0, 1]}
     config = parquet(tmp_path, train=datasets.Dataset.from_dict(rows, features=features))
     broken(single(config), f"{config.source}, train, row 1 (x.png): cannot be read as an image")
+
+
+@pytest.mark.parametrize("form", ["EPS", "PPM", "ICO"])
+def test_a_file_of_another_format_is_refused_whatever_it_is_called(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: pytest.fail("it was run"))
+    image_folder(tmp_path / "photos")
+    path = sorted((tmp_path / "photos" / "train").rglob("*.png"))[0]
+    Image.new("RGB", (16, 16)).save(path, format=form)
+    split = single(DataConfig(source=str(tmp_path / "photos")))
+    broken(split, str(path), "cannot be read as an image", "save it as one of BMP, GIF, JPEG")
+
+
+def test_a_jpeg_of_several_pictures_is_read_as_the_first(tmp_path):
+    first, file = picture(), tmp_path / "x.jpg"
+    first.save(file, format="MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))])
+    assert open_image({"bytes": file.read_bytes()}, "x").size == first.size
 
 
 def test_all_broken_files_are_named_at_once_up_to_ten(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader
@@ -186,14 +187,15 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
     adapter = folder / "adapter"
     record_metrics(cast(PeftModel, model), {"mean_iou": results[-1].mean_iou})
     cast(PeftModel, model).save_pretrained(str(adapter))
-    console.print(f"saved the adapter to {adapter} ({_megabytes(adapter):.1f} MB); loading it in a fresh process")
+    size = f"{_megabytes(adapter):.1f} MB"
+    console.print(f"saved the adapter to {escape(str(adapter))} ({size}); loading it in a fresh process")
     again = reload_in_a_fresh_process(adapter, folder / "reloaded.npy")
     if not np.array_equal(again, predictions["E3VA"].numpy()):
         raise RuntimeError(f"the adapter in {adapter} predicts otherwise in a fresh process than before it was saved.")
     (folder / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=2))
     draw(folder / "predictions.png", test_slices, predictions, results)
     console.print(table(results))
-    console.print(f"reloaded adapter: same predictions. Look at {folder / 'predictions.png'}")
+    console.print(escape(f"reloaded adapter: same predictions. Look at {folder / 'predictions.png'}"))
     return results
 
 

@@ -21,8 +21,9 @@ from e3va_peft.measure.report import Row, write_report
 from e3va_peft.measure.step import StepReport, measure_step
 from e3va_peft.training.config import RunConfig, UserError, nearest, read_config
 from e3va_peft.training.data import Examples, Split, load_splits
+from e3va_peft.training.folder import checkpoints, finished
 from e3va_peft.training.methods import trained_whole
-from e3va_peft.training.run import build_arguments, finished, train, verify
+from e3va_peft.training.run import build_arguments, train, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -100,7 +101,7 @@ def read_comparison(
     learned = {name: BASELINES[name].learning_rate for name in names}
     if "learning_rate" in config.training and config.method_name in learned:
         learned[config.method_name] = config.training["learning_rate"]
-    return Comparison(config, Path(output), names, _seeds(seeds), learned | _rates(rates, names))
+    return Comparison(config, Path(output).expanduser(), names, _seeds(seeds), learned | _rates(rates, names))
 
 
 def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
@@ -147,7 +148,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
 
 def _drop_checkpoints(run: Path) -> None:
     """Remove what only a run that is not finished needs: for large models it fills a disk."""
-    for path in run.glob("checkpoint-*"):
+    for path in checkpoints(run).values():
         shutil.rmtree(path)
 
 

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from e3va_peft.measure.plots import draw_tradeoff
 from e3va_peft.measure.step import MIB
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.run import plain, versions, write_whole
+from e3va_peft.training.folder import write_whole
+from e3va_peft.training.run import plain, versions
 
 TABLE, JSON = "compare.md", "compare.json"
 MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"
@@ -109,7 +111,7 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
     for row in rows:
         table.add_row(*row.cells())
     console.print(table)
-    console.print(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}")
+    console.print(escape(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}"))
 
 
 def machine() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +20,7 @@ def plan_table(plan: Plan) -> Table:
     if plan.memory is not None:
         title += f", on {plan.memory / GIB:.3g} GiB"
     caption = "in GiB: peak = weights + gradients + AdamW + activations; needs: with CUDA context and allocator"
-    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
+    table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     table.add_column("trains", no_wrap=True)
     columns = ["trained, M", "peak", "weights", "grads", "AdamW", "activ.", "needs"]

@@ -65,7 +65,7 @@ def find_objects(config: DataConfig) -> tuple[dict[str, Any], Reader]:
     """
     if config.annotations is not None:
         return _coco_files(config), _read_coco
-    folders = _voc_folders(Path(str(config.source)).expanduser())
+    folders = _voc_folders(Path(str(config.source)))
     if folders:
         return _voc_lists(config, folders), _read_voc
     return load_dataset(config), _read_tables
@@ -78,7 +78,7 @@ def _coco_files(config: DataConfig) -> dict[str, tuple[Path, Path]]:
     """Find the annotation file and the folder of images of each split."""
     annotations, images = str(config.annotations), str(config.images)
     if "{split}" not in annotations:
-        if not Path(annotations).expanduser().is_file():
+        if not Path(annotations).is_file():
             raise UserError(f"data.annotations={annotations!r}: no such file (from {Path.cwd()}).")
         return {"train": _coco_split(annotations, images)}
     names = [name for name in (config.train_split, config.eval_split, *TRAIN, *EVAL) if name is not None]
@@ -95,7 +95,7 @@ def _coco_files(config: DataConfig) -> dict[str, tuple[Path, Path]]:
 
 
 def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
-    return Path(annotations).expanduser(), Path(images).expanduser()
+    return Path(annotations), Path(images)
 
 
 def _read_coco(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,6 +115,12 @@ class DataConfig:
     eval_samples: int | None = None
     verify: bool = True
 
+    def __post_init__(self) -> None:
+        for name in ("source", "images", "masks", "annotations", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
+
 
 @dataclass
 class AugmentConfig:
@@ -145,7 +152,8 @@ class RunConfig:
         head: The head of a backbone alone. Semantic segmentation: `upernet` (default) or `mask2former`; object
             detection: `retinanet` (default), `faster-rcnn` or `cascade-rcnn`; instance segmentation:
             `cascade-mask-rcnn` (default), `mask-rcnn` or `mask2former`.
-        output: Folder of the run; `{method}` in it stands for the method's name.
+        output: Folder of the run; `{method}` in it stands for the method's name. A `~` at the beginning of this and of
+            every other path is the home folder.
         data: Where images and labels are.
         method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of its PEFT config.
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
@@ -169,6 +177,10 @@ class RunConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     lr_steps: list[float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # once and here: what writes into a folder must not differ in where ~ is
+        self.model, self.output = os.path.expanduser(self.model), os.path.expanduser(self.output)
 
     @property
     def method_name(self) -> str:

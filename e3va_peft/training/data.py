@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from e3va_peft.training.annotations import Reader, find_objects
@@ -38,6 +38,9 @@ from e3va_peft.training.sources import (
     source_of,
     undecoded,
 )
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is opened, whatever a file is called. Of what Pillow knows besides, EPS would start Ghostscript."""
 
 _CLASS_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 _MASK_COLUMNS = ("label", "labels", "annotation", "mask", "masks", "semantic_mask", "segmentation_mask")
@@ -394,11 +397,12 @@ def _few(names: Sequence[str]) -> str:
 def _open(item: dict[str, Any], where: str) -> Image.Image:
     data = item.get("bytes")
     try:
-        return Image.open(BytesIO(data) if data is not None else item["path"])
+        return Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{where}: is not there any more. Restore it, or remove its row or label map.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: cannot be read as an image ({error}). Replace it, or remove it.") from None
+        hint = f", save it as one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
+        raise UserError(f"{where}: cannot be read as an image ({error}). Replace it{hint}, or remove it.") from None
 
 
 def _decoded(item: dict[str, Any], where: str) -> Image.Image:
@@ -436,7 +440,7 @@ def _read_labels(
 
 def _folder_pair(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Pair the images and label maps of two folders with equal sub-folders and file names (ADE20K layout)."""
-    images, masks = Path(str(config.images)).expanduser(), Path(str(config.masks)).expanduser()
+    images, masks = Path(str(config.images)), Path(str(config.masks))
     for name, folder in (("images", images), ("masks", masks)):
         if not folder.is_dir():
             raise UserError(f"data.{name}={str(folder)!r}: no such folder (from {Path.cwd()}).")

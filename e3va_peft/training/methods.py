@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
@@ -42,6 +43,34 @@ def adapt(model: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise UserError(f"method={name}: {error}") from error
     return head_only(model) if name == "head-only" else model.requires_grad_(True)
+
+
+def refuse_lost(adapted: nn.Module, new: Sequence[str]) -> None:
+    """Refuse to train beside parameters that start at random and that nothing would keep.
+
+    A whole model is saved with all it has; of an adapter's base only what it trains.
+
+    Args:
+        adapted: What `adapt` returned.
+        new: Names of the parameters of its base that no checkpoint gave their values.
+
+    Raises:
+        UserError: Some of them are neither trained nor saved.
+    """
+    if not isinstance(adapted, PeftModel):
+        return
+    base, config = adapted.get_base_model(), adapted.peft_config["default"]
+    saved = {name for name, module in base.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    saved |= set(config.modules_to_save or ()) if isinstance(config, E3VAConfig) else set()  # also in the exits
+    unused = {name for found in find_exits(base) for name in found.site.unused}
+    kept = tuple(f"{name}." for name in saved | unused)
+    lost = [name for name in new if not name.startswith(kept)]
+    if lost:
+        raise UserError(
+            f"method.modules_to_save: leaves out {lost[:3]}{' and more' if len(lost) > 3 else ''}, which start at "
+            "random, because the model has no weights for them or for other classes; they would be neither trained "
+            "nor saved. Name their modules, or leave modules_to_save out to train everything outside the backbone."
+        )
 
 
 def lora_config(model: nn.Module, **options: Any) -> LoraConfig:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import transformers
 from matplotlib import font_manager
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -26,14 +26,15 @@ from e3va_peft.detection import Detector
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig, UserError
 from e3va_peft.training.data import Examples, load_eval_split, open_image
+from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.objects import Detections, Objects, decode_mask
-from e3va_peft.training.run import ADAPTER, CONFIG, MODEL, build_arguments, plain, read_run
+from e3va_peft.training.run import build_arguments, plain
 from e3va_peft.training.sources import IMAGE_SUFFIXES, class_names
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import forward_extras
+from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
-from e3va_peft.training.trainer import VisionTrainer
+from e3va_peft.training.trainer import VisionTrainer, refuse_other_weights
 
 _OPACITY = 0.5
 _FONT = "DejaVu Sans"  # which matplotlib brings along
@@ -130,19 +131,34 @@ def _class_names(config: Any) -> tuple[str, ...]:
 
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
     if folder is not None and config is not None and config.method_name == "lora":
-        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder)))
-        return PeftModel.from_pretrained(base, folder), AutoImageProcessor.from_pretrained(folder)
+        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
+        model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
+        refuse_other_weights(model, folder)
+        model.load_adapter(str(folder), "default")
+        return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
-    architecture = (AutoConfig.from_pretrained(folder).architectures or [""])[0]
+    architecture = (AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""])[0]
     cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
     if cls is None:
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
-    return cls.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+    return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+
+
+def _whole(cls: Any, folder: Path) -> Any:
+    """Load a model of which every weight must be there."""
+    model, report = cls.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    absent = sorted(absent_weights(report))
+    if absent:
+        raise UserError(
+            f"{folder}: has no weights for {len(absent)} parameters of the model, {absent[:3]} among them, or has "
+            "them in other sizes: they would be random. Restore the files that were saved together."
+        )
+    return model
 
 
 def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, Any], tuple[str, ...]]:

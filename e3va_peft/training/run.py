@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import time
@@ -31,18 +30,29 @@ from transformers import TrainingArguments, set_seed
 
 from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
-from e3va_peft.training.config import METHODS, RunConfig, UserError, read_config, reason
+from e3va_peft.training.config import RunConfig, UserError, reason
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
-from e3va_peft.training.methods import LEARNING_RATES, adapt
+from e3va_peft.training.folder import (
+    ADAPTER,
+    CURVES,
+    DRAFT,
+    METRICS,
+    MODEL,
+    begin,
+    check_output,
+    checkpoints,
+    locked,
+    place,
+    remove_replaced,
+    write_whole,
+)
+from e3va_peft.training.methods import LEARNING_RATES, adapt, refuse_lost
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
+from e3va_peft.training.tasks.base import new_parameters
 from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
 
-CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
-ADAPTER, MODEL = "adapter", "model"
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _FULL_DISK = (  # what Python, safetensors and torch.save say
     "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
 )  # fmt: skip
@@ -62,7 +72,8 @@ def train(
 
     Args:
         config: The run.
-        overwrite: Throw away what an earlier run left in `config.output`.
+        overwrite: Replace what an earlier run left in `config.output`. It is put aside when all is ready to train, and
+            removed when this run is saved.
         adapt: Makes the model trainable by `config.method`, which may then be one that `e3va train` does not have.
 
     Returns:
@@ -70,17 +81,26 @@ def train(
 
     Raises:
         UserError: Something in config, data or machine must be mended first; the message says what.
-        FileExistsError: `config.output` holds a finished or another run.
+        FileExistsError: `config.output` holds a finished or another run, one that is training, or something else.
         Interrupted: Ctrl-C was pressed; the checkpoint is saved.
     """
-    output = Path(config.output)
     # as TrainingArguments will set it up: a launcher's processes without accelerator find each other by gloo
     state = PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
+    if not state.is_main_process:
+        return _train(config, overwrite, adapt, state)
+    check_output(Path(config.output), config, overwrite)
+    with locked(Path(config.output)):
+        return _train(config, overwrite, adapt, state)
+
+
+def _train(
+    config: RunConfig, overwrite: bool, adapt: Callable[[nn.Module, Mapping[str, Any]], nn.Module], state: PartialState
+) -> dict[str, Any]:
+    """Train in a folder that is this run's alone. See `train`."""
+    output = Path(config.output)
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
-    if state.is_main_process:
-        _open_output(output, config, overwrite)
     with state.main_process_first():  # it puts broken ones aside before the others look
-        checkpoint = last_checkpoint(output, console)
+        checkpoint = None if overwrite else last_checkpoint(output, console)
     task = task_of(config)
     with state.main_process_first():
         split, eval_split = load_splits(config.data, task.label_kind, config.seed)
@@ -91,8 +111,9 @@ def train(
     hub = _check_hub(config, arguments) if state.is_main_process else None
     set_seed(arguments.seed)
     model = task.build_model(split.labels)
-    processor = task.build_processor()
+    processor, new = task.build_processor(), new_parameters(model)
     adapted = adapt(model, config.method)
+    refuse_lost(adapted, new)
     _check_disk(output, adapted)
     interrupt = StopOnInterrupt()
     callbacks = [interrupt, Progress(task.main_metric, quiet=arguments.disable_tqdm)]
@@ -111,12 +132,15 @@ def train(
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     scored_on = len(eval_split) if eval_split is not None else 0
     console.print(
-        f"{config.method_name} on {config.model} ({type(model).__name__}): {trained:,d} trained parameters, "
+        f"{config.method_name} on {escape(config.model)} ({type(model).__name__}): {trained:,d} trained parameters, "
         f"{len(split):,d} images to train on, {scored_on:,d} to evaluate on, on {arguments.device}"
         + (f", {arguments.world_size} processes" if arguments.world_size > 1 else "")
     )
     if checkpoint is not None:
-        console.print(f"going on from {checkpoint}")
+        console.print(f"going on from {escape(str(checkpoint))}")
+    with state.main_process_first(), _full_disk_explained(output, state):
+        if state.is_main_process:
+            begin(output, config, overwrite, console)
     start = time.perf_counter()
     try:
         with _full_disk_explained(output, state):
@@ -126,7 +150,7 @@ def train(
     if interrupt.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {output}. The same "
-            "command goes on from there."
+            f"command{' without --overwrite' if overwrite else ''} goes on from there."
         )
     seconds = time.perf_counter() - start
     last = trainer.state.log_history[-2:]  # an evaluation's entry, and the summary of the training
@@ -136,10 +160,10 @@ def train(
     record = _record(config, trainer, split, trained, seconds, resumed=checkpoint is not None)
     if state.is_main_process:
         with _full_disk_explained(output, state):
-            folder = _save(output, adapted, processor, record)
+            folder = _save(output, adapted, processor, record, console)
         if eval_split is not None:
             console.print(metrics_table(trainer.scores, split.labels))
-        console.print(f"saved: {folder}, {output / METRICS}, {output / CURVES}")
+        console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}"))
         if hub is not None:
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
@@ -209,12 +233,13 @@ def verify(splits: Sequence[Split | None], console: Console) -> None:
             continue
         notes: list[str] = []
         with progress.Progress(console=console, transient=True) as bars:
-            task = bars.add_task(f"checking {split.name}", total=len(split))
+            task = bars.add_task(f"checking {escape(split.name)}", total=len(split))
             counts = split.verify(partial(bars.advance, task), notes.append)
         for note in notes:
             console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
         for name in missing_classes(counts, split.labels):
-            console.print(f"[yellow]warning[/yellow]: the class {name!r} never occurs in {split.name}.")
+            note = f"the class {name!r} never occurs in {split.name}"
+            console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
 
 
 def last_checkpoint(output: Path, console: Console) -> Path | None:
@@ -224,7 +249,7 @@ def last_checkpoint(output: Path, console: Console) -> Path | None:
         output: Folder of the run.
         console: Where to say it.
     """
-    found = {int(m[1]): path for path in output.glob("checkpoint-*") if (m := _CHECKPOINT.fullmatch(path.name))}
+    found = checkpoints(output)
     for step in sorted(found, reverse=True):
         broken = _what_is_broken(found[step])
         if broken is None:
@@ -232,7 +257,8 @@ def last_checkpoint(output: Path, console: Console) -> Path | None:
         aside = found[step].with_name(f"broken-{found[step].name}")
         shutil.rmtree(aside, ignore_errors=True)
         found[step].rename(aside)
-        console.print(f"[yellow]warning[/yellow]: {found[step]} was cut short ({broken}); put aside as {aside.name}.")
+        note = f"{found[step]} was cut short ({broken}); put aside as {aside.name}"
+        console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
     return None
 
 
@@ -257,46 +283,6 @@ def _what_is_broken(checkpoint: Path) -> str | None:
     return None
 
 
-def read_run(run: Path, methods: Sequence[str] = METHODS) -> RunConfig:
-    """Read the config of a run from its folder.
-
-    Args:
-        run: The folder.
-        methods: Names of the methods there are.
-
-    Raises:
-        UserError: It is no folder of a run.
-    """
-    if not (run / CONFIG).is_file():
-        raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
-    return read_config(run / CONFIG, methods=methods)
-
-
-def finished(config: RunConfig) -> dict[str, Any] | None:
-    """Return what is in `metrics.json` of a run that is finished; None where it is not.
-
-    Raises:
-        FileExistsError: `config.output` holds a run with other settings.
-    """
-    output = Path(config.output)
-    if not (output / METRICS).is_file():
-        return None
-    _check_settings(output, config)
-    record: dict[str, Any] = json.loads((output / METRICS).read_text(encoding="utf-8"))
-    return record
-
-
-def _check_settings(output: Path, config: RunConfig) -> None:
-    before = read_run(output, (*METHODS, config.method_name))
-    changed = _differences(before.to_dict(), config.to_dict())
-    if changed:
-        raise FileExistsError(
-            f"output={str(output)!r}: holds a run with other settings:\n  "
-            + "\n  ".join(changed)
-            + "\nChoose another output, take the settings back to go on, or --overwrite."
-        )
-
-
 def push(folder: Path, repo_id: str, token: str | None, console: Console) -> None:
     """Upload an adapter's folder to a repository on the Hub, in one commit.
 
@@ -311,7 +297,7 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
             f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."
         ) from None
-    console.print(f"pushed to {api.endpoint}/{repo_id}")
+    console.print(escape(f"pushed to {api.endpoint}/{repo_id}"))
 
 
 def _check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
@@ -331,49 +317,6 @@ def _check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
             "with `hf auth login`, or set training.push_to_hub: false."
         ) from None
     return repo_id
-
-
-def _open_output(output: Path, config: RunConfig, overwrite: bool) -> None:
-    """Make the run's folder and write its config; refuse a folder that holds another or a finished run."""
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
-    ours = (output / CONFIG).is_file()
-    if overwrite and ours:
-        _clear(output)
-    if (output / CONFIG).is_file():
-        if (output / METRICS).is_file() or any(output.glob("checkpoint-*")):
-            _check_settings(output, config)
-        if (output / METRICS).is_file():
-            raise FileExistsError(
-                f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
-                "again."
-            )
-    elif not ours and output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"output={str(output)!r}: is not empty and holds no run. Choose another folder.")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / CONFIG, config.to_yaml())
-    except OSError as error:
-        raise UserError(f"output={str(output)!r}: cannot be written ({error}). Choose another folder.") from None
-
-
-def _clear(output: Path) -> None:
-    """Remove what a run wrote, and nothing else."""
-    for path in [*output.glob("checkpoint-*"), *output.glob("broken-checkpoint-*"), output / ADAPTER, output / MODEL]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (METRICS, CURVES, CONFIG):
-        (output / name).unlink(missing_ok=True)
-
-
-def _differences(before: Any, after: Any, name: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        keys = [*before, *(key for key in after if key not in before)]
-        return [
-            line
-            for key in keys
-            for line in _differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
-        ]
-    return [] if before == after else [f"{name}: {before!r} there, {after!r} now"]
 
 
 def _check_disk(output: Path, model: nn.Module) -> None:
@@ -398,7 +341,7 @@ def _full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
         if not _is_full_disk(error):
             raise
         if state.is_main_process:
-            for path in output.glob("checkpoint-*"):
+            for path in checkpoints(output).values():
                 if _what_is_broken(path) is not None:
                     shutil.rmtree(path, ignore_errors=True)
         free = shutil.disk_usage(output).free / 1e6
@@ -448,11 +391,10 @@ def versions(*more: str) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
-def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> Path:
+def _save(output: Path, model: Any, processor: Any, record: dict[str, Any], console: Console) -> Path:
     """Save model and image processor, then the metrics, whose presence marks the run as finished."""
     adapter = isinstance(model, PeftModel)
-    folder = output / (ADAPTER if adapter else MODEL)
-    draft = output / f".{folder.name}"
+    draft = output / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     processor.save_pretrained(draft)
     if adapter and isinstance(model.peft_config["default"], E3VAConfig):
@@ -461,9 +403,9 @@ def _save(output: Path, model: Any, processor: Any, record: dict[str, Any]) -> P
     elif adapter:
         model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
     model.save_pretrained(str(draft))
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    folder = place(output, draft, ADAPTER if adapter else MODEL, console)
     write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
+    remove_replaced(output)
     return folder
 
 
@@ -478,10 +420,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and value != value:
         return None
     return value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

@@ -27,7 +27,7 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
         UserError: It is none of these, or not there.
     """
     source = str(config.source)
-    path = Path(source).expanduser()
+    path = Path(source)
     try:
         if path.is_file() and path.suffix == ".parquet":
             return dict(datasets.load_dataset("parquet", data_files=str(path)))
@@ -130,18 +130,20 @@ def class_names(config: DataConfig, known: Sequence[str] | None) -> list[str] | 
     """Return the class names that the config gives, else those that the dataset knows, else None.
 
     Raises:
-        UserError: The config has another number of names than the dataset, or the same in another order.
+        UserError: The config has another number of names than the dataset, or gives a class the name of another one.
     """
     if config.labels is None:
         return list(known) if known is not None else None
     labels = _given_labels(config.labels)
     if known is not None and len(labels) != len(known):
         raise UserError(f"data.labels: has {len(labels)} names, the dataset {len(known)} classes: {list(known)}.")
-    if known is not None and set(labels) == set(known) and labels != list(known):
-        raise UserError(
-            f"data.labels: has the dataset's names in another order. Its classes are numbered {list(known)}; leave "
-            "data.labels out, or rename them in this order."
-        )
+    for i, name in enumerate(labels if known is not None else ()):
+        if known is not None and name != known[i] and name in known:
+            raise UserError(
+                f"data.labels: calls class {i} {name!r}, and in the dataset that is class {list(known).index(name)}: "
+                f"images would get another class. It has its names in the order {list(known)[:20]}; leave data.labels "
+                "out, or rename them in this order, to names that it does not have."
+            )
     return labels
 
 
@@ -221,7 +223,7 @@ def _given_labels(given: list[str] | str | int) -> list[str]:
         return [str(i) for i in range(given)]
     if isinstance(given, list):
         return [str(name) for name in given]
-    path = Path(given).expanduser()
+    path = Path(given)
     if not path.is_file():
         raise UserError(
             f"data.labels={given!r}: no such file. Write the names as a list, or a file of one name a line."

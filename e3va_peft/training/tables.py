@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 _SHOWN = 30  # classes
@@ -30,7 +31,7 @@ def metrics_table(scores: Mapping[str, Any], labels: Sequence[str]) -> Group:
         table.add_column(class_metric(name), justify="right")
     for i, label in enumerate(labels[:_SHOWN]):
         cells = ["-" if math.isnan(values[i]) else f"{values[i]:.4f}" for values in per_class.values()]
-        table.add_row(label, *cells)
+        table.add_row(escape(label), *cells)
     if len(labels) > _SHOWN:
         table.add_row(f"... and {len(labels) - _SHOWN} more in metrics.json", *["" for _ in per_class])
     overall = "  ".join(f"{name} {value:.4f}" for name, value in scores.items() if isinstance(value, float))

@@ -13,6 +13,8 @@ from types import FrameType
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
@@ -131,6 +133,9 @@ class VisionTrainer(Trainer):
         if isinstance(target, PreTrainedModel):
             _load_saved(target, resume_from_checkpoint)
         else:
+            bare = self.accelerator.unwrap_model(target)
+            if isinstance(bare, PeftModel):
+                refuse_other_weights(bare, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -155,6 +160,22 @@ def _load_saved(model: PreTrainedModel, folder: str) -> None:
     """Load a whole model's weights from a checkpoint. Every key must be there: Trainer lets missing ones pass."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     model.load_state_dict({name: value for path in files for name, value in load_file(path).items()})
+
+
+def refuse_other_weights(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter's file with other weights than the model trains: PEFT lets missing ones pass with a warning.
+
+    Raises:
+        UserError: Weights are missing there, or there are others.
+    """
+    expected = set(get_peft_model_state_dict(model, save_embedding_layers=False))  # "auto" would ask the Hub
+    found = set(load_peft_weights(str(folder), device="cpu"))
+    for names, what in ((expected - found, "lacks"), (found - expected, "has, and should not,")):
+        if names:
+            raise UserError(
+                f"{folder}: the adapter there {what} {len(names)} weights, {min(names)!r} among them. Restore the "
+                "file that was saved; a checkpoint may be removed, and the run goes on from the one before."
+            )
 
 
 class Progress(ProgressCallback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,14 +14,17 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import cached_file, logging
 
+from e3va_peft.card import PROCESSOR
 from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
+
+_ABSENT = "_e3va_absent"  # attribute of a model: the weights that its checkpoint did not have
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
@@ -144,7 +148,7 @@ def find_config(model: str) -> Any:
         UserError: There is no such model.
     """
     with _clear_errors(model):
-        return AutoConfig.from_pretrained(model)
+        return AutoConfig.from_pretrained(model, trust_remote_code=False)
 
 
 def name_classes(config: Any, labels: Sequence[str]) -> None:
@@ -248,14 +252,18 @@ def find_processor(model: str) -> Any:
         UserError: Its file is there and broken.
     """
     try:
-        return AutoImageProcessor.from_pretrained(model)
+        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        file = Path(model).expanduser() / "preprocessor_config.json"
-        if file.is_file():
-            raise UserError(
-                f"{file}: cannot be read ({error}). Mend it, or remove it for ImageNet's values."
-            ) from None
-        return None
+        file = None
+        with contextlib.suppress(OSError):  # no such model: its own loading says so
+            file = cached_file(model, PROCESSOR, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            return None
+        place = file if Path(model).is_dir() else f"{PROCESSOR} of {model}"
+        raise UserError(
+            f"{place}: cannot be read ({reason(error)}). Mend it, or remove it for ImageNet's values, for a model on "
+            "the Hub in a folder of your own. Code of its author's is not run."
+        ) from None
 
 
 def kept_options(found: Any) -> dict[str, Any]:
@@ -309,11 +317,12 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
     try:
         with _clear_errors(source):
             model, report = cls.from_pretrained(
-                source, ignore_mismatched_sizes=True, output_loading_info=True, **options
+                source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
             )
     finally:
         logging.set_verbosity(verbosity)
-    absent = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
+    absent = absent_weights(report)
+    setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]
     if missing:
         raise UserError(
@@ -322,6 +331,21 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
             "model_options that change its sizes."
         )
     return model
+
+
+def absent_weights(report: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names that `from_pretrained` found no weights for, or in other sizes, by its loading info."""
+    return frozenset([*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])])
+
+
+def new_parameters(model: nn.Module) -> list[str]:
+    """Return the names of the parameters of a model, as a task builds it, that no checkpoint gave their values."""
+    loaded: set[int] = set()
+    for module in model.modules():
+        absent = module.__dict__.get(_ABSENT)
+        if absent is not None:
+            loaded |= {id(parameter) for name, parameter in module.named_parameters() if name not in absent}
+    return [name for name, parameter in model.named_parameters() if id(parameter) not in loaded]
 
 
 def load_backbone(cls: Any, source: str, config: Any, **options: Any) -> Any:

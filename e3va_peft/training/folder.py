@@ -1,0 +1,339 @@
+"""The folder of a run: whose it is, who is training in it, and what is put aside before anything is replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.markup import escape
+
+from e3va_peft.training.config import METHODS, RunConfig, UserError, read_config, read_text
+
+CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
+ADAPTER, MODEL = "adapter", "model"
+MARKER, LOCK, DRAFT = ".e3va-run", ".e3va-lock", ".e3va-draft"
+
+_CHECKPOINT, _BROKEN = re.compile(r"checkpoint-(\d+)"), re.compile(r"broken-checkpoint-(\d+)")
+_OLD = ".old-"
+_held: set[Path] = set()  # the locks of this process
+
+
+def read_run(run: Path, methods: Sequence[str] = METHODS) -> RunConfig:
+    """Read the config of a run from its folder.
+
+    Args:
+        run: The folder.
+        methods: Names of the methods there are.
+
+    Raises:
+        UserError: It is no folder of a run.
+    """
+    if not (run / CONFIG).is_file():
+        raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
+    return read_config(run / CONFIG, methods=methods)
+
+
+def finished(config: RunConfig) -> dict[str, Any] | None:
+    """Return what is in `metrics.json` of a run that is finished; None where it is not.
+
+    Raises:
+        FileExistsError: `config.output` holds a run with other settings.
+    """
+    output = Path(config.output)
+    if not (output / METRICS).is_file():
+        return None
+    _check_settings(output, config)
+    record: dict[str, Any] = json.loads((output / METRICS).read_text(encoding="utf-8"))
+    return record
+
+
+def checkpoints(output: Path) -> dict[int, Path]:
+    """Return the checkpoints in a run's folder by their step: folders whose name is Trainer's, and no others."""
+    return _numbered(output, _CHECKPOINT)
+
+
+def _numbered(output: Path, name: re.Pattern[str]) -> dict[int, Path]:
+    found = output.iterdir() if output.is_dir() else iter(())
+    return {int(match[1]): path for path in found if (match := name.fullmatch(path.name)) and path.is_dir()}
+
+
+def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
+    """Refuse a folder that is no run's, or that holds another or a finished run. Nothing is changed.
+
+    A run's folder has the marker that only `e3va train` writes, and a config that it can read. A `config.yaml` alone,
+    a name that many programs use, says nothing.
+
+    Args:
+        output: The folder.
+        config: The run that shall go there.
+        overwrite: A run that is there shall be replaced.
+
+    Raises:
+        UserError: It is a file, or the config there is broken.
+        FileExistsError: It is not free for this run.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    if not output.is_dir() or all(_is_ours(path) for path in output.iterdir()):
+        return
+    if not (output / MARKER).is_file() or not (output / CONFIG).is_file():
+        raise FileExistsError(
+            f"output={str(output)!r}: is not empty and holds no run: there is no {MARKER} with a {CONFIG}. Choose "
+            f"another folder.{_hint(output)}"
+        )
+    before = read_run(output, (*METHODS, config.method_name))
+    if overwrite:
+        return
+    if (output / METRICS).is_file() or checkpoints(output):
+        _refuse_changes(output, before, config)
+    if (output / METRICS).is_file():
+        raise FileExistsError(
+            f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
+            "again."
+        )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a path is what a start that did not come to train may have left."""
+    return path.name in (MARKER, LOCK, DRAFT) or _is_replaced(path)
+
+
+def _hint(output: Path) -> str:
+    """Say what to do with a run that was written before there was a marker."""
+    try:
+        read_run(output)
+    except UserError:
+        return ""
+    return f" If an earlier version of `e3va train` wrote all that is in it, put an empty file {MARKER} there."
+
+
+def protect_source(source: str | Path, config: RunConfig, overwrite: bool) -> None:
+    """Refuse to write a run's config over the file that it was read from, unless nothing of that would change.
+
+    Args:
+        source: What the config was read from.
+        config: The run.
+        overwrite: A run that is in its folder shall be replaced.
+
+    Raises:
+        UserError: The file is in the run's folder, where `e3va train` would change it.
+    """
+    output = Path(config.output)
+    file, own = Path(source), output / CONFIG
+    if not file.is_file() or not own.is_file() or not file.samefile(own):
+        return
+    kept = read_text(file) == config.to_yaml()
+    if not overwrite and not kept:
+        kept = _says(output, config)
+    if not kept or not (output / MARKER).is_file():
+        raise UserError(
+            f"config={str(source)!r}: is in output={str(output)!r}, where the run writes a {CONFIG} of its own, and "
+            "yours would be lost. Choose another output, or move the file elsewhere and name it there."
+        )
+
+
+def _check_settings(output: Path, config: RunConfig) -> None:
+    _refuse_changes(output, read_run(output, (*METHODS, config.method_name)), config)
+
+
+def _says(output: Path, config: RunConfig) -> bool:
+    """Whether the config in a run's folder is this one."""
+    return read_run(output, (*METHODS, config.method_name)).to_dict() == config.to_dict()
+
+
+def _refuse_changes(output: Path, before: RunConfig, config: RunConfig) -> None:
+    changed = _differences(before.to_dict(), config.to_dict())
+    if changed:
+        raise FileExistsError(
+            f"output={str(output)!r}: holds a run with other settings:\n  "
+            + "\n  ".join(changed)
+            + "\nChoose another output, take the settings back to go on, or --overwrite."
+        )
+
+
+def _differences(before: Any, after: Any, name: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = [*before, *(key for key in after if key not in before)]
+        return [
+            line
+            for key in keys
+            for line in _differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if before == after else [f"{name}: {before!r} there, {after!r} now"]
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold a run's folder, which is made where it is not there, against other runs.
+
+    The lock is a file with process id and host. One whose process is dead is taken over.
+
+    Raises:
+        UserError: The folder cannot be written.
+        FileExistsError: Another run holds it.
+    """
+    made = not output.exists()
+    path = output.resolve() / LOCK
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        _acquire(path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(f"output={str(output)!r}: cannot be written ({error}). Choose another folder.") from None
+    _held.add(path)
+    try:
+        yield
+    finally:
+        _held.remove(path)
+        if _holder(path) == _own():
+            path.unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty: the run has begun
+                output.rmdir()
+
+
+def _acquire(path: Path) -> None:
+    try:
+        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        holder = _holder(path)
+        if not _is_stale(path, holder):
+            who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
+            raise FileExistsError(
+                f"output={str(path.parent)!r}: {who} is training there. Wait for it, stop it, or choose another "
+                f"output. If it is not running any more, remove {path}."
+            ) from None
+        with contextlib.suppress(FileNotFoundError):  # renamed, not removed: of several who find it stale, one can
+            path.rename(path.with_name(f"{LOCK}-stale")).unlink()
+        _acquire(path)
+        return
+    with os.fdopen(number, "w") as file:
+        json.dump(_own(), file)
+
+
+def _own() -> tuple[int, str]:
+    return os.getpid(), socket.gethostname()
+
+
+def _holder(path: Path) -> tuple[int, str] | None:
+    """Return process id and host of who holds a lock; None where nobody does, or the file does not say."""
+    try:
+        pid, host = json.loads(path.read_text())
+        return int(pid), str(host)
+    except (OSError, TypeError, ValueError):
+        return None
+
+
+def _is_stale(path: Path, holder: tuple[int, str] | None) -> bool:
+    """Whether who wrote a lock has ended. Another host's processes cannot be seen from here."""
+    if holder is None or holder[1] != socket.gethostname():
+        return not path.exists()
+    if holder[0] == os.getpid():  # in a container that was started again, every process has its old number
+        return path not in _held
+    if not psutil.pid_exists(holder[0]):
+        return True
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(holder[0]).status() == psutil.STATUS_ZOMBIE)
+    return False
+
+
+def begin(output: Path, config: RunConfig, overwrite: bool, console: Console) -> None:
+    """Write marker and config of a run that is about to train; put aside what a run there has left, if it is replaced.
+
+    A config that is there and says the same is left as it is, comments and all.
+
+    Args:
+        output: Folder of the run, which `check_output` has let pass.
+        config: The run.
+        overwrite: A run that is there is replaced.
+        console: Where to say what is put aside.
+    """
+    parts = [output / name for name in (CONFIG, METRICS, CURVES, *_saved_parts(output))]
+    there = [path for path in parts if os.path.lexists(path)]
+    there += [*checkpoints(output).values(), *_numbered(output, _BROKEN).values()]
+    if overwrite and there:
+        aside = _put_aside(output, there, replaced=True)
+        console.print(f"the run that is there is in {escape(str(aside))} until this one is saved")
+    if not (output / CONFIG).is_file() or not _says(output, config):
+        write_whole(output / CONFIG, config.to_yaml())
+    if not (output / MARKER).is_file():
+        _mark(output, ())
+
+
+def place(output: Path, draft: Path, name: str, console: Console) -> Path:
+    """Move what a run has saved to its place. What is in the way is put aside, and kept if no run has made it.
+
+    Args:
+        output: Folder of the run.
+        draft: What was saved.
+        name: What it shall be called there.
+        console: Where to say what is kept.
+
+    Returns:
+        Its place.
+    """
+    folder, parts = output / name, _saved_parts(output)
+    if os.path.lexists(folder):
+        aside = _put_aside(output, [folder], replaced=name in parts)
+        if name not in parts:
+            console.print(
+                f"[yellow]warning[/yellow]: {escape(str(folder))} was not of this run; it is now "
+                f"{escape(str(aside / name))}."
+            )
+    _mark(output, [*parts, name])
+    draft.rename(folder)
+    return folder
+
+
+def remove_replaced(output: Path) -> None:
+    """Remove the runs that were put aside to be replaced, now that there is another."""
+    for path in output.glob(f"{_OLD}*"):
+        if _is_replaced(path):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_aside(output: Path, paths: Iterable[Path], replaced: bool) -> Path:
+    """Move files and folders into a new folder; with `replaced`, `remove_replaced` will remove it."""
+    aside = Path(tempfile.mkdtemp(prefix=f"{_OLD}{time.strftime('%Y%m%d-%H%M%S')}-", dir=output))
+    if replaced:
+        _mark(aside, ())
+    for path in paths:
+        path.rename(aside / path.name)
+    return aside
+
+
+def _is_replaced(path: Path) -> bool:
+    return path.name.startswith(_OLD) and (path / MARKER).is_file() and not path.is_symlink()
+
+
+def _mark(folder: Path, parts: Iterable[str]) -> None:
+    """Write the marker: the names of the folders that runs have saved there, one a line."""
+    write_whole(folder / MARKER, "".join(f"{name}\n" for name in dict.fromkeys(parts)))
+
+
+def _saved_parts(output: Path) -> list[str]:
+    try:
+        lines = (output / MARKER).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [name for name in (ADAPTER, MODEL) if name in lines]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file beside its place and rename it, so that it is there whole or not at all."""
+    draft = path.with_name(f".{path.name}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
