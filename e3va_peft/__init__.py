@@ -8,6 +8,7 @@ Importing this package registers the method with PEFT:
 
 from e3va_peft.backbones import Backbone, Branch, Host, Merging, register_backbone, registered_backbones
 from e3va_peft.card import record_metrics
+from e3va_peft.check import check_backbone
 from e3va_peft.config import E3VAConfig
 from e3va_peft.highway import Highway
 from e3va_peft.layer import E3VALayer
@@ -27,6 +28,7 @@ __all__ = [
     "Host",
     "Merging",
     "__version__",
+    "check_backbone",
     "load_adapter",
     "record_metrics",
     "register_backbone",

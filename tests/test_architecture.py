@@ -36,7 +36,7 @@ ORDER = [
     {"refusals"},
     {"resolve"},
     {"model"},
-    {"loading"},
+    {"loading", "check"},
     {""},
     {"detection"},
     {"training"},
