@@ -21,7 +21,7 @@ class Grid(NamedTuple):
     width: int
 
 
-class Merging(NamedTuple):
+class MergingCall(NamedTuple):
     """One call of frozen patch merging.
 
     Attributes:
@@ -50,10 +50,21 @@ class FrozenPass:
     """
 
     taps: dict[tuple[int, int], Sequence[Tensor]] = field(default_factory=dict)
-    mergings: dict[int, Merging] = field(default_factory=dict)
+    mergings: dict[int, MergingCall] = field(default_factory=dict)
     grids: dict[int, Grid] = field(default_factory=dict)
     tail: Tensor | None = None
     outputs: Any = None
+
+    def check(self, stage: int, at: int) -> None:
+        """Refuse to look at a stage that the lane, which is at another, has not reached.
+
+        Raises:
+            RuntimeError: The patch merging between them did not run.
+        """
+        if stage != at:
+            raise RuntimeError(
+                f"stage {at}: its patch merging did not run. E3VA needs its forward: remove what skips or replaces it."
+            )
 
     def take(self, stage: int, first: int, last: int) -> list[Sequence[Tensor]]:
         """Return and forget what was kept of the taps `first` up to `last` (exclusive) of a stage.

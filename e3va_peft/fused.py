@@ -9,17 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from e3va_peft.frozen_pass import MergingCall
 from e3va_peft.storage import pack, unpack
 
-Modules = Sequence[nn.Module]
-Run = Callable[..., Tensor]  # (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`
+
+class Merging(NamedTuple):
+    """Frozen patch merging PM.
+
+    Attributes:
+        modules: Its modules.
+        run: Runs them: (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`.
+    """
+
+    modules: Sequence[nn.Module]
+    run: Callable[..., Tensor]
 
 
 def under_autocast(tensor: Tensor) -> bool:
@@ -154,46 +164,31 @@ def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[T
     return parameters, [kept[i : i + per_tap] for i in range(0, len(kept), per_tap)]
 
 
-def merge(
-    modules: Modules,
-    run: Run,
-    x: Tensor,
-    z: Tensor,
-    grid: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    frozen: Tensor | None,
-    lean: bool,
-) -> Tensor:
+def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool) -> Tensor:
     """Carry the lane through frozen patch merging, `PM(x + z) - PM(x)`, in z's dtype and without autocast.
 
     Both terms are by the same function, so a zero lane stays exactly zero, and over a bf16 base the difference is not
     drowned by rounding.
 
     Args:
-        modules: The modules that make up PM.
-        run: Runs them, see `backbones.Merging.run`.
-        x: The stream that entered PM.
-        z: The lane, of the same shape.
-        grid: (H, W) of the tokens of x.
-        args: PM's further arguments.
-        kwargs: Likewise, by keyword.
-        frozen: PM(x) as the backbone computed it; None where that was in another precision.
+        merging: PM.
+        call: How the backbone called it.
+        z: The lane, of the shape of the stream that entered.
+        grid: How its tokens lie in the image.
         lean: Keep x + z rounded to int8 for backward.
     """
-    stream, x = x, x.to(z.dtype)
+    modules, run = merging
+    x, frozen = call.x.to(z.dtype), call.output
     cast = in_dtype(modules, x.dtype)
     with no_autocast(x):
-        if frozen is None or x is not stream or any(a is not b for a, b in zip(cast, modules, strict=True)):
+        if frozen is None or x is not call.x or any(a is not b for a, b in zip(cast, modules, strict=True)):
             with torch.no_grad():  # else the backbone did the same, to the bit
-                frozen = run(cast, x, grid, *args, **kwargs)
+                frozen = run(cast, x, grid, *call.args, **call.kwargs)
         y = x + z
         # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
-        lean = lean and all(p.is_floating_point() for module in modules for p in module.parameters())
-        merged = (
-            _LeanMerging.apply(modules, run, grid, args, kwargs, y) if lean else run(cast, y, grid, *args, **kwargs)
-        )
-        return merged - frozen
+        if lean and all(p.is_floating_point() for module in modules for p in module.parameters()):
+            return _LeanMerging.apply(merging, grid, call.args, call.kwargs, y) - frozen
+        return run(cast, y, grid, *call.args, **call.kwargs) - frozen
 
 
 class _LeanMerging(torch.autograd.Function):
@@ -205,11 +200,11 @@ class _LeanMerging(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, modules: Modules, run: Run, grid: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
+        ctx: Any, merging: Merging, grid: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], y: Tensor
     ) -> Tensor:
-        ctx.modules, ctx.run, ctx.grid, ctx.args, ctx.kwargs = modules, run, grid, args, kwargs
+        ctx.merging, ctx.grid, ctx.args, ctx.kwargs = merging, grid, args, kwargs
         ctx.save_for_backward(*pack(y, "int8"))
-        return run(in_dtype(modules, y.dtype), y, grid, *args, **kwargs)
+        return merging.run(in_dtype(merging.modules, y.dtype), y, grid, *args, **kwargs)
 
     @staticmethod
     @once_differentiable
@@ -217,12 +212,12 @@ class _LeanMerging(torch.autograd.Function):
         codes, scale = ctx.saved_tensors
         with no_autocast(grad):
             y = unpack((codes, scale), codes.shape[-1], grad.dtype)
-            cast = in_dtype(ctx.modules, y.dtype)  # cast again: weights in another dtype would be held till here
-            vjp = torch.func.vjp(lambda y: ctx.run(cast, y, ctx.grid, *ctx.args, **ctx.kwargs), y)[1]
-            return None, None, None, None, None, vjp(grad)[0]
+            cast = in_dtype(ctx.merging.modules, y.dtype)  # again: weights in another dtype would be held till here
+            vjp = torch.func.vjp(lambda y: ctx.merging.run(cast, y, ctx.grid, *ctx.args, **ctx.kwargs), y)[1]
+            return None, None, None, None, vjp(grad)[0]
 
 
-def in_dtype(modules: Modules, dtype: torch.dtype) -> list[Callable[..., Any]]:
+def in_dtype(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Callable[..., Any]]:
     """Return the forwards of modules with their parameters plain and in `dtype`; a module itself where they are so."""
     return [_in_dtype(module, dtype) for module in modules]
 

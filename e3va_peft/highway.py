@@ -17,7 +17,7 @@ values and gradients and keeps less for backward.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,6 @@ from e3va_peft import fused
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.storage import STORAGES, pack, unpack
 
-Mode = Literal["sum", "reduce", "expand"]
-
 
 def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tensor, b2: Tensor) -> Tensor:
     """(..., C) -> (..., C): one adapter. U1 is (C, r), V1 (r, k), b1 (k), U2 (k, r), V2 (r, C), b2 (C)."""
@@ -37,15 +35,13 @@ def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tenso
 
 def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]]) -> Tensor:
     """N x (..., C) -> (..., C): the sum of n adapters, `fused.sum_of_adapters` in plain PyTorch."""
-    width, dtype = factors[0].shape[1], factors[0].dtype
-    read = [unpack(tap, width, dtype) for tap in taps]
+    read = [unpack(tap, factors[0].shape[1], factors[0].dtype) for tap in taps]
     return torch.stack([adapter(t, *(f[i] for f in factors)) for i, t in enumerate(read)]).sum(0)
 
 
-def merge(
-    modules: fused.Modules, run: fused.Run, x: Tensor, z: Tensor, grid: Any, *args: Any, **kwargs: Any
-) -> Tensor:
+def merge(merging: fused.Merging, x: Tensor, z: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
     """(B, N, C) -> (B, N', C'): the lane behind frozen patch merging, `fused.merge` in plain PyTorch."""
+    modules, run = merging
     return run(modules, x + z, grid, *args, **kwargs) - run(modules, x, grid, *args, **kwargs)
 
 
@@ -87,16 +83,15 @@ class Stage(nn.Module):
         """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are no parameters)."""
         return tuple(getattr(self, name) for name in self.FACTORS)
 
-    def forward(self, taps: Sequence[Any], start: int = 0, mode: Mode = "sum") -> Tensor:
+    def forward(self, taps: Sequence[Any], start: int = 0, mode: Literal["sum", "reduce", "expand"] = "sum") -> Tensor:
         """Run the adapters `start`, `start + 1`, ... on one tap each.
 
         Args:
             taps: One entry for each adapter.
             start: Index of the first adapter.
-            mode: *sum*: n x (..., C) -> (..., C), the sum of the adapters, of what is kept of each tap
-                (`storage.pack`). Where no gradient is wanted it can be had in two halves that hold less, and round
-                nothing: *reduce*, (..., C) -> (..., r), one adapter up to its last factor, and *expand*,
-                n x (..., r) -> (..., C), the rest of all of them.
+            mode: *sum*: n x (..., C) -> (..., C), of what is kept of each tap (`storage.pack`). Where no gradient is
+                wanted it can be had in two halves that hold less, and round nothing: *reduce*, (..., C) -> (..., r),
+                one adapter up to its last factor, and *expand*, n x (..., r) -> (..., C), the rest of all of them.
         """
         factors = self.factors
         if len(taps) < len(self.u1):
@@ -115,48 +110,32 @@ class Highway(nn.Module):
         widths: Channels C of each stage.
         num_adapters: Adapters of each stage.
         r: Rank of both projections.
-        bottleneck_ratio: k / C.
+        ratio: k / C.
         init_weights: See `Stage`.
         tap_storage: How its taps are kept for backward, see `storage.pack`.
     """
 
     def __init__(
-        self,
-        widths: Sequence[int],
-        num_adapters: Sequence[int],
-        r: int = 16,
-        bottleneck_ratio: float = 0.5,
-        init_weights: bool = True,
-        tap_storage: str = "exact",
-    ) -> None:
+        self, widths: Sequence[int], num_adapters: Sequence[int], r: int = 16, ratio: float = 0.5,
+        init_weights: bool = True, tap_storage: str = "exact",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tap_storage = tap_storage
-        self.stages = nn.ModuleList(
-            Stage(width, n, r, max(1, int(width * bottleneck_ratio)), init_weights)
-            for width, n in zip(widths, num_adapters, strict=True)
-        )
+        sizes = zip(widths, num_adapters, strict=True)
+        self.stages = nn.ModuleList(Stage(c, n, r, max(1, int(c * ratio)), init_weights) for c, n in sizes)
 
     @property
     def trainable(self) -> bool:
         """Whether any factor wants a gradient."""
         return any(factor.requires_grad for stage in self.stages for factor in stage.factors)  # type: ignore[union-attr]
 
-    def forward(self, stage: int, taps: Sequence[Any], start: int = 0, mode: Mode = "sum") -> Tensor:
+    def forward(self, stage: int, *args: Any) -> Tensor:
         """Run adapters of one stage, see `Stage.forward`."""
-        return self.stages[stage](taps, start, mode)
-
-
-class MergingSpec(NamedTuple):
-    """Frozen patch merging: its modules, and what runs them (`backbones.Merging.run`)."""
-
-    modules: fused.Modules
-    run: fused.Run
+        return self.stages[stage](*args)
 
 
 class Lane:
-    """The running tensor `z`, as a cursor over stages and blocks that only moves forward.
-
-    It is (B, N, C), also where the stream is a map, and in at least fp32, whatever the backbone's dtype is.
+    """The running tensor `z` (B, N, C), in at least fp32: a cursor over stages and blocks that only moves forward.
 
     Args:
         highways: The active highways; their adapters add up.
@@ -169,22 +148,11 @@ class Lane:
     """
 
     def __init__(
-        self,
-        highways: Sequence[Highway],
-        frozen: FrozenPass,
-        depth: Sequence[int],
-        taps_per_block: int = 1,
-        mergings: Sequence[MergingSpec] = (),
-        grad: bool = True,
-        keep_stages: bool = True,
-    ) -> None:
-        self.highways = highways
-        self.frozen = frozen
-        self.depth = depth
-        self.taps_per_block = taps_per_block
-        self.mergings = mergings
-        self.grad = grad
-        self.keep_stages = keep_stages
+        self, highways: Sequence[Highway], frozen: FrozenPass, depth: Sequence[int], taps_per_block: int = 1,
+        mergings: Sequence[fused.Merging] = (), grad: bool = True, keep_stages: bool = True,
+    ) -> None:  # fmt: skip
+        self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
+        self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
         # Highways that are active together read the same taps: the one that wants most decides.
         self.storage = STORAGES[min((STORAGES.index(h.tap_storage) for h in highways), default=0)] if grad else "exact"
         self.stage = self.block = 0
@@ -192,7 +160,7 @@ class Lane:
         self.stages: dict[int, tuple[Tensor, Tensor]] = {}  # stage -> the lane behind its blocks, and behind merging
 
     def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-        """Return what the lane wants of a tap (..., C): packed, or at once reduced to (..., r) for each highway."""
+        """Return what the lane wants of a tap (B, N, C): packed, or at once reduced to (B, N, r) for each highway."""
         if self.grad:
             return pack(tap, self.storage)
         return [highway(stage, [tap], index, "reduce") for highway in self.highways]
@@ -201,26 +169,15 @@ class Lane:
         """Return the lane (B, N, C) behind the first `block` blocks of a stage."""
         if stage in self.stages:
             return self.stages[stage][0]
-        if stage > self.stage:
-            raise RuntimeError(
-                f"stage {self.stage}: its patch merging did not run. E3VA needs its forward: remove what skips or "
-                "replaces it."
-            )
-        if stage < self.stage or block < self.block or block == 0:
-            raise RuntimeError(f"the lane is at block {self.block} of stage {self.stage}, not at {block} of {stage}")
-        if block > self.block:
-            first, last = self.block * self.taps_per_block, block * self.taps_per_block
-            kept = self.frozen.take(stage, first, last)
-            for which, highway in enumerate(self.highways):
-                if self.grad:
-                    step = highway(stage, kept, first)
-                else:
-                    step = highway(stage, [reduced[which] for reduced in kept], first, "expand")
-                step = step.to(torch.promote_types(step.dtype, torch.float32))
-                self.z = step if self.z is None else self.z.to(step.device) + step
-            self.block = block
-        assert self.z is not None
-        return self.z
+        self.frozen.check(stage, self.stage)
+        first, last = self.block * self.taps_per_block, block * self.taps_per_block
+        kept = self.frozen.take(stage, first, last)
+        for i, highway in enumerate(self.highways if kept else ()):
+            step = highway(stage, *((kept, first) if self.grad else ([tap[i] for tap in kept], first, "expand")))
+            step = step.to(torch.promote_types(step.dtype, torch.float32))
+            self.z = step if self.z is None else self.z.to(step.device) + step
+        self.block = block
+        return self.z  # type: ignore[return-value]  # no stage is without blocks
 
     def ahead(self, stage: int) -> Tensor:
         """Return the lane (B, N', C') behind the patch merging of a stage."""
@@ -229,12 +186,10 @@ class Lane:
     def leave(self, stage: int) -> None:
         """Carry the lane through the frozen patch merging behind a stage, which has just run."""
         with torch.set_grad_enabled(self.grad):
-            behind = self.behind(stage, self.depth[stage])
-            x, args, kwargs, output = self.frozen.mergings.pop(stage)
-            grid, lean = self.frozen.grids.get(stage), self.storage != "exact"
-            z = behind.to(x.device).reshape(x.shape)  # of a map, where the stream is one
-            z = fused.merge(*self.mergings[stage], x, z, grid, args, kwargs, output, lean)
+            behind, call = self.behind(stage, self.depth[stage]), self.frozen.mergings.pop(stage)
+            z = behind.to(call.x.device).reshape(call.x.shape)  # of a map, where the stream is one
+            z = fused.merge(self.mergings[stage], call, z, self.frozen.grids.get(stage), self.storage != "exact")
             self.z = z.flatten(1, -2) if z.dim() > 3 else z
-        self.stage, self.block = stage + 1, 0
         if self.keep_stages:
             self.stages[stage] = behind, self.z
+        self.stage, self.block = stage + 1, 0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from e3va_peft.backbones.base import Backbone, GridSource
-from e3va_peft.frozen_pass import FrozenPass, Grid, Merging
+from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
 from e3va_peft.fused import under_autocast
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class Recorder:
         self.check_versions()
         x, args, kwargs = self.entered.pop(stage)
         frozen = None if under_autocast(x) else self.channels_last(output.detach())
-        self.frozen.mergings[stage] = Merging(x, args, kwargs, frozen)
+        self.frozen.mergings[stage] = MergingCall(x, args, kwargs, frozen)
         self.listens = False
         try:
             self.leave(stage)

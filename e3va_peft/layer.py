@@ -15,7 +15,8 @@ from e3va_peft.backbones import Backbone, ExitCall
 from e3va_peft.backbones.base import BLOCK, submodule
 from e3va_peft.config import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass
-from e3va_peft.highway import Highway, Lane, MergingSpec
+from e3va_peft.fused import Merging
+from e3va_peft.highway import Highway, Lane
 from e3va_peft.hooks import (
     CURRENT,
     IMAGE,
@@ -102,7 +103,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.stages = family.stages(exit)
         self._register_hooks()
-        self.train(exit.training)
+        self.training = exit.training
+        for part in self.frozen:
+            part.eval()
 
     @property
     def exit(self) -> nn.Module:
@@ -201,7 +204,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         highways = [cast(Highway, self.e3va_highway[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         mergings = [
-            MergingSpec([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
+            Merging([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
             for stage in self.stages[: len(self.depth) - 1]
         ]
         return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
@@ -223,6 +226,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         for part in self.frozen:
             part.eval()
+            if mode:  # here, because a forward that is compiled cannot look
+                refuse_trainable(part, type(part).__name__)
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

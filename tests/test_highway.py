@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer, fused
 from e3va_peft.backbones.base import in_turn
-from e3va_peft.frozen_pass import FrozenPass, Merging
-from e3va_peft.highway import Highway, Lane, MergingSpec, Stage, adapter, merge, sum_of_adapters
+from e3va_peft.frozen_pass import FrozenPass, MergingCall
+from e3va_peft.highway import Highway, Lane, Stage, adapter, merge, sum_of_adapters
 from e3va_peft.hooks import CURRENT, MergingInput, MergingOutput, Recorder, Tap
 from e3va_peft.storage import STORAGES, pack
 from tests.models import BY_NAME, registered
@@ -28,7 +28,7 @@ def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
 def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
     """A lane that stands behind the one block of the first of two stages."""
     lane = Lane(
-        [Highway([8], [1], tap_storage=tap_storage)], FrozenPass(), [1, 1], mergings=[MergingSpec([module], in_turn)]
+        [Highway([8], [1], tap_storage=tap_storage)], FrozenPass(), [1, 1], mergings=[fused.Merging([module], in_turn)]
     )
     lane.z, lane.block = z, 1
     return lane
@@ -236,9 +236,10 @@ def test_patch_merging_that_runs_equals_the_plain_formula_in_value_and_gradient(
     x, z = torch.randn(2, 15, 8), torch.randn(2, 15, 8, requires_grad=True)
     x, exact = x.to(dtype), module.to(dtype)
     frozen = exact(x, (3, 5)).detach()
-    runs = fused.merge([exact], in_turn, x, z, None, ((3, 5),), {}, frozen, lean)
+    call = MergingCall(x, ((3, 5),), {}, frozen)
+    runs = fused.merge(fused.Merging([exact], in_turn), call, z, None, lean)
     (got,) = torch.autograd.grad(runs.square().sum(), z)
-    plain = merge([module.float()], in_turn, x.float(), z, None, (3, 5))
+    plain = merge(fused.Merging([module.float()], in_turn), x.float(), z, None, (3, 5))
     (expected,) = torch.autograd.grad(plain.square().sum(), z)
     torch.testing.assert_close(runs, plain)
     assert (got - expected).norm() <= (1e-2 if lean else 1e-5) * expected.norm()
@@ -280,7 +281,7 @@ def test_a_zero_lane_stays_exactly_zero_through_patch_merging(dtype, storage):
     merging = case.base().backbone.swin.encoder.layers[0].downsample.to(dtype)
     x = torch.randn(2, 15, 8).to(dtype)
     lane = lane_of(torch.zeros(2, 15, 8, requires_grad=True), merging, storage)
-    lane.frozen.mergings[0] = Merging(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
+    lane.frozen.mergings[0] = MergingCall(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lane.leave(0)
     assert lane.ahead(0).dtype == torch.float32 and lane.ahead(0).shape == (2, 6, 16)

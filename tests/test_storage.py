@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig
-from e3va_peft.frozen_pass import FrozenPass, Merging
+from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.highway import Highway, Lane, Stage
 from e3va_peft.measure import measure_step
 from e3va_peft.storage import STORAGES, pack, unpack
@@ -86,7 +86,7 @@ def test_lean_merging_has_the_exact_value_and_nearly_the_exact_gradient(storage)
     results = {}
     for kind in ("exact", storage):
         lane = lane_of(leaf := z.clone().requires_grad_(), merging, kind)
-        lane.frozen.mergings[0] = Merging(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
+        lane.frozen.mergings[0] = MergingCall(x, ((3, 5),), {}, merging(x, (3, 5)).detach())
         lane.leave(0)
         merged = lane.ahead(0)
         (merged * weights).sum().backward()
