@@ -112,6 +112,11 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """The exit, or the module whose methods it is."""
         return self._host[0] if self.is_method else self.base_layer
 
+    def adapters(self, container: str = "e3va_highway") -> dict[str, nn.Module]:
+        """Return what a container holds for each adapter, also where regional compilation has wrapped it."""
+        held = getattr(self, container)
+        return dict(getattr(held, "_orig_mod", held).items())
+
     @property
     def frozen(self) -> list[nn.Module]:
         """The modules that run without gradient."""
@@ -172,7 +177,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             e3va_method: Where the exit is a method: which one.
             kwargs: The exit's keyword arguments.
         """
-        active = [name for name in self.active_adapters if name in self.e3va_highway]
+        active = [name for name in self.active_adapters if name in self.adapters()]
         if self.disable_adapters or not active:
             return self._run(e3va_method, args, kwargs)
         for part in self.frozen:
@@ -201,7 +206,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return self.exit(*args, **kwargs)
 
     def _lane(self, active: Sequence[str], shown: bool) -> Lane:
-        highways = [cast(Highway, self.e3va_highway[name]) for name in active]
+        highways = [cast(Highway, self.adapters()[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         mergings = [
             Merging([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
@@ -212,9 +217,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
         """Return the modules behind the last block: the active adapter's copies, and the frozen ones for the rest."""
         tail = {name: getattr(self.exit, name, None) for name in self.family.tail}
-        for name in active:
-            if name in self.e3va_tail:
-                tail.update(self.e3va_tail[name].items())  # type: ignore[operator]
+        for name, copies in self.adapters("e3va_tail").items():
+            if name in active:
+                tail.update(copies.items())  # type: ignore[operator]
         return {name: module for name, module in tail.items() if module is not None}
 
     def train(self, mode: bool = True) -> E3VALayer:

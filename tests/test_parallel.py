@@ -7,12 +7,13 @@ import threading
 
 import pytest
 import torch
+from accelerate.utils import compile_regions
 from peft import get_peft_model
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
-from tests.models import BY_NAME, every_model, loss_of
+from tests.models import BY_NAME, Case, every_model, loss_of
 from tests.test_laws import assert_same, outputs
 
 
@@ -62,6 +63,57 @@ def test_forwards_in_threads_do_not_mix_their_taps(name):
         assert len(results) == 5
         for result in results:
             assert_same(result, expected[i], rtol=1e-5, atol=1e-6)
+
+
+def compile_blocks(model: nn.Module, case: Case) -> nn.Module:
+    for module in model.modules():
+        if type(module).__name__ in case.blocks:
+            module.compile(backend="aot_eager")
+    return model
+
+
+def compile_with_a_graph_break(model: nn.Module, case: Case) -> nn.Module:
+    block = next(module for module in model.modules() if type(module).__name__ in case.blocks)
+    block.register_forward_hook(lambda *args: torch._dynamo.graph_break())
+    return torch.compile(model, backend="aot_eager")
+
+
+def compile_by_regions(model: nn.Module, case: Case) -> nn.Module:
+    return compile_regions(model, backend="aot_eager")
+
+
+@pytest.mark.parametrize("how", [compile_blocks, compile_with_a_graph_break, compile_by_regions])
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
+def test_compiled_in_parts_it_reads_every_tap(name, how):
+    case = BY_NAME[name]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False)).train()
+    compiled = how(copy.deepcopy(model), case)
+    batch = case.training_batch()
+    left, right = compiled(**batch), model(**batch)
+    torch.testing.assert_close(left["logits"], right["logits"], rtol=1e-4, atol=1e-5)
+    left["loss"].backward(), right["loss"].backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    got = {name.replace("_orig_mod.", ""): p.grad for name, p in compiled.named_parameters() if p.requires_grad}
+    assert_same(got, wanted, rtol=1e-3, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**batch)["logits"], model(**batch)["logits"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
+def test_a_base_that_is_compiled_by_regions_can_be_adapted(name):
+    case = BY_NAME[name]
+    model = get_peft_model(compile_regions(case.base(), backend="aot_eager"), E3VAConfig(r=4)).train()
+    loss_of(model(**case.training_batch())).backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
+    case = BY_NAME["vit-classifier"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    model.base_model.model.vit.base_layer.layers[0].mlp.fc1.weight.requires_grad = True
+    compiled = torch.compile(model, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"ViTModel\.layers\.0\.mlp\.fc1\.weight has requires_grad=True"):
+        compiled.train()
 
 
 @pytest.mark.parametrize("name, options", [("swin-classifier", {"tap_storage": "int8"}), ("vit-classifier", {})])

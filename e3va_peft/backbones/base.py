@@ -369,11 +369,11 @@ def child(parent: str, name: str) -> str:
 
 
 def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """Return a module by its path, or None where there is none."""
-    found: nn.Module | None = module
-    for part in path.split("."):
-        found = found._modules.get(part) if found is not None else None
-    return found
+    """Return a module by its path, also through what `torch.compile` wrapped, or None where there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def resolve_path(name: str, path: str) -> str | None:
