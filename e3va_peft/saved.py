@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 FILE_FROM = 2**16  # bytes of a module from which a file is worth its handle
 ALIGNMENT = 64  # bytes, a cache line: kernels read aligned tensors faster
@@ -32,9 +31,9 @@ class SavedModule(ModulesToSaveWrapper):
 
     The storage of the copy cannot be shared instead: the first step of an optimizer writes it in place.
 
-    A module of less than `FILE_FROM` bytes waits in host memory. What has no numbers yet (meta and fake tensors) waits
-    where it is. A module that holds anything but plain tensors (quantised or distributed ones) is kept as PEFT keeps
-    it. A temporary folder in memory (tmpfs) costs that memory; the environment variable TMPDIR names another.
+    A module of less than `FILE_FROM` bytes waits in host memory; one on meta, which has no numbers yet, where it is;
+    and one that holds anything but plain tensors (quantised or distributed ones) is kept as PEFT keeps it. A temporary
+    folder in memory (tmpfs) costs that memory; the environment variable TMPDIR names another.
 
     Args:
         module: The base's module.
@@ -112,7 +111,7 @@ class SavedModule(ModulesToSaveWrapper):
         if not all(map(_may_wait, _tensors(module).values())):
             return
         with torch.inference_mode(False):
-            self._put_on_host([tensor for tensor in self._own_tensors() if not _has_no_numbers(tensor)])
+            self._put_on_host([tensor for tensor in self._own_tensors() if not tensor.is_meta])
         self._waiting = (module,)
         self._modules["original_module"] = None  # keeps its place among the keys
 
@@ -152,7 +151,7 @@ class SavedModule(ModulesToSaveWrapper):
         super()._apply(fn, recurse)
         for module in self._waiting:
             tensors = _tensors(module).values()
-            if any(map(_has_no_numbers, tensors)):
+            if any(tensor.is_meta for tensor in tensors):
                 module._apply(fn)
             else:
                 for tensor in tensors:
@@ -201,13 +200,9 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return parameters | dict(module.named_buffers(remove_duplicate=False))
 
 
-def _has_no_numbers(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
 def _may_wait(tensor: Tensor) -> bool:
     """Whether a tensor has no numbers, or plain ones, which can be swapped; DeepSpeed moves its own by itself."""
-    if _has_no_numbers(tensor):
+    if tensor.is_meta:
         return True
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or hasattr(tensor, "ds_numel"):
         return False
@@ -216,7 +211,7 @@ def _may_wait(tensor: Tensor) -> bool:
 
 def _beside(tensor: Tensor, copy: Tensor) -> Tensor:
     """Return a tensor on the device of its trained copy and in its memory format, in its own dtype."""
-    if _has_no_numbers(tensor) or _has_no_numbers(copy):
+    if tensor.is_meta or copy.is_meta:
         return tensor
     if type(copy) not in (Tensor, nn.Parameter) or copy.shape != tensor.shape:
         return tensor.to(copy.device)
