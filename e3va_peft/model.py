@@ -21,6 +21,7 @@ from e3va_peft.exits import Exit, find_exits
 from e3va_peft.hooks import FrozenGuard, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.resolve import resolve
+from e3va_peft.saved import SavedModule, shared_tensors
 
 
 class E3VAModel(BaseTuner):
@@ -217,7 +218,7 @@ def _wrap_saved_module(model: nn.Module, name: str, adapter_name: str, active: b
     if isinstance(module, ModulesToSaveWrapper):
         module.update(adapter_name)
         return
-    wrapper = ModulesToSaveWrapper(module, adapter_name)
+    wrapper = SavedModule(module, adapter_name, shared_tensors(model, module))
     wrapper.set_adapter(adapter_name if active else [], inference_mode=inference_mode)
     setattr(parent, key, wrapper)
 
