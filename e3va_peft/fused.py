@@ -7,6 +7,7 @@ where taps are rounded, keeps its input in int8. `tests/test_highway.py` compare
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -220,6 +221,11 @@ class _LeanMerging(torch.autograd.Function):
             cast = in_dtype(ctx.modules, y.dtype)  # cast again: weights in another dtype would be held till here
             vjp = torch.func.vjp(lambda y: ctx.run(cast, y, ctx.grid, *ctx.args, **ctx.kwargs), y)[1]
             return None, None, None, None, None, vjp(grad)[0]
+
+
+def copies(modules: Modules, dtype: torch.dtype) -> list[nn.Module]:
+    """Return copies of modules, in `dtype`: what backward reads where the weights themselves will be gone by then."""
+    return [copy.deepcopy(module).to(dtype) for module in modules]
 
 
 def in_dtype(modules: Modules, dtype: torch.dtype) -> list[Callable[..., Any]]:

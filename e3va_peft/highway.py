@@ -147,10 +147,11 @@ class Highway(nn.Module):
 
 
 class MergingSpec(NamedTuple):
-    """Frozen patch merging: its modules, and what runs them (`backbones.Merging.run`)."""
+    """Frozen patch merging: its modules, what runs them (`backbones.Merging.run`), and whether FSDP shards them."""
 
     modules: fused.Modules
     run: fused.Run
+    sharded: bool = False
 
 
 class Lane:
@@ -232,7 +233,9 @@ class Lane:
             behind = self.behind(stage, self.depth[stage])
             x, args, kwargs, output = self.frozen.mergings.pop(stage)
             grid, lean = self.frozen.grids.get(stage), self.storage != "exact"
-            self.z = fused.merge(*self.mergings[stage], x, behind.to(x.device), grid, args, kwargs, output, lean)
+            modules, run, sharded = self.mergings[stage]
+            modules = fused.copies(modules, behind.dtype) if sharded else modules
+            self.z = fused.merge(modules, run, x, behind.to(x.device), grid, args, kwargs, output, lean)
         self.stage, self.block = stage + 1, 0
         if self.keep_stages:
             self.stages[stage] = behind, self.z

@@ -284,12 +284,18 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
     """Raise if anything in a frozen module wants a gradient while gradients are on: it would never get one.
 
     Raises:
-        ValueError: A parameter of `module` has `requires_grad`. The message names it.
+        ValueError: A parameter of `module` has `requires_grad`, or is a view of one that has. The message names it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for parameter_name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"{name}.{parameter_name} is a view of a parameter that wants a gradient: FSDP 1 flattens frozen "
+                    "and trained weights into one. Use FSDP 2: fsdp_version=2 in Accelerate's plugin, "
+                    "fsdp_config={'version': 2} in TrainingArguments."
+                )
             raise ValueError(
                 f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
                 "would never train. Set requires_grad=False, or use another PEFT method for this module."

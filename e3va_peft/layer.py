@@ -200,7 +200,11 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         highways = [cast(Highway, self.e3va_highway[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         mergings = [
-            MergingSpec([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
+            MergingSpec(
+                [self.exit.get_submodule(name) for name in stage.merging],
+                self.family.runner(),
+                grad and any(is_sharded(self.exit, name) for name in stage.merging),
+            )
             for stage in self.stages[: len(self.depth) - 1]
         ]
         return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
@@ -307,6 +311,30 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "e3va." + super().__repr__()
+
+
+def is_sharded(exit: nn.Module, name: str) -> bool:
+    """Whether FSDP takes the weights of a frozen module away before backward.
+
+    It does where a unit of FSDP2 is inside the exit: no output of it wants a gradient, so backward does not gather it.
+
+    Raises:
+        ValueError: The module is such a unit itself, or holds one.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
+
+    module = exit.get_submodule(name)
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        stage = type(exit.get_submodule(name.rpartition(".")[0])).__name__.removeprefix("FSDP")
+        raise ValueError(
+            f"{name}: FSDP shards this patch merging or a part of it as a unit of its own, "
+            "so its weights are gone when the lane has to pass. Make whole stages units: "
+            f"transformer_cls_names_to_wrap={[stage]}."
+        )
+    parents = [exit.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
+    return any(isinstance(parent, FSDPModule) for parent in parents)
 
 
 def states_shown(config: Any, kwargs: Mapping[str, Any]) -> Any:
