@@ -102,10 +102,11 @@ class Stage(nn.Module):
         if len(taps) < len(self.u1):
             factors = tuple(factor[start : start + len(taps)] for factor in factors)
         if mode == "reduce":
-            return fused.reduce(taps[0], [factor[0] for factor in factors[:4]])
+            return fused.reduce(taps[0].to(self.u1.device), [factor[0] for factor in factors[:4]])
         if mode == "expand":
             return fused.expand(taps, *factors[4:])
-        return fused.sum_of_adapters(factors, taps)
+        # a device map may have split the stage
+        return fused.sum_of_adapters(factors, [[part.to(self.u1.device) for part in tap] for tap in taps])
 
 
 class Highway(nn.Module):

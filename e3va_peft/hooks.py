@@ -302,6 +302,36 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
             )
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's own weights on the CPU or disk, and loads them for its forward only."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+
+
+def refuse_offloaded(highways: Sequence[nn.Module], mergings: Sequence[nn.Module], grad: bool) -> None:
+    """Refuse an adapted model that was offloaded since, where that would lose gradients or weights.
+
+    Args:
+        highways: The active highways.
+        mergings: The frozen patch merging that the lane passes through.
+        grad: Whether a gradient is wanted.
+
+    Raises:
+        ValueError: A highway shall train but is offloaded, or patch merging in less than fp32 is.
+    """
+    if grad and any(is_offloaded(part) for highway in highways for part in highway.modules()):
+        raise ValueError(
+            "the highway is offloaded, so its gradients would be lost with the copy of its weights that a forward "
+            "loads. Offload the model for inference only, under torch.no_grad(); train it on its device."
+        )
+    for part in (part for module in mergings for part in module.modules() if is_offloaded(part)):
+        if any(parameter.dtype != torch.float32 for parameter in part.parameters(recurse=False)):
+            raise ValueError(
+                f"{type(part).__name__} of the patch merging is offloaded and not in fp32, which the lane passes "
+                "through it in. Leave the patch merging on a device, or offload the model in fp32."
+            )
+
+
 def check_input_gradients(inputs: Sequence[Any]) -> None:
     """Refuse an input of the backbone that some module in front of it computed with gradient; warn about a leaf's.
 

@@ -26,6 +26,7 @@ from e3va_peft.hooks import (
     Tap,
     check_input_gradients,
     image_size,
+    refuse_offloaded,
     refuse_trainable,
     remove_hooks,
 )
@@ -207,6 +208,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             )
             for stage in self.stages[: len(self.depth) - 1]
         ]
+        refuse_offloaded(highways, [module for spec in mergings for module in spec.modules], grad)
         return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
 
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
@@ -285,14 +287,21 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to its base: each stage of it to its own blocks, which a device map may have spread."""
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        """Move an adapter to its base: each part of it to its own place, which a device map may have spread."""
         highway = cast(Highway, self.e3va_highway[adapter_name])
-        if device is not None or any(p.is_meta for p in highway.parameters()):
+        tail = self.e3va_tail[adapter_name].items() if adapter_name in self.e3va_tail else ()  # type: ignore[operator]
+        own = device if device is not None else next(highway.parameters()).device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, own)  # for the dtype
+        if device is not None:
             return
-        for stage, spec in zip(highway.stages, self.stages, strict=False):
-            parameter = next(self.exit.get_submodule(spec.blocks[0]).parameters())
-            stage.to(parameter.device)
+        places = [self.exit.get_submodule(stage.blocks[0]) for stage in self.stages]
+        pairs = [
+            *zip(highway.stages, places, strict=False),
+            *((copy, getattr(self.exit, name)) for name, copy in tail),
+        ]
+        for part, place in pairs:
+            if not any(parameter.is_meta for parameter in part.parameters()):  # else PEFT has yet to load it
+                part.to(next(place.parameters()).device)
 
     def __getattr__(self, name: str) -> Any:
         """Forward what hosts read from what they take for the exit: its config and other data, not what computes."""
