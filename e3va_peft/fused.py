@@ -7,6 +7,7 @@ where taps are rounded, keeps its input in int8. `tests/test_highway.py` compare
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -26,10 +27,12 @@ class Merging(NamedTuple):
     Attributes:
         modules: Its modules.
         run: Runs them: (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`.
+        sharded: FSDP has their weights, which are gone by the time of backward.
     """
 
     modules: Sequence[nn.Module]
     run: Callable[..., Tensor]
+    sharded: bool = False
 
 
 def under_autocast(tensor: Tensor) -> bool:
@@ -177,7 +180,9 @@ def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool)
         grid: How its tokens lie in the image.
         lean: Keep x + z rounded to int8 for backward.
     """
-    modules, run = merging
+    if merging.sharded:
+        merging = merging._replace(modules=copies(merging.modules, z.dtype))
+    modules, run, _ = merging
     x, frozen = call.x.to(z.dtype), call.output
     cast = in_dtype(modules, x.dtype)
     with no_autocast(x):
@@ -215,6 +220,11 @@ class _LeanMerging(torch.autograd.Function):
             cast = in_dtype(ctx.merging.modules, y.dtype)  # again: weights in another dtype would be held till here
             vjp = torch.func.vjp(lambda y: ctx.merging.run(cast, y, ctx.grid, *ctx.args, **ctx.kwargs), y)[1]
             return None, None, None, None, vjp(grad)[0]
+
+
+def copies(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
+    """Return copies of modules, in `dtype`: what backward reads where the weights themselves will be gone by then."""
+    return [copy.deepcopy(module).to(dtype) for module in modules]
 
 
 def in_dtype(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Callable[..., Any]]:

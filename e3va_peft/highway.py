@@ -41,7 +41,7 @@ def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]])
 
 def merge(merging: fused.Merging, x: Tensor, z: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
     """(B, N, C) -> (B, N', C'): the lane behind frozen patch merging, `fused.merge` in plain PyTorch."""
-    modules, run = merging
+    modules, run, _ = merging
     return run(modules, x + z, grid, *args, **kwargs) - run(modules, x, grid, *args, **kwargs)
 
 
@@ -97,10 +97,11 @@ class Stage(nn.Module):
         if len(taps) < len(self.u1):
             factors = tuple(factor[start : start + len(taps)] for factor in factors)
         if mode == "reduce":
-            return fused.reduce(taps[0], [factor[0] for factor in factors[:4]])
+            return fused.reduce(taps[0].to(self.u1.device), [factor[0] for factor in factors[:4]])
         if mode == "expand":
             return fused.expand(taps, *factors[4:])
-        return fused.sum_of_adapters(factors, taps)
+        # a device map may have split the stage
+        return fused.sum_of_adapters(factors, [[part.to(self.u1.device) for part in tap] for tap in taps])
 
 
 class Highway(nn.Module):

@@ -285,15 +285,51 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
     """Raise if anything in a frozen module wants a gradient while gradients are on: it would never get one.
 
     Raises:
-        ValueError: A parameter of `module` has `requires_grad`. The message names it.
+        ValueError: A parameter of `module` has `requires_grad`, or is a view of one that has. The message names it.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
     for parameter_name, parameter in module.named_parameters():
         if parameter.requires_grad:
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"{name}.{parameter_name} is a view of a parameter that wants a gradient: FSDP 1 flattens frozen "
+                    "and trained weights into one. Use FSDP 2: fsdp_version=2 in Accelerate's plugin, "
+                    "fsdp_config={'version': 2} in TrainingArguments."
+                )
             raise ValueError(
                 f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
                 "would never train. Set requires_grad=False, or use another PEFT method for this module."
+            )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps a module's own weights on the CPU or disk, and loads them for its forward only."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", (hook,)))
+
+
+def refuse_offloaded(highways: Sequence[nn.Module], mergings: Sequence[nn.Module], grad: bool) -> None:
+    """Refuse an adapted model that was offloaded since, where that would lose gradients or weights.
+
+    Args:
+        highways: The active highways.
+        mergings: The frozen patch merging that the lane passes through.
+        grad: Whether a gradient is wanted.
+
+    Raises:
+        ValueError: A highway shall train but is offloaded, or patch merging in less than fp32 is.
+    """
+    if grad and any(is_offloaded(part) for highway in highways for part in highway.modules()):
+        raise ValueError(
+            "the highway is offloaded, so its gradients would be lost with the copy of its weights that a forward "
+            "loads. Offload the model for inference only, under torch.no_grad(); train it on its device."
+        )
+    for part in (part for module in mergings for part in module.modules() if is_offloaded(part)):
+        if any(parameter.dtype != torch.float32 for parameter in part.parameters(recurse=False)):
+            raise ValueError(
+                f"{type(part).__name__} of the patch merging is offloaded and not in fp32, which the lane passes "
+                "through it in. Leave the patch merging on a device, or offload the model in fp32."
             )
 
 

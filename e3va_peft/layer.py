@@ -28,6 +28,7 @@ from e3va_peft.hooks import (
     Tap,
     check_input_gradients,
     image_size,
+    refuse_offloaded,
     refuse_trainable,
     remove_hooks,
 )
@@ -209,9 +210,14 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         highways = [cast(Highway, self.adapters()[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         mergings = [
-            Merging([self.exit.get_submodule(name) for name in stage.merging], self.family.runner())
+            Merging(
+                [self.exit.get_submodule(name) for name in stage.merging],
+                self.family.runner(),
+                grad and any(is_sharded(self.exit, name) for name in stage.merging),
+            )
             for stage in self.stages[: len(self.depth) - 1]
         ]
+        refuse_offloaded(highways, [module for spec in mergings for module in spec.modules], grad)
         return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
 
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
@@ -292,14 +298,21 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return (None, None) if parameter is None else (parameter.device, parameter.dtype)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Move an adapter to its base: each stage of it to its own blocks, which a device map may have spread."""
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        """Move an adapter to its base: each part of it to its own place, which a device map may have spread."""
         highway = cast(Highway, self.e3va_highway[adapter_name])
-        if device is not None or any(p.is_meta for p in highway.parameters()):
+        tail = self.e3va_tail[adapter_name].items() if adapter_name in self.e3va_tail else ()  # type: ignore[operator]
+        own = device if device is not None else next(highway.parameters()).device
+        super()._move_adapter_to_device_of_base_layer(adapter_name, own)  # for the dtype
+        if device is not None:
             return
-        for stage, spec in zip(highway.stages, self.stages, strict=False):
-            parameter = next(self.exit.get_submodule(spec.blocks[0]).parameters())
-            stage.to(parameter.device)
+        places = [self.exit.get_submodule(stage.blocks[0]) for stage in self.stages]
+        pairs = [
+            *zip(highway.stages, places, strict=False),
+            *((copy, getattr(self.exit, name)) for name, copy in tail),
+        ]
+        for part, place in pairs:
+            if not any(parameter.is_meta for parameter in part.parameters()):  # else PEFT has yet to load it
+                part.to(next(place.parameters()).device)
 
     def __getattr__(self, name: str) -> Any:
         """Forward what hosts read from what they take for the exit: its config and other data, not what computes."""
@@ -318,6 +331,30 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "e3va." + super().__repr__()
+
+
+def is_sharded(exit: nn.Module, name: str) -> bool:
+    """Whether FSDP takes the weights of a frozen module away before backward.
+
+    It does where a unit of FSDP2 is inside the exit: no output of it wants a gradient, so backward does not gather it.
+
+    Raises:
+        ValueError: The module is such a unit itself, or holds one.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
+
+    module = exit.get_submodule(name)
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        stage = type(exit.get_submodule(name.rpartition(".")[0])).__name__.removeprefix("FSDP")
+        raise ValueError(
+            f"{name}: FSDP shards this patch merging or a part of it as a unit of its own, "
+            "so its weights are gone when the lane has to pass. Make whole stages units: "
+            f"transformer_cls_names_to_wrap={[stage]}."
+        )
+    parents = [exit.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
+    return any(isinstance(parent, FSDPModule) for parent in parents)
 
 
 def states_shown(config: Any, kwargs: Mapping[str, Any]) -> Any:

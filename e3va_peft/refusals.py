@@ -10,6 +10,7 @@ from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import CONTAINERS, Exit, base_modules, learns
 from e3va_peft.fused import wraps_quantized
+from e3va_peft.hooks import is_offloaded
 
 
 def named(model: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
@@ -47,6 +48,19 @@ def check_merging(found: Exit) -> None:
             f"load_in_8bit=True: bitsandbytes rounds what enters the patch merging {names}, and the lane, which "
             f"passes through, would drown in that. Add llm_int8_skip_modules={names} to the BitsAndBytesConfig, or "
             "use load_in_4bit=True or a TorchAoConfig: only weights are rounded there."
+        )
+
+
+def check_offloaded(model: nn.Module, exits: list[Exit], saved: list[str]) -> None:
+    """Refuse to adapt what accelerate has offloaded: it has no weights to copy, and no device for a highway."""
+    parts = [*(part for found in exits for part in found.parts), *saved]
+    names = [name for part in parts for name, module in named(model, part) if is_offloaded(module)]
+    if names:
+        raise ValueError(
+            f"device_map: {len(names)} modules ({', '.join(names[:2])}, ...) are offloaded to the CPU or disk, where "
+            "E3VA can neither copy them nor train beside them. Give them a device (device_map={'': 0}, a larger "
+            "max_memory) or load fewer bits (quantization_config); for inference, adapt the model first and then "
+            "offload it (accelerate.cpu_offload)."
         )
 
 

@@ -17,6 +17,7 @@ from e3va_peft.refusals import (
     check_label_count,
     check_merging,
     check_nesting,
+    check_offloaded,
     check_quantized,
     check_saved_module,
     check_suffixes,
@@ -47,6 +48,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         config.modules_to_save = everything_outside(model, present, exits)
     else:
         config.modules_to_save = _full_names(model, exits, config.modules_to_save)
+    check_offloaded(model, exits, config.modules_to_save)
     check_quantized(model, config.modules_to_save)
     check_suffixes(model, exits, config.modules_to_save)
     check_nesting(model, config.modules_to_save)

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
-from accelerate.utils import compile_regions
-from peft import get_peft_model
-from torch import distributed, nn
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin, compile_regions
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
-from tests.models import BY_NAME, Case, every_model, loss_of
-from tests.test_laws import assert_same, outputs
+from tests.models import BY_NAME, Case, every_model, loss_of, train_steps
+from tests.test_laws import adapted, assert_same, blocks, outputs
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +47,142 @@ def test_ddp_would_have_complained(process_group):
     with pytest.raises(RuntimeError, match="not used in producing loss"):
         for _ in range(2):
             loss_of(model(**BY_NAME["swin-classifier"].training_batch())).backward()
+
+
+def shard(model: nn.Module, *units: nn.Module) -> nn.Module:
+    """Shard a model by FSDP2 over the processes of the group; each unit is gathered for its own forward only."""
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=True)
+    return fully_shard(model, mesh=mesh)
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def stages(model: nn.Module, case) -> list[nn.Module]:
+    """The units that transformers names in `_no_split_modules`: Swin's stages, the blocks of the others."""
+    found = [module for module in model.modules() if type(module).__name__ == "SwinStage"]
+    return found if case.family == "swin" else blocks(model, case)
+
+
+@every_model
+@pytest.mark.parametrize("tap_storage", ["exact", "int8"])
+def test_sharded_stage_by_stage_it_has_the_same_gradients(case, tap_storage, process_group):
+    whole = without_dropout(adapted(case, init_weights=False, tap_storage=tap_storage).train())
+    sharded = copy.deepcopy(whole)
+    shard(sharded, *stages(sharded, case))
+    for model in (whole, sharded):
+        torch.manual_seed(0)  # Mask2Former and the detectors sample
+        loss_of(model(**case.training_batch())).backward()
+    for (key, a), (_, b) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), key
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("tap_storage", ["exact", "int8"])
+def test_a_bf16_base_has_the_same_gradients_sharded(tap_storage, process_group):
+    case = BY_NAME["swin-classifier"]
+    config = E3VAConfig(r=4, init_weights=False, tap_storage=tap_storage)
+    # FSDP wants one dtype among the weights of a unit, so the adapter cannot stay in fp32
+    whole = get_peft_model(case.base().bfloat16(), config, autocast_adapter_dtype=False).train()
+    sharded = copy.deepcopy(whole)
+    shard(sharded, *stages(sharded, case))
+    batch = case.training_batch() | {"pixel_values": case.batch()["pixel_values"].bfloat16()}
+    for model in (whole, sharded):
+        loss_of(model(**batch)).backward()
+    for (key, a), (_, b) in zip(sharded.named_parameters(), whole.named_parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=2e-2, atol=2e-2, msg=key)
+
+
+@pytest.mark.parametrize("part", ["", ".reduction"])
+def test_patch_merging_that_is_sharded_by_itself_is_refused(part, process_group):
+    case = BY_NAME["swin-classifier"]
+    model = adapted(case).train()
+    stage = model.base_model.model.swin.encoder.base_layer.layers[0]
+    shard(model, stage.get_submodule(f"downsample{part}"), stage)
+    with pytest.raises(ValueError, match=r"transformer_cls_names_to_wrap=\['SwinStage'\]"):
+        model(**case.training_batch())
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
+def test_the_first_fsdp_is_refused_by_name(name, process_group):
+    case = BY_NAME[name]
+    model = FullyShardedDataParallel(adapted(case).train(), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(ValueError, match="fsdp_version=2"):
+        model(**case.training_batch())
+
+
+SHARDED = {
+    "swin": ("swin-classifier", {}, "SwinStage"),
+    "swin-int8": ("swin-classifier", {"tap_storage": "int8"}, "SwinStage"),
+    "vit": ("vit-classifier", {}, "ViTLayer"),
+}
+
+
+def accelerator_that_shards(**options) -> Accelerator:
+    """Accelerate with FSDP 2 on the CPU, where it would fall back to DDP although PyTorch can shard there."""
+    accelerator = Accelerator(cpu=True)
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", **options
+    )
+    return accelerator
+
+
+def train_sharded(rank: int, folder: str) -> None:
+    """Be one of two processes: train sharded, save, load, and train on."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
+    for key, (name, config, unit) in SHARDED.items():
+        case = BY_NAME[name]
+        batch = {k: v[2 * rank : 2 * rank + 2] for k, v in case.training_batch(4).items()}
+        model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config))
+        for phase in ("first", "second"):
+            accelerator = accelerator_that_shards(cpu_ram_efficient_loading=True, transformer_cls_names_to_wrap=[unit])
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+            model, optimizer = accelerator.prepare(model.train(), optimizer)
+            assert isinstance(model, FSDPModule)
+            for _ in range(2):
+                optimizer.zero_grad()
+                accelerator.backward(loss_of(model(**batch)))
+                optimizer.step()
+            state, at = accelerator.get_state_dict(model), f"{folder}/{key}-{phase}"
+            if accelerator.is_main_process:  # the others are given an empty state
+                model.save_pretrained(at, state_dict=state)
+            accelerator.wait_for_everyone()
+            model = PeftModel.from_pretrained(case.base(), at, is_trainable=True)
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained_by_two(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("fsdp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        multiprocessing.spawn(train_sharded, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("key", SHARDED)
+def test_two_processes_that_shard_train_save_and_resume_like_one(key, trained_by_two):
+    name, config, _ = SHARDED[key]
+    case = BY_NAME[name]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config))
+    before = copy.deepcopy(get_peft_model_state_dict(model))
+    for phase in ("first", "second"):
+        train_steps(model, case.training_batch(4), steps=2)
+        got = load_file(trained_by_two / f"{key}-{phase}" / "adapter_model.safetensors")
+        assert_same(got, get_peft_model_state_dict(model), rtol=1e-4, atol=1e-5)
+        assert not any(torch.equal(got[k], before[k]) for k in got)
 
 
 @pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier", "dinov2-classifier"])
