@@ -12,8 +12,9 @@ from torch import nn
 from e3va_peft import E3VAConfig
 from e3va_peft.backbones.base import in_turn
 from e3va_peft.backbones.splices import add
-from e3va_peft.frozen_pass import FrozenPass, Merging
-from e3va_peft.highway import Highway, Lane, MergingSpec
+from e3va_peft.frozen_pass import FrozenPass, MergingCall
+from e3va_peft.fused import Merging
+from e3va_peft.highway import Highway, Lane
 from tests.models import BY_NAME, every_model, loss_of
 from tests.test_laws import adapted, assert_same, layers, outputs
 
@@ -66,12 +67,12 @@ def test_the_lane_moves_to_where_patch_merging_and_the_next_stage_are(grad):
     highway = Highway([8, 8], [1, 1], r=2)
     highway.stages[1].to(META)
     merging = nn.Linear(8, 8, device=META).requires_grad_(False)
-    lane = Lane([highway], FrozenPass(), [1, 1], mergings=[MergingSpec([merging], in_turn)], grad=grad)
+    lane = Lane([highway], FrozenPass(), [1, 1], mergings=[Merging([merging], in_turn)], grad=grad)
     with torch.set_grad_enabled(grad):
         for stage, device in enumerate(("cpu", META)):
             lane.frozen.taps[stage, 0] = lane.keep(stage, 0, torch.zeros(2, 3, 8, device=device))
             if stage == 0:
-                lane.frozen.mergings[0] = Merging(torch.zeros(2, 3, 8, device=META), (), {}, None)
+                lane.frozen.mergings[0] = MergingCall(torch.zeros(2, 3, 8, device=META), (), {}, None)
                 lane.leave(0)
                 assert lane.ahead(0).is_meta and not lane.stages[0][0].is_meta
         assert lane.behind(1, 1).is_meta

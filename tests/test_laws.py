@@ -365,3 +365,52 @@ def test_bf16_autocast_trains_on_the_cpu(case):
     assert losses[-1] < losses[0]
     after = outputs(model.eval(), case.batch())
     assert any(not torch.equal(before[key], after[key]) for key in before)
+
+
+class InPlace(nn.Module):
+    """What a branch passes on its way to the stream, in place, as timm's LayerScale may."""
+
+    def forward(self, x):
+        return x.mul_(2.0)
+
+
+def test_a_tap_that_is_changed_in_place_behind_the_hook_is_refused_by_name():
+    case = BY_NAME["swin-classifier"]
+    base = case.base()
+    base.swin.encoder.layers[1].blocks[1].drop_path = InPlace()  # the tap is what enters it
+    model = get_peft_model(base, E3VAConfig(r=4)).train()
+    with pytest.raises(RuntimeError, match=r"layers\.1\.blocks\.1: attention: its tap was changed in place"):
+        model(**case.training_batch())
+    with torch.no_grad():  # reduced at once: nothing is held that could change
+        model(**case.batch())
+    rounded = get_peft_model(case.base(), E3VAConfig(r=4, tap_storage="int8"))
+    loss_of(rounded.train()(**case.training_batch())).backward()
+
+
+class CallsItsExit(nn.Module):
+    """A host that computes with parts of what it takes for its encoder."""
+
+    def __init__(self, encoder: nn.Module, call) -> None:
+        super().__init__()
+        self.encoder, self.call, self.head = encoder, call, nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.call(self.encoder, x))
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda encoder, x: encoder.layer[0](x), "layer"),
+        (lambda encoder, x: encoder.get_submodule("layer.0")(x), "layer"),
+    ],
+)
+def test_a_host_that_computes_with_parts_of_the_exit_is_refused_and_not_left_unadapted(call, name):
+    encoder = BY_NAME["dinov2-classifier"].base().dinov2.encoder
+    model = get_peft_model(CallsItsExit(encoder, call), E3VAConfig(r=4))
+    with pytest.raises(AttributeError, match=rf"{name}"):
+        model(torch.randn(1, 5, 16))
+    layer = layers(model)[0]
+    assert layer.config is encoder.config and layer.main_input_name == encoder.main_input_name
+    assert layer.dtype == torch.float32 and layer.is_gradient_checkpointing is False
+    assert not hasattr(layer, "layer") and layer.get_base_layer() is encoder
