@@ -19,6 +19,7 @@ from e3va_peft.highway import Highway, Lane, MergingSpec
 from e3va_peft.hooks import (
     CURRENT,
     IMAGE,
+    EndTap,
     GridTap,
     MergingInput,
     MergingOutput,
@@ -131,6 +132,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                         points[name].module.register_forward_pre_hook(tap)
                     else:
                         points[name].module.register_forward_hook(tap)
+            if self.family.ends:
+                end = self.family.ends.format(stage=i)
+                exit.get_submodule(end).register_forward_pre_hook(EndTap(i, end))
             if stage.merging and i + 1 < len(self.depth):
                 first, last = stage.merging[0], stage.merging[-1]
                 exit.get_submodule(first).register_forward_pre_hook(MergingInput(i, first), with_kwargs=True)
@@ -188,7 +192,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         with CURRENT.set(recorder), torch.no_grad():
             outputs = self._run(e3va_method, call_args, call_kwargs)
         recorder.check_versions()
-        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail))
+        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends))
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _run(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
