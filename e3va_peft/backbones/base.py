@@ -289,11 +289,11 @@ class Backbone:
         for stage in range(len(self._existing(exit, "{stage}", self._first_blocks))):
             pattern = self.blocks.replace("{stage}", str(stage))
             blocks = tuple(self._existing(exit, "{block}", pattern))
-            norm: Any = submodule(exit, f"{blocks[0]}.{self.width}") if blocks else None
+            norm: Any = submodule(exit, f"{blocks[0]}.{self.width}")
             if norm is None:
                 raise ValueError(
-                    f"{type(exit).__name__}: has no {pattern.replace('{block}', '0')}.{self.width}, where the family "
-                    f"{self.name!r} expects a norm. E3VA does not know this variant of the backbone."
+                    f"{blocks[0]} ({type(exit.get_submodule(blocks[0])).__name__}): has no {self.width}, where the "
+                    f"family {self.name!r} expects a norm. E3VA does not know this variant of the block."
                 )
             if self.ends and submodule(exit, end := self.ends.format(stage=stage)) is None:
                 raise ValueError(
