@@ -20,7 +20,7 @@ from tests.models import BY_NAME, HeadOnMaps, classes, every_model, label_map, p
 def test_every_law_holds_for_every_supported_model(case):
     model = case.base()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    report = check_backbone(model, case.training_batch())
+    report = check_backbone(model, case.training_batch() | {"output_hidden_states": True})
     assert report.ok, str(report)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert "holds" in str(report) and "BROKEN" not in str(report)
