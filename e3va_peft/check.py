@@ -7,18 +7,20 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import Exit, find_exits
 from e3va_peft.frozen_pass import Grid
+from e3va_peft.highway import sum_of_adapters
 from e3va_peft.hooks import Hook
-from e3va_peft.layer import E3VALayer
+from e3va_peft.layer import METHOD_CHILD, E3VALayer
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,29 @@ class _Trial:
             for name, (stage, count) in blocks.items()
         }
 
+    def spoken(self, model: PeftModel) -> dict[str, Tensor]:
+        """Run the base with the highway of an adapted model written into its blocks, which is what the method says.
+
+        The branches stay what they are without the highway, `x_l = x_{l-1} + branches_l + A(branches_l)`.
+        """
+        base, observed = copy.deepcopy(self.base), self.observed()
+        wrapped = cast(nn.Module, model.base_model.model)
+        for found, adapted in zip(find_exits(base), find_exits(wrapped), strict=True):
+            place = child(adapted.name, METHOD_CHILD) if found.family.methods else adapted.name
+            highway: Any = cast(E3VALayer, wrapped.get_submodule(place)).e3va_highway["default"]
+            first: dict[int, int] = {}  # stage -> index of the next block's first adapter
+            for name, stage in _blocks(found).items():
+                seen, start = observed[name], first.get(stage, 0)
+                first[stage] = start + len(seen.taps)
+                factors = [factor[start : first[stage]] for factor in highway.stages[stage].factors]
+                with torch.no_grad():
+                    added = seen.behind - seen.before + sum_of_adapters(factors, [(tap,) for tap in seen.taps])
+                hook = partial(_say, added, found.family.channels)
+                found.module.get_submodule(name).register_forward_hook(
+                    hook, prepend=True
+                )  # before who records outputs
+        return self.outputs(base)
+
     def disturbed(self, adapted: bool) -> dict[str, Tensor]:
         """Run the base with noise behind its first adapted block, or behind its first that is not, if there is one."""
         base = copy.deepcopy(self.base)
@@ -150,7 +175,7 @@ class _Trial:
             inside = _blocks(found)
             every = [name for stage in found.family.stages(found.module) for name in stage.blocks]
             if names := [name for name in every if (name in inside) == adapted]:
-                found.module.get_submodule(names[0]).register_forward_hook(_add_noise)
+                found.module.get_submodule(names[0]).register_forward_hook(_add_noise, prepend=True)
         return self.outputs(base)
 
     def loss(self, model: nn.Module) -> Tensor:
@@ -195,6 +220,15 @@ def _every_output_moves(trial: _Trial) -> str:
     if still := sorted(behind - beyond - moved):
         raise _Broken(f"{still} stay as they are: the splice leaves them out")
     return f"behind the last adapted block: {sorted(beyond - moved)}" if beyond - moved else ""
+
+
+def _says_what_the_method_says(trial: _Trial) -> None:
+    """Every output is that of the base whose blocks add the highway to the stream."""
+    model = trial.adapted(init_weights=False, modules_to_save=[])
+    base = trial.outputs(trial.base)
+    beyond = set(trial.differ(trial.disturbed(adapted=False), base))
+    if apart := sorted(set(trial.differ(trial.outputs(model), trial.spoken(model))) - beyond):
+        raise _Broken(f"{apart} differ: the splice adds the lane in another place, or Merging.run does something else")
 
 
 def _trains_what_it_says(trial: _Trial) -> None:
@@ -272,6 +306,7 @@ _LAWS: tuple[Callable[[_Trial], str | None], ...] = (
     _branches_add_up,
     _starts_at_the_base,
     _every_output_moves,
+    _says_what_the_method_says,
     _trains_what_it_says,
     _no_graph_in_blocks,
     _inference_agrees,
@@ -318,6 +353,13 @@ def _note(seen: dict[Any, Tensor], key: Any, channels: str, module: nn.Module, a
     value = args[0][0] if isinstance(args[0], tuple) else args[0]
     value = (value.movedim(1, -1) if channels == "first" else value).detach().clone()
     seen[key] = value.flatten(1, -2) if value.dim() > 3 else value
+
+
+def _say(added: Tensor, channels: str, module: nn.Module, args: Any, output: Any) -> Any:
+    x = args[0].movedim(1, -1) if channels == "first" else args[0]
+    x = x + added.view(x.shape)
+    x = x.movedim(-1, 1) if channels == "first" else x
+    return (x, *output[1:]) if isinstance(output, tuple) else x
 
 
 def _add_noise(module: nn.Module, args: Any, output: Any) -> Any:

@@ -46,6 +46,7 @@ class FrozenPass:
         mergings: Stage -> the patch merging behind it.
         grids: Stage -> how its tokens lie in the image.
         tail: What entered the modules behind the last block, (B, N, C).
+        ends: Stage -> what entered the module at its end, (B, N, C) or (B, H, W, C).
         outputs: The outputs.
     """
 
@@ -53,6 +54,7 @@ class FrozenPass:
     mergings: dict[int, MergingCall] = field(default_factory=dict)
     grids: dict[int, Grid] = field(default_factory=dict)
     tail: Tensor | None = None
+    ends: dict[int, Tensor] = field(default_factory=dict)
     outputs: Any = None
 
     def check(self, stage: int, at: int) -> None:

@@ -156,6 +156,12 @@ class Recorder:
         finally:
             self.listens = True
 
+    def note_end(self, stage: int, x: Tensor, name: str) -> None:
+        """Take what enters the module at the end of a stage."""
+        x = self.channels_last(x.detach())
+        self.note_version(x, name)
+        self.frozen.ends[stage] = x
+
     def note_grid(self, stage: int, args: tuple[Any, ...]) -> None:
         """Work out how the tokens of a stage lie in the image, as its first block is called."""
         prefix = self.family.prefix(self.exit)
@@ -255,6 +261,20 @@ class TailTap(Hook):
         recorder = listening()
         if recorder is not None:
             recorder.frozen.tail = args[0].detach()
+
+
+class EndTap(Hook):
+    """A pre-hook that reads what enters the module at the end of a stage: the output of the stage's last block."""
+
+    def __init__(self, stage: int, name: str = "") -> None:
+        self.stage = stage
+        self.name = name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Read the first argument."""
+        recorder = listening()
+        if recorder is not None:
+            recorder.note_end(self.stage, args[0], self.name)
 
 
 class FrozenGuard(Hook):

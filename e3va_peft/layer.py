@@ -20,6 +20,7 @@ from e3va_peft.highway import Highway, Lane
 from e3va_peft.hooks import (
     CURRENT,
     IMAGE,
+    EndTap,
     GridTap,
     MergingInput,
     MergingOutput,
@@ -52,13 +53,37 @@ _READABLE = (
 class AdaptedMethod:
     """Stands on a module for one of its methods, and runs it with the lane written into what it returns."""
 
-    def __init__(self, layer: E3VALayer, name: str) -> None:
-        self.layer = layer
+    def __init__(self, host: nn.Module, name: str) -> None:
+        self.host = host
         self.name = name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method; arguments and outputs are its own."""
-        return self.layer(*args, e3va_method=self.name, **kwargs)
+        layer = getattr(self.host, METHOD_CHILD)
+        if layer.exit is not self.host:  # a replica, whose layer does not know it yet
+            layer._host = [self.host]
+        return layer(*args, e3va_method=self.name, **kwargs)
+
+
+class AdaptedReplicate:
+    """Stands on a module for the method by which `nn.DataParallel` makes replicas: theirs are methods of their own."""
+
+    def __init__(self, layer: E3VALayer) -> None:
+        self.layer = layer
+
+    def __call__(self) -> nn.Module:
+        """Return a replica, whose layer is made apart and becomes its child as any other."""
+        host = self.layer.exit
+        replica = type(host)._replicate_for_data_parallel(host)
+        stand_on(replica, self.layer)
+        return replica
+
+
+def stand_on(host: nn.Module, layer: E3VALayer) -> None:
+    """Replace the methods of a module that are the exit of its backbone, without changing its class."""
+    for name in layer.family.methods:
+        setattr(host, name, AdaptedMethod(host, name))
+    host._replicate_for_data_parallel = AdaptedReplicate(layer)  # type: ignore[method-assign]
 
 
 class E3VALayer(nn.Module, BaseTunerLayer):
@@ -91,8 +116,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.is_method = bool(family.methods)
         if self.is_method:
             self._host = [exit]  # in a list: it is the layer's parent and must not be its child as well
-            for name in family.methods:
-                setattr(exit, name, AdaptedMethod(self, name))
+            stand_on(exit, self)
         else:
             self.base_layer = exit
         self.depth = tuple(depth)
@@ -140,6 +164,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                         points[name].module.register_forward_pre_hook(tap)
                     else:
                         points[name].module.register_forward_hook(tap)
+            if self.family.ends:
+                end = self.family.ends.format(stage=i)
+                exit.get_submodule(end).register_forward_pre_hook(EndTap(i, end))
             if stage.merging and i + 1 < len(self.depth):
                 first, last = stage.merging[0], stage.merging[-1]
                 exit.get_submodule(first).register_forward_pre_hook(MergingInput(i, first), with_kwargs=True)
@@ -197,7 +224,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         with CURRENT.set(recorder), torch.no_grad():
             outputs = self._run(e3va_method, call_args, call_kwargs)
         recorder.check_versions()
-        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail))
+        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends))
         return outputs if return_dict is not False else outputs.to_tuple()
 
     def _run(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -273,7 +300,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 for key, module in self.e3va_tail[name].items():  # type: ignore[operator]
                     setattr(exit, key, module)
         if self.is_method:
-            for name in self.family.methods:
+            for name in (*self.family.methods, "_replicate_for_data_parallel"):
                 delattr(exit, name)
         for part in self.frozen:
             part.train(training)

@@ -50,7 +50,11 @@ def run(name: str, parameters: str, folder: Path, in_process: bool = False) -> n
 
 
 def text_of(notebook: nbformat.NotebookNode) -> str:
-    return "\n".join(out.get("text", "") for cell in notebook.cells for out in cell.get("outputs", ()))
+    return "\n".join(text_of_cell(cell) for cell in notebook.cells)
+
+
+def text_of_cell(cell: nbformat.NotebookNode) -> str:
+    return "\n".join(out.get("text", "") for out in cell.get("outputs", ()))
 
 
 def pictures_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
@@ -119,6 +123,19 @@ def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
         assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["method"] == "e3va"
     assert len(pictures_of(notebook)) == 3  # two rows of truth and finds, one of overlays
     assert "trained parameters for a backbone of" in text_of(notebook) and "mask_ap" in str(notebook.cells)
+
+
+def test_add_a_backbone_goes_from_a_wrong_declaration_to_a_reloaded_adapter(tmp_path):
+    notebook = run("05_add_a_backbone.ipynb", "STEPS = 3", tmp_path)
+    wrong, right = (text for cell in notebook.cells if "  Saved and loaded" in (text := text_of_cell(cell)))
+    broken = [line.split(":")[0] for line in wrong.splitlines() if line.startswith("BROKEN")]
+    assert broken == [
+        "BROKEN  The branches of a block add up to what the block adds to the stream",
+        "BROKEN  Every output is that of the base whose blocks add the highway to the stream",
+    ]
+    assert "BROKEN" not in right and "16 x 12, 8 x 6, 4 x 3, 2 x 2" in right
+    assert "holds no backbone that E3VA knows" in text_of(notebook) and "trainable params" in text_of(notebook)
+    assert (tmp_path / "add-a-backbone" / "adapter_model.safetensors").is_file()
 
 
 def test_commands_are_run_in_one_way():

@@ -260,7 +260,10 @@ def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
         compiled.train()
 
 
-@pytest.mark.parametrize("name, options", [("swin-classifier", {"tap_storage": "int8"}), ("vit-classifier", {})])
+@pytest.mark.parametrize(
+    "name, options",
+    [("swin-classifier", {"tap_storage": "int8"}), ("vit-classifier", {}), ("timm-vit", {}), ("timm-swin", {})],
+)
 def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, options):
     case = BY_NAME[name]
     model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **options)).train()
@@ -270,11 +273,39 @@ def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, opt
     for seed in range(3):
         batch = case.training_batch(seed=seed)
         left, right = compiled(**batch), model(**batch)
-        torch.testing.assert_close(left.logits, right.logits, rtol=1e-4, atol=1e-5)
-        left.loss.backward(), right.loss.backward()
+        torch.testing.assert_close(left["logits"], right["logits"], rtol=1e-4, atol=1e-5)
+        loss_of(left).backward(), loss_of(right).backward()
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[2]  # in the first step transformers notes the kind of labels, which compiles once more
     for (key, a), (_, b) in zip(twin.named_parameters(), model.named_parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None), key
         if a.grad is not None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def replica_of(model: nn.Module, shift: float) -> nn.Module:
+    """What `nn.DataParallel` makes of a model for another device, with other weights so that one can tell.
+
+    PyTorch's own `replicate` does the same, but only to GPUs.
+    """
+    twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in twins.items():
+        for name, item in module._modules.items():
+            setattr(twin, name, None if item is None else twins[item])
+        for name, parameter in module._parameters.items():
+            setattr(twin, name, None if parameter is None else parameter.detach() * (1 + shift))
+    return twins[model]
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "timm-vit", "timm-swin"])
+def test_a_replica_runs_on_its_own_weights(name):
+    case = BY_NAME[name]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False)).eval()
+    before = outputs(model, case.batch())
+    assert_same(outputs(replica_of(model, 0.0), case.batch()), before)
+    got = outputs(replica_of(model, 0.1), case.batch())
+    assert_same(outputs(model, case.batch()), before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert_same(got, outputs(model, case.batch()))

@@ -31,10 +31,10 @@ class Branch:
 
 
 def in_turn(modules: Sequence[Callable[..., Any]], x: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Run modules one behind the other; the first gets all arguments."""
-    x = modules[0](x, *args, **kwargs)
-    for module in modules[1:]:
-        x = module(x)
+    """Run modules one behind the other; the first gets all arguments. Of a tuple, the first goes on."""
+    for i, module in enumerate(modules):
+        output = module(x) if i else module(x, *args, **kwargs)
+        x = output[0] if isinstance(output, tuple) else output
     return x
 
 
@@ -182,6 +182,7 @@ class ExitCall:
         tail_input: What entered the first of them, (B, N, C); None without a tail.
         args: Positional arguments of the call.
         kwargs: Keyword arguments, which may decide what an output is.
+        ends: Stage -> what entered the module at its end (`Backbone.ends`), channels last; empty without such modules.
     """
 
     exit: nn.Module
@@ -191,6 +192,7 @@ class ExitCall:
     tail_input: Tensor | None
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    ends: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 def no_change(call: ExitCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -222,6 +224,9 @@ class Backbone:
         frozen: Where the exit is a method: the frozen modules of its class that run before the tail.
         tail: Names of the modules inside the exit that run behind the last block, in their order, the output norm
             first. They run again with gradient; the first one's input must be the last block's output.
+        ends: Where each stage ends in a norm inside the exit, so that outputs are behind it: its name,
+            `stages.{stage}.layer_norm`. It stays frozen; what enters it must be the output of the stage's last block,
+            and is there for the splice, which runs it again (`ExitCall.ends`).
         hosts: What surrounds the exit, by the class of an ancestor. The first that fits is taken.
         prepare: call -> (args, kwargs) of the frozen run, where the splice needs other outputs than were asked for.
         splice: (outputs, lane, call) -> a copy of the outputs with the lane in each that a head can read.
@@ -241,6 +246,7 @@ class Backbone:
     grid: Callable[[GridSource], tuple[int, int]] = patches
     frozen: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
+    ends: str = ""
     hosts: tuple[Host, ...] = field(default=(Host(),))
     prepare: Callable[[ExitCall], tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
 
@@ -283,11 +289,16 @@ class Backbone:
         for stage in range(len(self._existing(exit, "{stage}", self._first_blocks))):
             pattern = self.blocks.replace("{stage}", str(stage))
             blocks = tuple(self._existing(exit, "{block}", pattern))
-            norm: Any = submodule(exit, f"{blocks[0]}.{self.width}") if blocks else None
+            norm: Any = submodule(exit, f"{blocks[0]}.{self.width}")
             if norm is None:
                 raise ValueError(
-                    f"{type(exit).__name__}: has no {pattern.replace('{block}', '0')}.{self.width}, where the family "
-                    f"{self.name!r} expects a norm. E3VA does not know this variant of the backbone."
+                    f"{blocks[0]} ({type(exit.get_submodule(blocks[0])).__name__}): has no {self.width}, where the "
+                    f"family {self.name!r} expects a norm. E3VA does not know this variant of the block."
+                )
+            if self.ends and submodule(exit, end := self.ends.format(stage=stage)) is None:
+                raise ValueError(
+                    f"{type(exit).__name__}: has no {end}, where the family {self.name!r} expects the end of a stage. "
+                    "E3VA does not know this variant of the backbone."
                 )
             names = self.merging.paths if self.merging is not None else ()
             names = tuple(name.format(stage=stage, next=stage + 1) for name in names)

@@ -23,7 +23,7 @@ def splice(outputs: Any, lane: Any, call: Any) -> Any:
     if spliced and arguments["intermediates_only"]:
         return spliced
     if spliced and arguments["stop_early"] and max(which) < last:
-        return spliced[-1].movedim(1, -1), spliced
+        return spliced[-1].movedim(1, -1).contiguous(), spliced
     x = call.tail_input
     final = in_own_dtype(call.tail["norm"], add(x, lane.behind(last, call.depth[last]).reshape(x.shape)))
     return (final, spliced) if spliced else final

@@ -19,7 +19,7 @@ def splice(outputs: Any, lane: Any, call: Any) -> Any:
             x.flatten(2).mT if x.dim() == 4 else x, lane.behind(0, block + 1)[:, call.exit.num_prefix_tokens :]
         )
         tokens = in_own_dtype(norm, tokens) if arguments["norm"] else tokens
-        spliced.append(tokens.mT.reshape(x.shape) if x.dim() == 4 else tokens)
+        spliced.append(tokens.mT.reshape(x.shape).contiguous() if x.dim() == 4 else tokens)
     if spliced and arguments["intermediates_only"]:
         return spliced
     last = max(which) + 1 if spliced and arguments["stop_early"] else blocks

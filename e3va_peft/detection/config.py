@@ -14,7 +14,8 @@ class DetectorConfig(PreTrainedConfig):
     """What all detectors have in common: a backbone, a feature pyramid on it, anchors on the pyramid.
 
     Attributes:
-        backbone_config: Config of any backbone of transformers that yields feature maps, or of a plain ViT or DeiT.
+        backbone_config: Config of any backbone of transformers that yields feature maps, timm's in a `TimmBackbone`
+            among them, or of a plain ViT or DeiT.
         strides: Pixels between neighbours of each feature map of the backbone. None: worked out from its patch size.
         fpn_channels: Channels of the feature pyramid.
         anchor_scales: Sides of a level's anchors, as multiples of its stride.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import Conv2dNormActivation, FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
-from transformers import AutoBackbone, AutoModel
+from transformers import AutoBackbone, AutoModel, TimmBackboneConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 _PLAIN_SCALES = (4.0, 2.0, 1.0, 0.5)
@@ -23,14 +24,34 @@ _PLAIN_SCALES = (4.0, 2.0, 1.0, 0.5)
 
 def build_backbone(config: Any) -> nn.Module:
     """Build a backbone from its config: one with feature maps, or a plain transformer without its pooler."""
+    if isinstance(config, TimmBackboneConfig):
+        return _timm_backbone(config)
     if type(config) in MODEL_FOR_BACKBONE_MAPPING:
         return AutoBackbone.from_config(config)
     return AutoModel.from_config(config, add_pooling_layer=False)
 
 
+def _timm_backbone(config: TimmBackboneConfig) -> nn.Module:
+    """Build a model of timm's for images of any size, which its transformers have to be asked for."""
+    try:
+        return AutoBackbone.from_config(config, dynamic_img_size=True)
+    except TypeError:  # a model that knows no such argument, because it takes any size anyway
+        return AutoBackbone.from_config(config)
+
+
 def is_plain(config: Any) -> bool:
     """Whether a backbone keeps one resolution in all blocks, as a ViT does."""
+    if isinstance(config, TimmBackboneConfig):
+        return len(set(_timm_strides(config.backbone, config.output_stride))) == 1
     return not hasattr(config, "depths")
+
+
+@lru_cache
+def _timm_strides(name: str | None, output_stride: int | None) -> tuple[float, ...]:
+    """Return the strides of all feature maps of a model of timm's, of which its config tells nothing."""
+    with torch.device("meta"):
+        model: Any = AutoBackbone.from_config(TimmBackboneConfig(backbone=name, output_stride=output_stride))
+    return tuple(float(info["reduction"]) for info in model._backbone.feature_info.info)
 
 
 def backbone_strides(config: Any) -> list[float]:
@@ -42,6 +63,9 @@ def backbone_strides(config: Any) -> list[float]:
     Raises:
         ValueError: It has neither stages nor a patch size.
     """
+    if isinstance(config, TimmBackboneConfig):
+        strides = _timm_strides(config.backbone, config.output_stride)
+        return [strides[0]] if is_plain(config) else [strides[index] for index in config.out_indices]
     patch = getattr(config, "patch_stride", None) or getattr(config, "patch_size", None)
     if patch is None and not is_plain(config):
         patch = 4  # the stem of a ResNet
@@ -65,22 +89,28 @@ def stage_names(config: Any) -> list[str]:
 def feature_maps(backbone: nn.Module, pixel_values: Tensor, strides: Sequence[float]) -> list[Tensor]:
     """Run a backbone, `(B, 3, H, W)` to one map `(B, C, h, w)` per stage, or to the one map of a plain ViT.
 
-    `strides` are those of the maps.
+    `strides` are those of the maps. Maps whose channels are last, as those of timm's Swin, are turned.
 
     A plain ViT needs whole patches: the image is padded with zeros on its right and lower sides.
     """
     config: Any = backbone.config
     if not is_plain(config):
-        return list(backbone(pixel_values).feature_maps)
+        return _channels_first(backbone, backbone(pixel_values).feature_maps)
     patch = int(strides[0])
     height, width = pixel_values.shape[-2:]
     right, below = -width % patch, -height % patch
     pixels = F.pad(pixel_values, (0, right, 0, below)) if right or below else pixel_values
     if hasattr(backbone, "channels"):
-        return [backbone(pixels).feature_maps[-1]]
+        return _channels_first(backbone, backbone(pixels).feature_maps[-1:])
     h, w = pixels.shape[-2] // patch, pixels.shape[-1] // patch
     hidden = backbone(pixels, interpolate_pos_encoding=True).last_hidden_state[:, -h * w :]  # (B, h * w, C)
     return [hidden.transpose(1, 2).unflatten(2, (h, w))]
+
+
+def _channels_first(backbone: nn.Module, maps: Sequence[Tensor]) -> list[Tensor]:
+    """Return maps as (B, C, h, w). Some models of timm, its Swin among them, say that theirs are (B, h, w, C)."""
+    last = getattr(getattr(backbone, "_backbone", None), "output_fmt", None) == "NHWC"
+    return [x.movedim(-1, 1) if last else x for x in maps]
 
 
 def backbone_channels(backbone: nn.Module) -> list[int]:
