@@ -3,37 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from e3va_peft.backbones.base import Backbone, Branch, Merging, map_size
-from e3va_peft.backbones.splices import add, in_own_dtype
-from e3va_peft.backbones.timm import bound, taken, without_norm
-
-
-def splice(outputs: Any, lane: Any, call: Any) -> Any:
-    """Splice the last map (B, H, W, C), normed again, and of `forward_intermediates` maps (B, C, H, W)."""
-    last, arguments = len(call.depth) - 1, bound(call)
-    maps = [] if call.method == "forward_features" else outputs if arguments["intermediates_only"] else outputs[1]
-    which, spliced = taken(call, len(call.depth)) if maps else [], []
-    for x, stage in zip(maps, which, strict=True):
-        x = x.movedim(1, -1)
-        x = add(x, lane.behind(stage, call.depth[stage]).reshape(x.shape))
-        x = in_own_dtype(call.tail["norm"], x) if arguments["norm"] and stage == last else x
-        spliced.append(x.movedim(-1, 1).contiguous())
-    if spliced and arguments["intermediates_only"]:
-        return spliced
-    if spliced and arguments["stop_early"] and max(which) < last:
-        return spliced[-1].movedim(1, -1).contiguous(), spliced
-    x = call.tail_input
-    final = in_own_dtype(call.tail["norm"], add(x, lane.behind(last, call.depth[last]).reshape(x.shape)))
-    return (final, spliced) if spliced else final
-
-
-def splice_list(outputs: Any, lane: Any, call: Any) -> Any:
-    """Splice a list of maps (B, H, W, C)."""
-    stages = [int(name.rpartition("_")[2]) for name in call.exit.return_layers]
-    return [add(x, lane.behind(i, call.depth[i]).reshape(x.shape)) for x, i in zip(outputs, stages, strict=True)]
-
+from e3va_peft.backbones.base import Backbone, Branch, Merging, map_size, no_change
+from e3va_peft.backbones.timm import splice_list, splice_maps, without_norm
 
 TIMM_SWIN = Backbone(
     name="timm-swin",
@@ -48,7 +20,7 @@ TIMM_SWIN = Backbone(
     frozen=("patch_embed", "layers"),
     tail=("norm",),
     prepare=without_norm,
-    splice=splice,
+    splice=splice_maps,
 )
 
 TIMM_SWIN_FEATURES = replace(
@@ -61,6 +33,6 @@ TIMM_SWIN_FEATURES = replace(
     merging=Merging(("layers_{next}.downsample",)),
     frozen=(),
     tail=(),
-    prepare=lambda call: (call.args, call.kwargs),
+    prepare=no_change,
     splice=splice_list,
 )
