@@ -57,15 +57,22 @@ class FrozenPass:
     ends: dict[int, Tensor] = field(default_factory=dict)
     outputs: Any = None
 
-    def check(self, stage: int, at: int) -> None:
-        """Refuse to look at a stage that the lane, which is at another, has not reached.
+    def check(self, stage: int, block: int, at_stage: int, at_block: int) -> None:
+        """Refuse to look at a place that the lane, which only moves forward, has not reached or has left.
 
         Raises:
-            RuntimeError: The patch merging between them did not run.
+            RuntimeError: The patch merging between did not run, or the lane is past the place.
         """
-        if stage != at:
+        if stage > at_stage:
             raise RuntimeError(
-                f"stage {at}: its patch merging did not run. E3VA needs its forward: remove what skips or replaces it."
+                f"stage {at_stage}: its patch merging did not run. E3VA needs its forward: remove what skips or "
+                "replaces it."
+            )
+        if stage < at_stage or block < max(at_block, 1):
+            raise RuntimeError(
+                f"the lane is behind block {at_block} of stage {at_stage} and moves forward only: that behind block "
+                f"{block} of stage {stage} is gone. A splice asks for it in the order of stages and blocks; what is "
+                "shown of a stage that the lane has left is kept where Backbone.shown says so."
             )
 
     def take(self, stage: int, first: int, last: int) -> list[Sequence[Tensor]]:

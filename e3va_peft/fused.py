@@ -191,7 +191,7 @@ def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool)
                 frozen = run(cast, x, grid, *call.args, **call.kwargs)
         y = x + z
         # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
-        if lean and all(p.is_floating_point() for module in modules for p in module.parameters()):
+        if lean and all(p.is_floating_point() for module in modules for p in own_parameters(module).values()):
             return _LeanMerging.apply(merging, grid, call.args, call.kwargs, y) - frozen
         return run(cast, y, grid, *call.args, **call.kwargs) - frozen
 
@@ -233,11 +233,20 @@ def in_dtype(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Callable[
 
 
 def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
-    parameters: Mapping[str, Tensor] = dict(module.named_parameters())
+    parameters = own_parameters(module)
     cast = {name: _plain(p, dtype) for name, p in parameters.items()}
     if all(cast[name] is p for name, p in parameters.items()):
         return module
     return lambda *args, **kwargs: torch.func.functional_call(module, cast, args, kwargs)
+
+
+def own_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's parameters by name; of a replica (`nn.DataParallel`), whose tensors are no parameters, too."""
+    found: dict[str, Tensor] = {}
+    for path, part in module.named_modules():
+        tensors = getattr(part, "_former_parameters", None) or part._parameters
+        found |= {f"{path}.{name}" if path else name: p for name, p in tensors.items() if p is not None}
+    return found
 
 
 def _plain(parameter: Tensor, dtype: torch.dtype) -> Tensor:

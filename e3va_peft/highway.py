@@ -168,9 +168,9 @@ class Lane:
 
     def behind(self, stage: int, block: int) -> Tensor:
         """Return the lane (B, N, C) behind the first `block` blocks of a stage."""
-        if stage in self.stages:
+        if stage in self.stages and block == self.depth[stage]:
             return self.stages[stage][0]
-        self.frozen.check(stage, self.stage)
+        self.frozen.check(stage, block, self.stage, self.block)
         first, last = self.block * self.taps_per_block, block * self.taps_per_block
         kept = self.frozen.take(stage, first, last)
         for i, highway in enumerate(self.highways if kept else ()):
@@ -178,10 +178,11 @@ class Lane:
             step = step.to(torch.promote_types(step.dtype, torch.float32))
             self.z = step if self.z is None else self.z.to(step.device) + step
         self.block = block
-        return self.z  # type: ignore[return-value]  # no stage is without blocks
+        return self.z  # type: ignore[return-value]  # block >= 1: checked
 
     def ahead(self, stage: int) -> Tensor:
         """Return the lane (B, N', C') behind the patch merging of a stage."""
+        self.frozen.check(stage + 1, 1, self.stage, 0) if stage not in self.stages else None
         return self.stages[stage][1]
 
     def leave(self, stage: int) -> None:

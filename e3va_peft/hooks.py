@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,11 @@ class Recorder:
     def read(self, tap: Tap, value: Tensor) -> None:
         """Take a tap, or one of several parts that add up."""
         key = (tap.stage, tap.index)
+        if key in self.frozen.taps:
+            raise RuntimeError(
+                f"{tap.name}: was read twice in one forward, so one call's tap would stand for the other's. A module "
+                "that blocks share, or that a block calls more than once, cannot be read."
+            )
         value = self.channels_last(value.detach())
         value = value.flatten(1, -2) if value.dim() > 3 else value
         if tap.parts > 1:
@@ -171,7 +176,21 @@ class Recorder:
 
 
 CURRENT: Current[Recorder] = Current("e3va_recorder")
-IMAGE: ContextVar[tuple[int, int] | None] = ContextVar("e3va_image", default=None)
+FRONT: ContextVar[Mapping[str, Front]] = ContextVar("e3va_front", default={})  # noqa: B039  never changed, replaced
+
+
+class Front(NamedTuple):
+    """What a frozen module in front of an exit saw.
+
+    Attributes:
+        image: (H, W) of its image; None where it was given none.
+        wanting: Whether its input wants a gradient, see `wants_gradient`.
+        trainable: Name of its first parameter that wants one; "" if none does.
+    """
+
+    image: tuple[int, int] | None
+    wanting: Literal["", "leaf", "computed"]
+    trainable: str
 
 
 def listening() -> Recorder | None:
@@ -278,30 +297,74 @@ class EndTap(Hook):
 
 
 class FrozenGuard(Hook):
-    """A pre-hook on frozen modules before the exit: eval mode always, and nothing in them may want a gradient."""
+    """A pre-hook on frozen modules before the exit: eval mode always, and a note of what they saw for the exit."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Put the module into eval mode, refuse it if it wants a gradient, and note the image's size."""
+        """Put the module into eval mode, and note what it is given."""
         if module.training:
             module.eval()
-        refuse_trainable(module, self.name)
-        check_input_gradients(args)
         if not torch.compiler.is_compiling():
-            IMAGE.set(image_size(args))
+            wanting = next((name for name, p in module.named_parameters() if p.requires_grad), "")
+            FRONT.set({**FRONT.get(), self.name: Front(image_size(args), wants_gradient(args), wanting)})
 
 
-def image_size(args: Sequence[Any]) -> tuple[int, int] | None:
-    """Return (H, W) of the first argument where that is an image (B, 3, H, W)."""
-    image = args[0] if args else None
-    if isinstance(image, Tensor) and image.dim() == 4:
-        return image.shape[-2], image.shape[-1]
-    return None
+def image_size(args: Iterable[Any]) -> tuple[int, int] | None:
+    """Return (H, W) of the first argument that is an image (B, 3, H, W)."""
+    image = next((value for value in args if isinstance(value, Tensor) and value.dim() == 4), None)
+    return None if image is None else (image.shape[-2], image.shape[-1])
 
 
-def refuse_trainable(module: nn.Module, name: str) -> None:
+def wants_gradient(inputs: Iterable[Any]) -> Literal["", "leaf", "computed"]:
+    """Whether an input wants a gradient: one that a module in front has *computed*, or a *leaf*, such as an image."""
+    wanting = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
+    if not wanting:
+        return ""
+    return "computed" if any(value.grad_fn is not None for value in wanting) else "leaf"
+
+
+def check_input(inputs: Iterable[Any], front: Mapping[str, Front]) -> None:
+    """Refuse an input of the frozen stream that some module computed with gradient; warn about a leaf's.
+
+    Args:
+        inputs: Of the exit.
+        front: What the frozen modules in front of it have seen.
+
+    Raises:
+        ValueError: What made the input wants a gradient, or something in a frozen module does.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return
+    for name, seen in front.items():
+        if seen.trainable:
+            raise ValueError(would_never_train(f"{name}.{seen.trainable}"))
+    leaf = any(seen.wanting == "leaf" for seen in front.values())
+    own = "" if leaf else wants_gradient(inputs)  # what is computed from a leaf in front has a graph as well
+    if own == "computed" or any(seen.wanting == "computed" for seen in front.values()):
+        raise ValueError(
+            "a module in front of the backbone wants a gradient, but E3VA sends none through the backbone, so it "
+            "would never train. Leave it out of modules_to_save, or use another PEFT method."
+        )
+    if leaf or own == "leaf":
+        warnings.warn(
+            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
+            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def would_never_train(name: str) -> str:
+    """Say that a parameter of the frozen stream wants a gradient."""
+    return (
+        f"{name} has requires_grad=True, but no gradient enters the frozen backbone, so it would never train. Set "
+        "requires_grad=False, or use another PEFT method for this module."
+    )
+
+
+def refuse_trainable(module: nn.Module, name: str, recurse: bool = True) -> None:
     """Raise if anything in a frozen module wants a gradient while gradients are on: it would never get one.
 
     Raises:
@@ -309,7 +372,7 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return
-    for parameter_name, parameter in module.named_parameters():
+    for parameter_name, parameter in module.named_parameters(recurse=recurse):
         if parameter.requires_grad:
             if not parameter.is_leaf:
                 raise ValueError(
@@ -317,10 +380,7 @@ def refuse_trainable(module: nn.Module, name: str) -> None:
                     "and trained weights into one. Use FSDP 2: fsdp_version=2 in Accelerate's plugin, "
                     "fsdp_config={'version': 2} in TrainingArguments."
                 )
-            raise ValueError(
-                f"{name}.{parameter_name} has requires_grad=True, but no gradient enters the frozen backbone, so it "
-                "would never train. Set requires_grad=False, or use another PEFT method for this module."
-            )
+            raise ValueError(would_never_train(f"{name}.{parameter_name}"))
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -351,29 +411,6 @@ def refuse_offloaded(highways: Sequence[nn.Module], mergings: Sequence[nn.Module
                 f"{type(part).__name__} of the patch merging is offloaded and not in fp32, which the lane passes "
                 "through it in. Leave the patch merging on a device, or offload the model in fp32."
             )
-
-
-def check_input_gradients(inputs: Sequence[Any]) -> None:
-    """Refuse an input of the backbone that some module in front of it computed with gradient; warn about a leaf's.
-
-    Raises:
-        ValueError: What made the input wants a gradient, which E3VA does not send.
-    """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return
-    wanting = [value for value in inputs if isinstance(value, Tensor) and value.requires_grad]
-    if any(value.grad_fn is not None for value in wanting):
-        raise ValueError(
-            "a module in front of the backbone wants a gradient, but E3VA sends none through the backbone, so it "
-            "would never train. Leave it out of modules_to_save, or use another PEFT method."
-        )
-    if wanting:
-        warnings.warn(
-            "the input of the backbone requires a gradient, but E3VA sends none through it: it will stay None. For "
-            "saliency maps or adversarial examples use the base model (disable_adapter()) or another PEFT method.",
-            UserWarning,
-            stacklevel=3,
-        )
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from enum import Enum
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from e3va_peft.backbones import Backbone, ExitCall
 from e3va_peft.backbones.base import BLOCK, submodule
@@ -19,15 +21,16 @@ from e3va_peft.fused import Merging
 from e3va_peft.highway import Highway, Lane
 from e3va_peft.hooks import (
     CURRENT,
-    IMAGE,
+    FRONT,
     EndTap,
+    Front,
     GridTap,
     MergingInput,
     MergingOutput,
     Recorder,
     TailTap,
     Tap,
-    check_input_gradients,
+    check_input,
     image_size,
     refuse_offloaded,
     refuse_trainable,
@@ -39,15 +42,11 @@ METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exi
 # What hosts read from the module that they take for the exit. What computes is not among it: it would run the base.
 _READABLE = (
     "config",
-    "dtype",
-    "device",
     "get_input_embeddings",
     "gradient_checkpointing_enable",
     "gradient_checkpointing_disable",
-    "is_gradient_checkpointing",
-    "main_input_name",
-    "name_or_path",
 )
+_DATA = (str, int, float, bool, type(None), Enum, torch.dtype, torch.device)
 
 
 class AdaptedMethod:
@@ -98,7 +97,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         family: The exit's family.
         depth: Blocks to adapt in each stage.
         taps: Names of the taps that are read in each block; the same for all adapters.
-        takes_image: Whether nothing frozen stands before the exit, so that it has to look at its input itself.
+        front: Names of the frozen modules in front of the exit, by which their guards note what they see.
     """
 
     adapter_layer_names: tuple[str, ...] = ("e3va_highway", "e3va_tail")
@@ -109,7 +108,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         family: Backbone,
         depth: Sequence[int],
         taps: Sequence[str],
-        takes_image: bool = False,
+        front: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.family = family
@@ -121,7 +120,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             self.base_layer = exit
         self.depth = tuple(depth)
         self.taps = tuple(taps)
-        self.takes_image = takes_image
+        self.front = tuple(front)
+        self.takes_return_dict = not self.is_method and hasattr(exit, "config") and takes(exit.forward, "return_dict")
         self.e3va_highway = nn.ModuleDict()  # adapter -> Highway
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
         self._active_adapter = []
@@ -206,26 +206,44 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             kwargs: The exit's keyword arguments.
         """
         active = [name for name in self.active_adapters if name in self.adapters()]
+        front = self._take_front()
         if self.disable_adapters or not active:
             return self._run(e3va_method, args, kwargs)
-        for part in self.frozen:
-            refuse_trainable(part, type(part).__name__)
-        if self.takes_image:
-            check_input_gradients((*args, *kwargs.values()))
-        config = getattr(self.exit, "config", None)
-        is_model = not self.is_method and config is not None  # an exit of a user's own may know no return_dict
-        return_dict = kwargs.pop("return_dict", getattr(config, "return_dict", True)) if is_model else True
+        image = self._guard((*args, *kwargs.values()), front)
+        as_tuple = False
+        if self.takes_return_dict:
+            as_tuple = kwargs.pop("return_dict", getattr(self.exit.config, "return_dict", True)) is False
         call = ExitCall(self.exit, e3va_method, self.depth, self._tail(active), None, args, kwargs)
         call_args, call_kwargs = self.family.prepare(call)
-        lane = self._lane(active, shown=bool(states_shown(config, kwargs)) or not is_model)
-        recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, _image(args, kwargs))
-        if is_model:
+        if self.takes_return_dict:
             call_kwargs = {**call_kwargs, "return_dict": True}
+        lane = self._lane(active, self.family.shown(call))
+        recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, image)
         with CURRENT.set(recorder), torch.no_grad():
-            outputs = self._run(e3va_method, call_args, call_kwargs)
+            lane.frozen.outputs = self._run(e3va_method, call_args, call_kwargs)
         recorder.check_versions()
-        outputs = self.family.splice(outputs, lane, replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends))
-        return outputs if return_dict is not False else outputs.to_tuple()
+        call = replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends)
+        outputs = self.family.splice(lane.frozen.outputs, lane, call)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def _take_front(self) -> Mapping[str, Front]:
+        """Return what the frozen modules in front have noted for this forward, and forget it."""
+        if torch.compiler.is_compiling():
+            return {}
+        noted = FRONT.get()
+        FRONT.set({name: seen for name, seen in noted.items() if name not in self.front})
+        return {name: noted[name] for name in self.front if name in noted}
+
+    def _guard(self, inputs: Sequence[Any], front: Mapping[str, Front]) -> tuple[int, int] | None:
+        """Keep the frozen stream in eval mode and without gradient; return (H, W) of the image, where one was seen."""
+        for part in self.frozen:
+            if part.training:
+                part.eval()
+            refuse_trainable(part, type(part).__name__)
+        if self.is_method:
+            refuse_trainable(self.exit, type(self.exit).__name__, recurse=False)
+        check_input(inputs, front)
+        return image_size(inputs) or next((seen.image for seen in front.values() if seen.image), None)
 
     def _run(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Run the exit as it is without us."""
@@ -264,8 +282,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         for part in self.frozen:
             part.eval()
-            if mode:  # here, because a forward that is compiled cannot look
-                refuse_trainable(part, type(part).__name__)
+        for part in self.frozen if mode else ():  # here too, because a forward that is compiled cannot look
+            refuse_trainable(part, type(part).__name__)
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -349,7 +367,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             if name.startswith("_") or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
         value = getattr(self.base_layer, name)
-        if name in _READABLE or not (callable(value) or isinstance(value, Tensor)):
+        if name in _READABLE or isinstance(value, _DATA):
             return value
         raise AttributeError(
             f"{name}: is not read from an adapted {type(self.base_layer).__name__}, because it would run or show the "
@@ -384,15 +402,10 @@ def is_sharded(exit: nn.Module, name: str) -> bool:
     return any(isinstance(parent, FSDPModule) for parent in parents)
 
 
-def states_shown(config: Any, kwargs: Mapping[str, Any]) -> Any:
-    """Whether the outputs of a transformers encoder show every stage."""
-    return kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-
-
-def _image(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return (H, W) of the image: of an exit's own argument, or as its embeddings have seen it."""
-    seen = image_size(args or list(kwargs.values())[:1])
-    return seen if seen is not None or torch.compiler.is_compiling() else IMAGE.get()
+def takes(function: Callable[..., Any], keyword: str) -> bool:
+    """Whether a function can be called with a keyword."""
+    parameters = inspect.signature(function).parameters
+    return keyword in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def cannot_merge() -> NotImplementedError:

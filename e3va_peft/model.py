@@ -81,12 +81,12 @@ class E3VAModel(BaseTuner):
         site, layer = found.site, target
         if not isinstance(layer, E3VALayer):
             taps = found.family.taps(peft_config.taps)
-            takes_image = not site.frozen or bool(found.family.methods)
-            layer = E3VALayer(found.module, found.family, site.depth, taps, takes_image)
+            front = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
+            layer = E3VALayer(found.module, found.family, site.depth, taps, front)
         saved = self.peft_config[adapter_name].modules_to_save
         layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
         if layer is not target:
-            for name in () if layer.is_method else site.frozen:  # a method's frozen modules run inside of it
+            for name in layer.front:
                 self.model.get_submodule(name).register_forward_pre_hook(FrozenGuard(name))
             self._replace_module(parent, target_name, layer, target)
 

@@ -11,6 +11,7 @@ from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import CONTAINERS, Exit, base_modules, learns
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
+from e3va_peft.layer import AdaptedMethod
 
 
 def named(model: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
@@ -18,8 +19,27 @@ def named(model: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
     return list(base_modules(dict(base_modules(model))[part], part))
 
 
+def check_twins(exits: list[Exit]) -> None:
+    """Refuse a backbone under two names: PEFT would wrap it under the first, and the model may call the other."""
+    seen: dict[int, str] = {}
+    for found in exits:
+        if id(found.module) in seen:
+            raise ValueError(
+                f"the backbone {seen[id(found.module)]!r} is registered again as {found.target!r}; it can be wrapped "
+                "under one name only, and by the other it would run without the highway. Register it once."
+            )
+        seen[id(found.module)] = found.target
+
+
 def check_exit(model: nn.Module, found: Exit) -> None:
-    """Refuse an exit that has nothing to adapt, or that another PEFT method has already changed."""
+    """Refuse an exit that has nothing to adapt, or that somebody else has already changed."""
+    for method in found.family.methods:
+        own = vars(found.module).get(method)
+        if own is not None and not isinstance(own, AdaptedMethod):
+            raise ValueError(
+                f"{found.target}: {type(found.module).__name__} has a {method} of its own on the instance, which the "
+                "adapted one would replace. Remove it, or make a subclass with it."
+            )
     if not any(found.site.depth):
         raise ValueError(
             f"{found.target}: the deepest output that is asked for is the stem, in front of every block, so there is "

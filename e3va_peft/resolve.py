@@ -21,6 +21,7 @@ from e3va_peft.refusals import (
     check_quantized,
     check_saved_module,
     check_suffixes,
+    check_twins,
 )
 
 
@@ -36,6 +37,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     """
     present = find_exits(model)
     exits = _targets(model, config, present)
+    check_twins(present)
     for found in exits:
         check_exit(model, found)
         check_merging(found)

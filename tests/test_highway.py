@@ -391,3 +391,27 @@ def test_a_missing_tap_is_an_error_that_says_so():
     lane.frozen.taps[0, 0] = lane.keep(0, 0, torch.randn(1, 4, 8))
     with pytest.raises(RuntimeError, match=r"stage 0: the taps \[1\] were not read"):
         lane.behind(0, 1)
+
+
+def test_the_lane_moves_forward_only():
+    lane = Lane([Highway(widths=[8], num_adapters=[3], r=2)], FrozenPass(), [3])
+    for i in range(3):
+        lane.frozen.taps[0, i] = lane.keep(0, i, torch.randn(1, 4, 8))
+    second = lane.behind(0, 2)
+    for stage, block in ((0, 1), (0, 0)):
+        with pytest.raises(RuntimeError, match="behind block 2 of stage 0 and moves forward only"):
+            lane.behind(stage, block)
+    assert lane.behind(0, 2) is second and lane.behind(0, 3) is not second
+    with pytest.raises(RuntimeError, match="stage 0: its patch merging did not run"):
+        lane.ahead(0)
+
+
+def test_a_stage_that_is_not_shown_is_not_kept_and_asking_for_it_says_so():
+    merging = BY_NAME["swin-maps-in-own-head"].base().backbone.swin.encoder.layers[0].downsample
+    lane = lane_of(torch.zeros(2, 15, 8), merging)
+    lane.keep_stages = False
+    lane.frozen.mergings[0] = MergingCall(torch.randn(2, 15, 8), ((3, 5),), {}, None)
+    lane.leave(0)
+    assert not lane.stages
+    with pytest.raises(RuntimeError, match=r"behind block 1 of stage 0 is gone.*Backbone\.shown"):
+        lane.behind(0, 1)

@@ -200,7 +200,7 @@ def test_frozen_stream_stays_in_eval_mode(case):
 
 
 # a detector has no hidden states to show, and in training mode no outputs but its loss
-@every_model_but(*DETECTORS)
+@every_model_but(*DETECTORS, "timm-swin-features")  # nor has a list of maps
 def test_frozen_stream_is_deterministic_in_training_mode(case):
     model = adapted(case, modules_to_save=[]).train()
     head_free = {}
@@ -209,6 +209,7 @@ def test_frozen_stream_is_deterministic_in_training_mode(case):
         with torch.no_grad():
             states = dict(tensors(model(**case.batch(), output_hidden_states=True)))
         head_free[attempt] = {key: value for key, value in states.items() if "hidden_states" in key and "[" in key}
+    assert head_free[0]
     assert_same(head_free[0], head_free[1], rtol=0, atol=0)
 
 
@@ -240,12 +241,11 @@ def test_a_forward_that_raises_leaves_nothing_behind(case):
 
     handle = blocks(model, case)[-1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model(**batch)
+        model(**batch)  # the error's frames go with it
     handle.remove()
     assert CURRENT.get() is None
-    for layer in layers(model):
-        held = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]
-        assert not held
+    gc.collect()
+    assert not [item for item in gc.get_objects() if type(item) in (FrozenPass, Recorder, Lane)]
     assert_same(outputs(model.eval(), case.batch()), reference, rtol=0, atol=0)
 
 
@@ -256,7 +256,13 @@ def test_no_tensor_stays_on_a_module_after_a_forward(case):
     def held(model: nn.Module) -> set[str]:
         found = set()
         for name, module in model.named_modules():
-            for key, value in vars(module).items():
+            holders = (module, *hooks_of(module, values=True))
+            for key, value in (
+                (key, value)
+                for holder in holders
+                if hasattr(holder, "__dict__")
+                for key, value in vars(holder).items()
+            ):
                 if not key.startswith("_"):
                     found |= {f"{name}.{key}{path}" for path, _ in tensors(value)}
         return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 from collections import OrderedDict
 from dataclasses import replace
@@ -14,7 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
-from e3va_peft import Backbone, E3VAConfig, register_backbone, registered_backbones
+from e3va_peft import Backbone, E3VAConfig, E3VALayer, register_backbone, registered_backbones
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
 
@@ -312,3 +313,82 @@ def test_register_backbone_refuses_what_it_cannot_take():
         register_backbone(replace(swin, exits=("mine.MyEncoder",)))
     with pytest.raises(ValueError, match=r"exits=\['.*SwinEncoder'\]: adapted by the family 'swin'"):
         register_backbone(replace(swin, name="mine"))
+
+
+def test_a_backbone_under_two_names_is_refused():
+    model = BY_NAME["vit-in-own-head"].base()
+    model.other = model.backbone
+    refused(model, "the backbone 'backbone' is registered again as 'other'")
+
+
+class PromptInFront(nn.Module):
+    """A host that trains something between the embeddings and the encoder."""
+
+    def __init__(self):
+        super().__init__()
+        dinov2 = BY_NAME["dinov2-classifier"].base().dinov2
+        self.embeddings, self.encoder, self.layernorm = dinov2.embeddings, dinov2.encoder, dinov2.layernorm
+        self.prompt, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, pixel_values, labels):
+        states = self.encoder(self.prompt(self.embeddings(pixel_values))).last_hidden_state
+        return {"loss": nn.functional.cross_entropy(self.head(self.layernorm(states)[:, 0]), labels)}
+
+
+def test_a_module_between_embeddings_and_exit_that_wants_a_gradient_is_refused():
+    model = get_peft_model(PromptInFront(), E3VAConfig(r=4)).train()
+    batch = BY_NAME["dinov2-classifier"].training_batch()
+    with pytest.raises(ValueError, match="a module in front of the backbone wants a gradient"):
+        model(**batch)
+    model.base_model.model.prompt.requires_grad_(False)
+    loss_of(model(**batch)).backward()
+
+
+@every_model
+def test_disabled_the_base_gives_gradients_to_its_input(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4))
+    batch = case.training_batch()
+    batch["pixel_values"].requires_grad_()
+    image = batch["pixel_values"] * 1.0  # as of a loop that makes adversarial examples
+    with model.disable_adapter(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss_of(model(**batch | {"pixel_values": image})).backward()
+    assert batch["pixel_values"].grad is not None
+    model(**case.batch())  # and nothing of it is remembered
+
+
+def test_bare_parameters_of_a_method_s_module_are_held_frozen():
+    case = BY_NAME["timm-vit"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+    model.base_model.model.model.pos_embed.requires_grad = True
+    with pytest.raises(ValueError, match=r"VisionTransformer\.pos_embed has requires_grad=True"):
+        model(**case.training_batch())
+
+
+def test_a_method_of_the_user_s_own_on_the_instance_is_refused_and_stays():
+    model = BY_NAME["timm-vit"].base()
+    own = model.model.forward_features = types.MethodType(type(model.model).forward_features, model.model)
+    refused(model, "model.forward_features: VisionTransformer has a forward_features of its own")
+    assert model.model.forward_features is own
+
+
+def test_training_that_is_refused_leaves_the_frozen_stream_in_eval_mode():
+    model = get_peft_model(BY_NAME["timm-swin"].base(), E3VAConfig(r=4))
+    layer = next(module for module in model.modules() if isinstance(module, E3VALayer))
+    layer.exit.patch_embed.requires_grad_(True)
+    with pytest.raises(ValueError, match="requires_grad=True"):
+        model.train()
+    assert not any(module.training for part in layer.frozen for module in part.modules())
+    layer.exit.patch_embed.requires_grad_(False)
+    layer.exit.layers.train()  # by hand
+    model(**BY_NAME["timm-swin"].training_batch())
+    assert not any(module.training for part in layer.frozen for module in part.modules())
+
+
+def test_blocks_that_share_a_module_which_is_read_are_refused():
+    case = BY_NAME["dinov2-classifier"]
+    model = case.base()
+    model.dinov2.encoder.layer[1] = model.dinov2.encoder.layer[0]
+    adapted = get_peft_model(model, E3VAConfig(r=4)).train()
+    with pytest.raises(RuntimeError, match=r"layer\.\d: attention: was read twice in one forward"):
+        adapted(**case.training_batch())

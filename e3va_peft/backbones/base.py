@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,7 +121,10 @@ def patches(source: GridSource) -> tuple[int, int]:
         return side, tokens // side
     height, width = source.image
     rows = round((tokens * height / width) ** 0.5)
-    return rows, tokens // rows
+    if rows and tokens % rows == 0:
+        return rows, tokens // rows
+    shapes = [(r, tokens // r) for r in range(1, tokens + 1) if tokens % r == 0]  # patches that are not square
+    return min(shapes, key=lambda shape: abs(math.log(shape[0] * width / (shape[1] * height))))
 
 
 @dataclass(frozen=True)
@@ -195,6 +199,13 @@ class ExitCall:
     ends: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+def asked_for(call: ExitCall) -> bool:
+    """Whether a transformers encoder shows its hidden states; also where that might be an argument by position."""
+    config = getattr(call.exit, "config", None)
+    asked = call.kwargs.get("output_hidden_states", getattr(config, "output_hidden_states", True))
+    return bool(asked) or len(call.args) > 2
+
+
 def no_change(call: ExitCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     """Return the arguments of a call as they are."""
     return call.args, call.kwargs
@@ -228,6 +239,8 @@ class Backbone:
             `stages.{stage}.layer_norm`. It stays frozen; what enters it must be the output of the stage's last block,
             and is there for the splice, which runs it again (`ExitCall.ends`).
         hosts: What surrounds the exit, by the class of an ancestor. The first that fits is taken.
+        shown: Whether the outputs of a call show the lane of stages before the last. It is kept for them, which takes
+            memory; a splice that asks for it where it is not is refused.
         prepare: call -> (args, kwargs) of the frozen run, where the splice needs other outputs than were asked for.
         splice: (outputs, lane, call) -> a copy of the outputs with the lane in each that a head can read.
     """
@@ -248,6 +261,7 @@ class Backbone:
     tail: tuple[str, ...] = ()
     ends: str = ""
     hosts: tuple[Host, ...] = field(default=(Host(),))
+    shown: Callable[[ExitCall], bool] = asked_for
     prepare: Callable[[ExitCall], tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:
@@ -371,7 +385,10 @@ class Backbone:
 def _registered(name: str) -> Backbone:
     from e3va_peft.backbones import registered_backbones
 
-    return registered_backbones()[name]
+    known = registered_backbones()
+    if name not in known:
+        raise KeyError(f"{name!r}: no such family here. Call register_backbone with its Backbone before unpickling.")
+    return known[name]
 
 
 def child(parent: str, name: str) -> str:

@@ -24,7 +24,10 @@ def add_to_map(x: Tensor, z: Tensor) -> Tensor:
 
 def in_own_dtype(module: nn.Module, x: Tensor) -> Tensor:
     """Run a module in the dtype of its parameters (PEFT keeps trained copies in fp32) and return x's dtype."""
-    dtype = next((p.dtype for p in module.parameters()), x.dtype)
+    parameters = getattr(module, "_former_parameters", None) or dict(
+        module.named_parameters()
+    )  # of a replica, or its own
+    dtype = next((p.dtype for p in parameters.values() if p is not None), x.dtype)
     return module(x.to(dtype)).to(x.dtype)
 
 

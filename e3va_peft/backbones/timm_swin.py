@@ -19,6 +19,7 @@ TIMM_SWIN = Backbone(
     grid=map_size,
     frozen=("patch_embed", "layers"),
     tail=("norm",),
+    shown=lambda call: call.method != "forward_features",
     prepare=without_norm,
     splice=splice_maps,
 )
@@ -33,6 +34,7 @@ TIMM_SWIN_FEATURES = replace(
     merging=Merging(("layers_{next}.downsample",)),
     frozen=(),
     tail=(),
+    shown=lambda call: True,
     prepare=no_change,
     splice=splice_list,
 )
