@@ -31,9 +31,10 @@ class SavedModule(ModulesToSaveWrapper):
 
     The storage of the copy cannot be shared instead: the first step of an optimizer writes it in place.
 
-    A module of less than `FILE_FROM` bytes waits in host memory; one on meta, which has no numbers yet, where it is;
-    and one that holds anything but plain tensors (quantised or distributed ones) is kept as PEFT keeps it. A temporary
-    folder in memory (tmpfs) costs that memory; the environment variable TMPDIR names another.
+    Under FSDP it is sharded like the rest and does not wait. A module of less than `FILE_FROM` bytes waits in host
+    memory; one on meta, which has no numbers yet, where it is; and one that holds anything but plain tensors
+    (quantised or distributed ones) is kept as PEFT keeps it. A temporary folder in memory (tmpfs) costs that memory;
+    the environment variable TMPDIR names another.
 
     Args:
         module: The base's module.
@@ -48,6 +49,7 @@ class SavedModule(ModulesToSaveWrapper):
         self._shared = frozenset(shared)  # before PEFT's, which calls update()
         super().__init__(module, adapter_name)
         self.register_load_state_dict_post_hook(_settle_after_loading)
+        self.register_state_dict_pre_hook(_settle_before_sharding)
 
     @property
     def original_module(self) -> nn.Module:
@@ -101,7 +103,8 @@ class SavedModule(ModulesToSaveWrapper):
     def _settle(self) -> None:
         """Let the base's module wait if a copy is used, and else bring it back."""
         active = self.active_adapters
-        if active and not self.disable_adapters and set(active) <= self.modules_to_save.keys():
+        used = active and not self.disable_adapters and set(active) <= self.modules_to_save.keys()
+        if used and not _will_be_sharded():
             self._let_wait()
         else:
             self._bring_back()
@@ -192,6 +195,16 @@ def shared_tensors(model: nn.Module, module: nn.Module) -> list[str]:
 
 def _settle_after_loading(module: SavedModule, _incompatible_keys: Any) -> None:
     module._settle()
+
+
+def _settle_before_sharding(module: SavedModule, *args: Any) -> None:
+    if _will_be_sharded():
+        module._settle()
+
+
+def _will_be_sharded() -> bool:
+    """Whether Accelerate uses FSDP, which pairs a model's weights with their shards one by one: then none waits."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
