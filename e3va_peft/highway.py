@@ -155,7 +155,7 @@ class Lane:
         self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
         self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
         # Highways that are active together read the same taps: the one that wants most decides.
-        self.storage = STORAGES[min((STORAGES.index(h.tap_storage) for h in highways), default=0)] if grad else "exact"
+        self.storage = STORAGES[min([STORAGES.index(h.tap_storage) for h in highways] or [0])] if grad else "exact"
         self.stage = self.block = 0
         self.z: Tensor | None = None
         self.stages: dict[int, tuple[Tensor, Tensor]] = {}  # stage -> the lane behind its blocks, and behind merging

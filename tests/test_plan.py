@@ -195,13 +195,13 @@ def test_a_card_is_found_whatever_its_case_and_spaces():
 @pytest.mark.parametrize(
     ("capability", "architecture", "torch_version", "precision"),
     [
-        ((5, 2), "Maxwell", "2.6 to 2.14 with CUDA 12.6", "fp16"),
-        ((6, 1), "Pascal", "2.6 to 2.14 with CUDA 12.6", "fp16"),
-        ((7, 0), "Volta", "2.6 to 2.14 with CUDA 12.6", "fp16"),
-        ((7, 5), "Turing", "any torch from 2.6", "fp16"),
-        ((8, 6), "Ampere", "any torch from 2.6", "bf16"),
-        ((8, 9), "Ada", "any torch from 2.6", "bf16"),
-        ((12, 0), "Blackwell", "torch 2.8 or newer", "bf16"),
+        ((5, 2), "Maxwell", "2.10 to 2.14 with CUDA 12.6", "fp16"),
+        ((6, 1), "Pascal", "2.10 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 0), "Volta", "2.10 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 5), "Turing", "any torch from 2.10", "fp16"),
+        ((8, 6), "Ampere", "any torch from 2.10", "bf16"),
+        ((8, 9), "Ada", "any torch from 2.10", "bf16"),
+        ((12, 0), "Blackwell", "any torch from 2.10", "bf16"),
     ],
 )
 def test_a_card_is_told_its_software(capability, architecture, torch_version, precision):
@@ -211,7 +211,7 @@ def test_a_card_is_told_its_software(capability, architecture, torch_version, pr
 
 
 def test_a_card_that_no_torch_runs_on_any_more_is_refused():
-    with pytest.raises(UserError, match=r"compute capability 3\.5: no torch from 2\.6 on"):
+    with pytest.raises(UserError, match=r"compute capability 3\.5: no torch from 2\.10 on"):
         software_stack((3, 5))
 
 
@@ -234,7 +234,7 @@ def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_pa
     command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    for words in ("E3VA", "highway", "full", "fp16", "on 11 GiB", "yes", "Pascal", "torch>=2.6,<2.15"):
+    for words in ("E3VA", "highway", "full", "fp16", "on 11 GiB", "yes", "Pascal", "torch>=2.10,<2.15"):
         assert words in result.output
     written = json.loads(output.read_text())
     assert written["memory"] == 11 * GIB

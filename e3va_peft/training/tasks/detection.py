@@ -295,7 +295,9 @@ class _ShortestSize(v2.RandomShortestSize):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         if isinstance(inpt, tv_tensors.Mask):
-            return v2.functional.resize(inpt, params["size"], InterpolationMode.NEAREST_EXACT)
+            plain = inpt.as_subclass(Tensor)  # torchvision 0.25 heeds no interpolation for masks
+            resized = v2.functional.resize(plain, params["size"], InterpolationMode.NEAREST_EXACT)
+            return tv_tensors.wrap(resized, like=inpt)
         return super().transform(inpt, params)
 
 
