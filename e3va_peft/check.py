@@ -6,7 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -14,13 +14,12 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import Exit, find_exits
 from e3va_peft.frozen_pass import Grid
 from e3va_peft.highway import sum_of_adapters
 from e3va_peft.hooks import Hook
-from e3va_peft.layer import METHOD_CHILD, E3VALayer
+from e3va_peft.layer import E3VALayer
 
 
 @dataclass(frozen=True)
@@ -123,6 +122,7 @@ class _Trial:
                 apart.add(name)
         return sorted(apart)
 
+    @cached_property
     def observed(self) -> dict[str, _Block]:
         """Run the base, and return what each adapted block saw and did."""
         base = copy.deepcopy(self.base)
@@ -150,11 +150,10 @@ class _Trial:
 
         The branches stay what they are without the highway, `x_l = x_{l-1} + branches_l + A(branches_l)`.
         """
-        base, observed = copy.deepcopy(self.base), self.observed()
+        base, observed = copy.deepcopy(self.base), self.observed
         wrapped = cast(nn.Module, model.base_model.model)
         for found, adapted in zip(find_exits(base), find_exits(wrapped), strict=True):
-            place = child(adapted.name, METHOD_CHILD) if found.family.methods else adapted.name
-            highway: Any = cast(E3VALayer, wrapped.get_submodule(place)).e3va_highway["default"]
+            highway: Any = cast(E3VALayer, wrapped.get_submodule(adapted.place)).e3va_highway["default"]
             first: dict[int, int] = {}  # stage -> index of the next block's first adapter
             for name, stage in _blocks(found).items():
                 seen, start = observed[name], first.get(stage, 0)
@@ -205,7 +204,7 @@ def _starts_at_the_base(trial: _Trial) -> None:
 
 def _branches_add_up(trial: _Trial) -> None:
     """The branches of a block add up to what the block adds to the stream."""
-    for block, seen in trial.observed().items():
+    for block, seen in trial.observed.items():
         got, expected = sum(seen.taps[1:], start=seen.taps[0]), seen.behind - seen.before
         if (got - expected).abs().max() > trial.rtol * expected.abs().max().clamp_min(1e-6):
             raise _Broken(f"{block}: compare Backbone.branches with the residual adds in its forward")
@@ -271,7 +270,7 @@ def _grid_is_known(trial: _Trial) -> str:
     for layer in (module for module in model.modules() if isinstance(module, E3VALayer)):
         layer.family = replace(layer.family, splice=partial(_noting_grids, grids, layer.family.splice))
     trial.outputs(model)
-    for block, seen in trial.observed().items():
+    for block, seen in trial.observed.items():
         grid = grids.get(seen.stage)
         if grid is None or grid.prefix + grid.height * grid.width != seen.before.shape[1]:
             raise _Broken(f"{block}: has {seen.before.shape[1]} tokens, and its grid is {grid}")

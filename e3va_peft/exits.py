@@ -11,7 +11,7 @@ from torch import nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of
 from e3va_peft.backbones.base import submodule
-from e3va_peft.layer import E3VALayer
+from e3va_peft.layer import METHOD_CHILD, E3VALayer
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -36,6 +36,11 @@ class Exit:
     def target(self) -> str:
         """Its name in `target_modules`: the module's, or `module.method`."""
         return child(self.name, self.family.methods[0]) if self.family.methods else self.name
+
+    @property
+    def place(self) -> str:
+        """Name of the module that is, or will be, its layer."""
+        return child(self.name, METHOD_CHILD) if self.family.methods else self.name
 
     @property
     def tail(self) -> dict[str, str]:

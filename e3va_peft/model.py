@@ -14,10 +14,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
-from e3va_peft.backbones import child
 from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import Exit, find_exits
+from e3va_peft.exits import find_exits
 from e3va_peft.hooks import FrozenGuard, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.resolve import resolve
@@ -60,7 +59,7 @@ class E3VAModel(BaseTuner):
         places = []
         for found in find_exits(self.model):
             if found.target in peft_config.target_modules:  # type: ignore[operator]
-                places.append(_place(found))
+                places.append(found.place)
                 if found.family.methods and not hasattr(found.module, METHOD_CHILD):
                     found.module.add_module(METHOD_CHILD, nn.Identity())  # which the layer will replace
         for_peft = copy.copy(peft_config)
@@ -77,7 +76,7 @@ class E3VAModel(BaseTuner):
         parent: nn.Module,
         current_key: str,
     ) -> None:
-        found = next(found for found in find_exits(self.model) if _place(found) == current_key)
+        found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
         if not isinstance(layer, E3VALayer):
             taps = found.family.taps(peft_config.taps)
@@ -176,11 +175,6 @@ class E3VAModel(BaseTuner):
         }
         _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value.shape for key, value in mapped.items()})
         return mapped
-
-
-def _place(found: Exit) -> str:
-    """Name of the module that is, or will be, the layer of an exit."""
-    return child(found.name, METHOD_CHILD) if found.family.methods else found.name
 
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
