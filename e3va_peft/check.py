@@ -158,9 +158,16 @@ class _Trial:
             for name, stage in _blocks(found).items():
                 seen, start = observed[name], first.get(stage, 0)
                 first[stage] = start + len(seen.taps)
-                factors = [factor[start : first[stage]] for factor in highway.stages[stage].factors]
+                own = highway.stages[stage]
+                factors = [factor[start : first[stage]] for factor in own.factors]
                 with torch.no_grad():
-                    added = seen.behind - seen.before + sum_of_adapters(factors, [(tap,) for tap in seen.taps])
+                    added = (
+                        seen.behind
+                        - seen.before
+                        + sum_of_adapters(
+                            factors, [(tap,) for tap in seen.taps], own.norm, own.scales(start, first[stage])
+                        )
+                    )
                 hook = partial(_say, added, found.family.channels)
                 found.module.get_submodule(name).register_forward_hook(
                     hook, prepend=True

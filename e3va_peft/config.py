@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftConfig
 
 from e3va_peft.registration import peft_type  # the type exists before a config is unpickled
-from e3va_peft.storage import STORAGES
+from e3va_peft.storage import NORMS, TAP_STORAGES
 
 
 @dataclass
@@ -44,13 +44,39 @@ class E3VAConfig(PeftConfig):
             "what taps keep for backward. None means all of the backbone's branches."
         },
     )
+    tap_norm: str = field(
+        default="layer",
+        metadata={
+            "help": "How an adapter reads a tap t. 'layer': normalised per token over its channels, n(t), without "
+            "parameters. 'relative': the same, and its answer in the scale of what was read, s(t) A(n(t)), with s(t) "
+            "the token's deviation; with live blocks on a plain ViT it is better. 'calibrated': the same with one "
+            "constant for each adapter, the mean deviation of the first batch it trains on, kept in the checkpoint. "
+            "'none': as it is, as in adapters that were saved before this field existed."
+        },
+    )
     tap_storage: str = field(
         default="exact",
         metadata={
-            "help": "How a tap is kept between forward and backward. 'exact': as it is. 'int8': rounded, with a scale "
-            "per token, a quarter of the bytes of fp32. 'int4': with a scale per 32 channels, a seventh. The highway "
-            "reads the rounded tap in training, in forward and backward alike; without gradients nothing is rounded. "
-            "Patch merging keeps its input in int8 then. Of adapters that are active together the most exact decides."
+            "help": "How a tap is kept between forward and backward. 'exact': as it is. 'recompute': not at all; "
+            "backward runs the frozen backbone once more. 'int8': rounded, with a scale per token, a quarter of the "
+            "bytes of fp32. 'int4': with a scale per 32 channels, a seventh. The highway reads the rounded tap in "
+            "training, in forward and backward alike; without gradients nothing is rounded. Patch merging keeps its "
+            "input in int8, unless 'exact'. Of adapters that are active together the most exact decides."
+        },
+    )
+    live_blocks: int = field(
+        default=0,
+        metadata={
+            "help": "Number of blocks, counted from the end over all stages, that gradient passes through. The lane "
+            "is written into the stream in front of them, and their adapters add to the stream where they read it. "
+            "They stay frozen. 0 is the paper's method. Each costs its share of the backbone's backward and memory."
+        },
+    )
+    checkpoint_live_blocks: bool = field(
+        default=True,
+        metadata={
+            "help": "Keep one tensor of a live block for backward and run the block once more there. False keeps all "
+            "its activations, which is faster. Of compiled blocks the compiler decides what is kept."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -80,16 +106,20 @@ class E3VAConfig(PeftConfig):
     )
 
     def __new__(cls, *args: Any, **kwargs: Any) -> E3VAConfig:
-        """Refuse `bias`, which most PEFT methods have, with a reason in place of a bare TypeError."""
+        """Refuse `bias`, which most PEFT methods have, with a reason; know a file from before `tap_norm` existed."""
         if "bias" in kwargs:
             raise ValueError(
                 f"bias={kwargs['bias']!r}: E3VA never trains biases of the backbone, because no gradient enters it. "
                 "Leave the argument out; the biases of heads named in modules_to_save are trained with them."
             )
-        return super().__new__(cls)
+        config = super().__new__(cls)
+        config._before_norms = "peft_version" in kwargs and "tap_norm" not in kwargs
+        return config
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.__dict__.pop("_before_norms", False):
+            self.tap_norm = "none"
         self.peft_type = peft_type()
         self.base: Any = (
             None  # `card.BaseModel`; no field: known once the adapter is in a model, never passed by a user
@@ -108,10 +138,16 @@ class E3VAConfig(PeftConfig):
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
             raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
         self._check_taps()
-        if self.tap_storage not in STORAGES:
-            raise ValueError(f"tap_storage={self.tap_storage!r}: must be one of {STORAGES}.")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights={self.init_weights!r}: must be True or False.")
+        for name, choices in (("tap_norm", NORMS), ("tap_storage", TAP_STORAGES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {choices}.")
+        if not isinstance(self.live_blocks, int) or isinstance(self.live_blocks, bool) or self.live_blocks < 0:
+            raise ValueError(
+                f"live_blocks={self.live_blocks!r}: must be a number of blocks, 0 or more, e.g. live_blocks=2."
+            )
+        for name in ("init_weights", "checkpoint_live_blocks"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             self._check_names(name)
 

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from e3va_peft.frozen_pass import MergingCall
-from e3va_peft.storage import pack, unpack
+from e3va_peft.storage import pack, read, unpack
 
 
 class Merging(NamedTuple):
@@ -58,30 +58,38 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
-def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]]) -> Tensor:
+def sum_of_adapters(
+    factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none", scale: Tensor | None = None
+) -> Tensor:
     """N x (..., C) -> (..., C): the sum of n adapters of a stage, one autograd node that keeps the taps only.
 
     Args:
         factors: U1, V1, b1, U2, V2, b2 of the n adapters, stacked along the first dimension.
-        taps: What is kept of each tap (`storage.pack`).
+        taps: What is kept of each tap (`storage.keep`).
+        norm: How they are read.
+        scale: (n,), the scale of each adapter's answer; None: 1, or the tap's deviation where `norm` says so.
     """
-    return _SumOfAdapters.apply(compute_dtype(factors[0]), *factors, *(t for tap in taps for t in tap))
+    return _SumOfAdapters.apply(compute_dtype(factors[0]), norm, scale, *factors, *(t for tap in taps for t in tap))
 
 
-def reduce(tap: Tensor, factors: Sequence[Tensor]) -> Tensor:
-    """(..., C) -> (..., r): an adapter up to its last factor, `GELU(t U1 V1 + b1) U2`.
+def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", scale: Tensor | None = None) -> Tensor:
+    """(..., C) -> (..., r + 1): an adapter up to its last factor, `s GELU(n(t) U1 V1 + b1) U2`, and s.
 
     Args:
         tap: The tap.
         factors: U1, V1, b1, U2 of the adapter.
+        norm: How it is read.
+        scale: The scale s of the answer, see `sum_of_adapters`.
     """
     dtype = compute_dtype(factors[0])  # outside: inside, autocast is off and has no say
     with no_autocast(tap):
-        return _reduce(tap, *(factor.to(dtype) for factor in factors))
+        normed, deviation = read([tap], tap.shape[-1], dtype, norm)
+        reduced = _reduce(normed, deviation if scale is None else scale, *(factor.to(dtype) for factor in factors))
+        return reduced.view(*tap.shape[:-1], -1)
 
 
 def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
-    """N x (..., r) -> (..., C): the last factors of n adapters and their sum, as one matmul.
+    """N x (..., r + 1) -> (..., C): the last factors of n adapters and their sum, as one matmul.
 
     Args:
         reduced: What `reduce` made of each tap.
@@ -93,77 +101,104 @@ def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
         return _expand(reduced, v2.to(dtype), b2.to(dtype))
 
 
-def _bottleneck(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, C) -> (M, r), (M, k): the first projection `p = t U1` and the pre-activation `h = p V1 + b1`."""
-    p = tap @ u1
+def _bottleneck(normed: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
+    """(M, C) -> (M, r), (M, k): the first projection `p = n(t) U1` and the pre-activation `h = p V1 + b1`."""
+    p = normed @ u1
     return p, torch.addmm(b1, p, v1)
 
 
-def _reduce(tap: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
-    flat = tap.to(u1.dtype).reshape(-1, tap.shape[-1])
-    _, h = _bottleneck(flat, u1, v1, b1)
-    return (F.gelu(h) @ u2).view(*tap.shape[:-1], -1)
+def _scaled(q: Tensor, scale: Tensor | None) -> Tensor:
+    """(M, r) -> (M, r + 1): `s q` and s, which is 1 where there is none."""
+    if scale is None:
+        return F.pad(q, (0, 1), value=1.0)
+    scale = scale.to(q.dtype).reshape(-1, 1).expand(len(q), 1)
+    return torch.cat((q * scale, scale), dim=1)
+
+
+def _reduce(normed: Tensor, scale: Tensor | None, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
+    _, h = _bottleneck(normed.reshape(-1, normed.shape[-1]), u1, v1, b1)
+    return _scaled(F.gelu(h) @ u2, scale)
 
 
 def _expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
-    joined = torch.cat(list(reduced), dim=-1)
-    flat = torch.addmm(b2.sum(0), joined.flatten(0, -2), v2.flatten(0, 1))
-    return flat.view(*joined.shape[:-1], -1)
+    return torch.cat(list(reduced), dim=-1) @ torch.cat((v2, b2.unsqueeze(1)), dim=1).flatten(0, 1)
+
+
+class Gradients:
+    """The gradients of the factors of n consecutive adapters, to which one tap after the other adds.
+
+    All adapters of a stage receive the same gradient, because the lane only adds them up. So the last factors of all
+    of them are one matmul, and everything between tap and sum is computed again.
+
+    Args:
+        factors: U1, V1, b1, U2, V2, b2 of the adapters, stacked along the first dimension.
+        grad: (..., C), of their sum.
+        dtype: Dtype to compute in.
+        scale: (n,), see `sum_of_adapters`.
+    """
+
+    def __init__(self, factors: Sequence[Tensor], grad: Tensor, dtype: torch.dtype, scale: Tensor | None) -> None:
+        self.dtypes = [factor.dtype for factor in factors]
+        self.factors = [factor.to(dtype) for factor in factors[:5]]
+        self.scale = scale
+        v2 = self.factors[4]
+        self.n, self.r, self.width = v2.shape
+        self.grad = grad.to(dtype).reshape(-1, self.width)  # (M, C)
+        self.grad_reduced = self.grad @ v2.reshape(self.n * self.r, self.width).T  # (M, n * r)
+        self.reduced: list[Tensor] = []
+        self.found: list[tuple[Tensor, ...]] = []
+
+    def add(self, normed: Tensor, deviation: Tensor | None) -> None:
+        """Add what the next adapter read, (..., C), and the deviation of it."""
+        i, r = len(self.found), self.r
+        u1, v1, b1, u2 = (factor[i] for factor in self.factors[:4])
+        t = normed.reshape(-1, self.width)
+        scale = deviation if self.scale is None else self.scale[i]
+        grad_q = self.grad_reduced[:, i * r : (i + 1) * r]
+        if scale is not None:
+            grad_q = grad_q * scale.to(grad_q.dtype).reshape(-1, 1)
+        p, h = _bottleneck(t, u1, v1, b1)
+        activated = F.gelu(h)
+        self.reduced.append(_scaled(activated @ u2, scale))
+        grad_u2 = grad_q.T @ activated  # transposed: a third faster with the thin factor on the left
+        grad_h = torch.ops.aten.gelu_backward(grad_q @ u2.T, h)
+        grad_u1 = (grad_h @ v1.T).T @ t  # transposed
+        self.found.append((grad_u1.T, p.T @ grad_h, grad_h.sum(0), grad_u2.T))
+
+    def result(self) -> list[Tensor]:
+        """Return the gradients of the six stacked factors."""
+        last = (torch.cat(self.reduced, dim=1).T @ self.grad).view(self.n, self.r + 1, self.width)
+        grads = [*(torch.stack(parts) for parts in zip(*self.found, strict=True)), last[:, :-1], last[:, -1]]
+        return [grad.to(dtype) for grad, dtype in zip(grads, self.dtypes, strict=True)]
 
 
 class _SumOfAdapters(torch.autograd.Function):
-    """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C).
-
-    All adapters of a stage receive the same gradient, because the lane only adds them up. So the last factors of all
-    of them are one matmul, forward and backward, and everything between tap and sum is computed again in backward.
-    """
+    """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C)."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.dtype = dtype
+    def forward(ctx: Any, dtype: torch.dtype, norm: str, scale: Tensor | None, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(scale, *tensors)
+        ctx.dtype, ctx.norm = dtype, norm
         parameters, taps = _split(tensors)
         with no_autocast(tensors[0]):
             u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
-            width = u1.shape[1]
-            reduced = [_reduce(unpack(tap, width, dtype), u1[i], v1[i], b1[i], u2[i]) for i, tap in enumerate(taps)]
-            return _expand(reduced, v2, b2)
+            width, reduced = u1.shape[1], []
+            for i, tap in enumerate(taps):
+                normed, deviation = read(tap, width, dtype, norm)
+                answer = deviation if scale is None else scale[i]
+                reduced.append(_reduce(normed, answer, u1[i], v1[i], b1[i], u2[i]))
+            return _expand(reduced, v2, b2).view(*taps[0][0].shape[:-1], width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: each access unpacks them again
+        scale, *saved = ctx.saved_tensors  # read once: each access unpacks them again
         parameters, taps = _split(saved)
-        dtype = ctx.dtype
         with no_autocast(grad):
-            u1, v1, b1, u2, v2 = (p.to(dtype) for p in parameters[:5])
-            n, r, width = v2.shape
-            grad = grad.to(dtype).reshape(-1, width)  # (M, C)
-            grad_reduced = grad @ v2.reshape(n * r, width).T  # (M, n * r)
-            reduced, grad_u1, grad_v1, grad_b1, grad_u2 = [], [], [], [], []
-            for i, tap in enumerate(taps):
-                t = unpack(tap, width, dtype).reshape(-1, width)
-                grad_q = grad_reduced[:, i * r : (i + 1) * r]
-                p, h = _bottleneck(t, u1[i], v1[i], b1[i])
-                activated = F.gelu(h)
-                reduced.append(activated @ u2[i])
-                grad_u2.append(grad_q.T @ activated)  # transposed: a third faster with the thin factor on the left
-                grad_h = torch.ops.aten.gelu_backward(grad_q @ u2[i].T, h)
-                grad_b1.append(grad_h.sum(0))
-                grad_v1.append(p.T @ grad_h)
-                grad_u1.append((grad_h @ v1[i].T).T @ t)  # transposed
-            grad_v2 = (torch.cat(reduced, dim=1).T @ grad).reshape(n, r, width)
-            grad_b2 = grad.sum(0).expand(n, width)
-            grads = [
-                torch.stack(grad_u1).mT,
-                torch.stack(grad_v1),
-                torch.stack(grad_b1),
-                torch.stack(grad_u2).mT,
-                grad_v2,
-                grad_b2,
-            ]
-        kept = [g.to(p.dtype) for g, p in zip(grads, parameters, strict=True)]
-        return (None, *kept, *(None for _ in saved[len(kept) :]))
+            gradients = Gradients(parameters, grad, ctx.dtype, scale)
+            for tap in taps:
+                gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
+            return (None, None, None, *gradients.result(), *(None for tap in taps for _ in tap))
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:

@@ -1,14 +1,16 @@
-"""The method: adapter -> stage -> highway, and the lane that runs on it. Pure torch: tensors in, tensors out.
+"""The method: adapter -> stage -> highway; `lane` runs on it. Pure torch: tensors in, tensors out.
 
 Notation of the paper (arXiv 2306.09729): `C` width of a stage, `r` rank, `k` bottleneck, `N` tokens, `x` the frozen
-residual stream, `z` the lane:
+residual stream, `z` the lane, `n(t)` a tap normalised over its channels:
 
-    adapter   A(t) = GELU(t U1 V1 + b1) U2 V2 + b2          dual low-rank
+    adapter   A(t) = s (GELU(n(t) U1 V1 + b1) U2 V2 + b2)   dual low-rank
     lane      z_l  = z_{l-1} + A(attention_l) + A'(mlp_l)   or, with one tap per block, + A(attention_l + mlp_l)
     merging   z    = PM(x + z) - PM(x)                      PM: the backbone's own frozen patch merging
+    live      x_l  = x_{l-1} + attention_l + A(attention_l) + ...   where gradient passes the block, from x + z on
 
-*Inferred*, because the paper gives neither code nor these details: k = C/2, the place of GELU, no LayerNorm inside the
-adapter, the lane starting at zero, the initialisation.
+*The paper's*: the dual low-rank adapter, the sum, patch merging. *Inferred*, because the paper gives neither code nor
+these details: k = C/2, the place of GELU, the norm n, the lane starting at zero, the initialisation. *Ours*: the scale
+s of an answer, live blocks.
 
 `adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
 values and gradients and keeps less for backward.
@@ -24,8 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_peft import fused
-from e3va_peft.frozen_pass import FrozenPass
-from e3va_peft.storage import STORAGES, pack, unpack
+from e3va_peft.storage import normalized, read
 
 
 def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tensor, b2: Tensor) -> Tensor:
@@ -33,10 +34,26 @@ def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tenso
     return F.gelu(t @ u1 @ v1 + b1) @ u2 @ v2 + b2
 
 
-def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]]) -> Tensor:
+def answer(t: Tensor, factors: Sequence[Tensor], norm: str = "none", scale: Tensor | None = None) -> Tensor:
+    """(..., C) -> (..., C): what one adapter says to a tap, read as `norm` says, with a gradient for the tap too."""
+    if norm == "none":
+        return adapter(t, *factors)
+    normed, deviation = normalized(t)
+    if norm == "relative":
+        scale = deviation
+    return adapter(normed, *factors) if scale is None else adapter(normed, *factors) * scale
+
+
+def sum_of_adapters(
+    factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none", scale: Tensor | None = None
+) -> Tensor:
     """N x (..., C) -> (..., C): the sum of n adapters, `fused.sum_of_adapters` in plain PyTorch."""
-    read = [unpack(tap, factors[0].shape[1], factors[0].dtype) for tap in taps]
-    return torch.stack([adapter(t, *(f[i] for f in factors)) for i, t in enumerate(read)]).sum(0)
+    total: Any = 0
+    for i, tap in enumerate(taps):
+        t, s = read(tap, factors[0].shape[1], factors[0].dtype, norm)
+        s = s if scale is None else scale[i]
+        total = total + adapter(t, *(f[i] for f in factors)) * (1 if s is None else s)
+    return total
 
 
 def merge(merging: fused.Merging, x: Tensor, z: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -54,11 +71,15 @@ class Stage(nn.Module):
         r: Rank of both projections.
         bottleneck: Width k between the projections.
         init_weights: Zero the last factor, so that the lane starts at exactly zero.
+        norm: How taps are read (`E3VAConfig.tap_norm`).
     """
 
+    scale: Tensor | None
     FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")  # bias1, bias2: the Trainer decays no weight named bias
 
-    def __init__(self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True) -> None:
+    def __init__(
+        self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True, norm: str = "none"
+    ) -> None:
         super().__init__()
         self.u1 = nn.Parameter(torch.empty(num_adapters, width, r))
         self.v1 = nn.Parameter(torch.empty(num_adapters, r, bottleneck))
@@ -66,7 +87,8 @@ class Stage(nn.Module):
         self.u2 = nn.Parameter(torch.empty(num_adapters, bottleneck, r))
         self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
         self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
-        self.init_weights = init_weights
+        self.init_weights, self.norm = init_weights, norm
+        self.register_buffer("scale", torch.zeros(num_adapters) if norm == "calibrated" else None)  # 0: not yet taken
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,25 +105,44 @@ class Stage(nn.Module):
         """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are no parameters)."""
         return tuple(getattr(self, name) for name in self.FACTORS)
 
-    def forward(self, taps: Sequence[Any], start: int = 0, mode: Literal["sum", "reduce", "expand"] = "sum") -> Tensor:
+    def calibrate(self, index: int, tap: Tensor) -> None:
+        """Take the scale of an adapter's answers from the first tap that it is trained on: its mean deviation."""
+        if self.scale is not None and self.training and not self.scale[index]:
+            self.scale[index] = normalized(tap.detach().float())[1].mean()
+
+    def scales(self, first: int, last: int) -> Tensor | None:
+        """(n,): the constant scales of some adapters' answers, 1 where none was taken; None where there are none."""
+        if self.scale is None:
+            return None
+        scale = self.scale[first:last]
+        return torch.where(scale > 0, scale, 1)  # a copy, because what autograd keeps must not change
+
+    def forward(
+        self, taps: Sequence[Any], start: int = 0, mode: Literal["sum", "reduce", "expand", "answer"] = "sum"
+    ) -> Tensor:
         """Run the adapters `start`, `start + 1`, ... on one tap each.
 
         Args:
             taps: One entry for each adapter.
             start: Index of the first adapter.
-            mode: *sum*: n x (..., C) -> (..., C), of what is kept of each tap (`storage.pack`). Where no gradient is
-                wanted it can be had in two halves that hold less, and round nothing: *reduce*, (..., C) -> (..., r),
-                one adapter up to its last factor, and *expand*, n x (..., r) -> (..., C), the rest of all of them.
+            mode: *sum*: n x (..., C) -> (..., C), of what is kept of each tap (`storage.keep`); taps get no gradient.
+                Where none is wanted it can be had in two halves that hold less, and round nothing: *reduce*,
+                (..., C) -> (..., r + 1), one adapter up to its last factor, and *expand*, n x (..., r + 1) ->
+                (..., C), the rest of all of them. *answer*: (..., C) -> (..., C), one adapter in a live block.
         """
-        factors = self.factors
+        factors, scale = self.factors, self.scales(start, start + len(taps))
         if len(taps) < len(self.u1):
             factors = tuple(factor[start : start + len(taps)] for factor in factors)
-        if mode == "reduce":
-            return fused.reduce(taps[0].to(self.u1.device), [factor[0] for factor in factors[:4]])
         if mode == "expand":
             return fused.expand(taps, *factors[4:])
-        # a device map may have split the stage
-        return fused.sum_of_adapters(factors, [[part.to(self.u1.device) for part in tap] for tap in taps])
+        device = self.u1.device  # a device map may have split the stage
+        if mode == "sum":
+            taps = [[part.to(device) for part in tap] for tap in taps]
+            return fused.sum_of_adapters(factors, taps, self.norm, scale)
+        tap, own, scale = taps[0].to(device), [factor[0] for factor in factors], None if scale is None else scale[0]
+        if mode == "answer":
+            return answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm, scale)
+        return fused.reduce(tap, own[:4], self.norm, scale)
 
 
 class Highway(nn.Module):
@@ -113,17 +154,18 @@ class Highway(nn.Module):
         r: Rank of both projections.
         ratio: k / C.
         init_weights: See `Stage`.
-        tap_storage: How its taps are kept for backward, see `storage.pack`.
+        tap_storage: How its taps are kept for backward (`E3VAConfig.tap_storage`).
+        tap_norm: How they are read (`E3VAConfig.tap_norm`).
     """
 
     def __init__(
         self, widths: Sequence[int], num_adapters: Sequence[int], r: int = 16, ratio: float = 0.5,
-        init_weights: bool = True, tap_storage: str = "exact",
+        init_weights: bool = True, tap_storage: str = "exact", tap_norm: str = "none",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.tap_storage = tap_storage
+        self.tap_storage, self.tap_norm = tap_storage, tap_norm
         sizes = zip(widths, num_adapters, strict=True)
-        self.stages = nn.ModuleList(Stage(c, n, r, max(1, int(c * ratio)), init_weights) for c, n in sizes)
+        self.stages = nn.ModuleList(Stage(c, n, r, max(1, int(c * ratio)), init_weights, tap_norm) for c, n in sizes)
 
     @property
     def trainable(self) -> bool:
@@ -133,65 +175,3 @@ class Highway(nn.Module):
     def forward(self, stage: int, *args: Any) -> Tensor:
         """Run adapters of one stage, see `Stage.forward`."""
         return self.stages[stage](*args)
-
-
-class Lane:
-    """The running tensor `z` (B, N, C), in at least fp32: a cursor over stages and blocks that only moves forward.
-
-    Args:
-        highways: The active highways; their adapters add up.
-        frozen: The record it reads, and releases as it goes.
-        depth: Blocks to adapt in each stage.
-        taps_per_block: Adapters of a block.
-        mergings: The frozen patch merging behind each stage but the last.
-        grad: Whether a gradient is wanted.
-        keep_stages: Remember the lane behind every stage, where outputs show it.
-    """
-
-    def __init__(
-        self, highways: Sequence[Highway], frozen: FrozenPass, depth: Sequence[int], taps_per_block: int = 1,
-        mergings: Sequence[fused.Merging] = (), grad: bool = True, keep_stages: bool = True,
-    ) -> None:  # fmt: skip
-        self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
-        self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
-        # Highways that are active together read the same taps: the one that wants most decides.
-        self.storage = STORAGES[min([STORAGES.index(h.tap_storage) for h in highways] or [0])] if grad else "exact"
-        self.stage = self.block = 0
-        self.z: Tensor | None = None
-        self.stages: dict[int, tuple[Tensor, Tensor]] = {}  # stage -> the lane behind its blocks, and behind merging
-
-    def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-        """Return what the lane wants of a tap (B, N, C): packed, or at once reduced to (B, N, r) for each highway."""
-        if self.grad:
-            return pack(tap, self.storage)
-        return [highway(stage, [tap], index, "reduce") for highway in self.highways]
-
-    def behind(self, stage: int, block: int) -> Tensor:
-        """Return the lane (B, N, C) behind the first `block` blocks of a stage."""
-        if stage in self.stages and block == self.depth[stage]:
-            return self.stages[stage][0]
-        self.frozen.check(stage, block, self.stage, self.block)
-        first, last = self.block * self.taps_per_block, block * self.taps_per_block
-        kept = self.frozen.take(stage, first, last)
-        for i, highway in enumerate(self.highways if kept else ()):
-            step = highway(stage, *((kept, first) if self.grad else ([tap[i] for tap in kept], first, "expand")))
-            step = step.to(torch.promote_types(step.dtype, torch.float32))
-            self.z = step if self.z is None else self.z.to(step.device) + step
-        self.block = block
-        return self.z  # type: ignore[return-value]  # block >= 1: checked
-
-    def ahead(self, stage: int) -> Tensor:
-        """Return the lane (B, N', C') behind the patch merging of a stage."""
-        self.frozen.check(stage + 1, 1, self.stage, 0) if stage not in self.stages else None
-        return self.stages[stage][1]
-
-    def leave(self, stage: int) -> None:
-        """Carry the lane through the frozen patch merging behind a stage, which has just run."""
-        with torch.set_grad_enabled(self.grad):
-            behind, call = self.behind(stage, self.depth[stage]), self.frozen.mergings.pop(stage)
-            z = behind.to(call.x.device).reshape(call.x.shape)  # of a map, where the stream is one
-            z = fused.merge(self.mergings[stage], call, z, self.frozen.grids.get(stage), self.storage != "exact")
-            self.z = z.flatten(1, -2) if z.dim() > 3 else z
-        if self.keep_stages:
-            self.stages[stage] = behind, self.z
-        self.stage, self.block = stage + 1, 0

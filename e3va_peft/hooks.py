@@ -1,181 +1,17 @@
-"""What reads inside the frozen backbone: hooks, and the recorder that they write to while an adapted exit runs."""
+"""What reads inside the frozen backbone: hooks, which write to the recorder of the forward that runs."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from e3va_peft.backbones.base import Backbone, GridSource
-from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
-from e3va_peft.fused import under_autocast
+from e3va_peft.recorder import Stop, listening
 
-T = TypeVar("T")
-
-
-class Current(Generic[T]):
-    """A value that hooks find while it is set.
-
-    Safe in threads (`nn.DataParallel`) through a `ContextVar`. `torch.compile` cannot trace setting one: what is set
-    while tracing is a plain attribute, which all threads share until it is reset. Which of the two is remembered when
-    it is *set*, because what reads it may be compiled alone (`nn.Module.compile()`, regional compilation).
-    """
-
-    def __init__(self, name: str) -> None:
-        self._variable: ContextVar[T | None] = ContextVar(name, default=None)
-        self._traced: T | None = None
-        self._tracing = False
-
-    def get(self) -> T | None:
-        """Return the value, None where none is set."""
-        return self._traced if self._tracing else self._variable.get()
-
-    @contextmanager
-    def set(self, value: T) -> Iterator[None]:
-        """Set the value for the time of a `with` statement."""
-        if torch.compiler.is_compiling():
-            self._traced, self._tracing = value, True
-            try:
-                yield
-            finally:
-                self._traced, self._tracing = None, False
-        else:
-            token = self._variable.set(value)
-            try:
-                yield
-            finally:
-                self._variable.reset(token)
-
-
-class Recorder:
-    """Fills the record of a frozen pass, and tells when a stage has ended.
-
-    Args:
-        frozen: The record.
-        exit: The exit that runs.
-        family: Its family.
-        keep: (stage, index, tap) -> what is kept of a tap.
-        leave: Called with a stage when the patch merging behind it has run.
-        image: (H, W) of the image, where it was seen.
-    """
-
-    def __init__(
-        self,
-        frozen: FrozenPass,
-        exit: nn.Module,
-        family: Backbone,
-        keep: Callable[[int, int, Tensor], Sequence[Tensor]],
-        leave: Callable[[int], None],
-        image: tuple[int, int] | None = None,
-    ) -> None:
-        self.frozen = frozen
-        self.exit = exit
-        self.family = family
-        self.keep = keep
-        self.leave = leave
-        self.image = image
-        self.listens = True  # not while the lane itself runs the backbone's modules
-        self.parts: dict[tuple[int, int], list[Tensor]] = {}
-        self.entered: dict[int, tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = {}
-        self.versions: list[tuple[Tensor, int, str]] = []
-
-    def channels_last(self, x: Tensor) -> Tensor:
-        """Return a view of the stream with its channels last."""
-        return x.movedim(1, -1) if self.family.channels == "first" else x
-
-    def read(self, tap: Tap, value: Tensor) -> None:
-        """Take a tap, or one of several parts that add up."""
-        key = (tap.stage, tap.index)
-        if key in self.frozen.taps:
-            raise RuntimeError(
-                f"{tap.name}: was read twice in one forward, so one call's tap would stand for the other's. A module "
-                "that blocks share, or that a block calls more than once, cannot be read."
-            )
-        value = self.channels_last(value.detach())
-        value = value.flatten(1, -2) if value.dim() > 3 else value
-        if tap.parts > 1:
-            parts = self.parts.setdefault(key, [])
-            self.note_version(value, tap.name)
-            parts.append(value)
-            if len(parts) < tap.parts:
-                return
-            self.check_versions()
-            value = torch.stack(parts).sum(0) if len(parts) > 2 else parts[0] + parts[1]
-            del self.parts[key]
-        kept = self.keep(*key, value)
-        if any(part is value for part in kept):
-            self.note_version(value, tap.name)
-        self.frozen.taps[key] = kept
-
-    def note_version(self, value: Tensor, name: str) -> None:
-        """Remember the state of a tensor that is a view of the backbone's own."""
-        if not torch.compiler.is_compiling() and not value.is_inference():
-            self.versions.append((value, value._version, name))
-
-    def check_versions(self) -> None:
-        """Refuse what was changed in place since it was read.
-
-        Raises:
-            RuntimeError: A module behind the tap works in place. The message names the tap.
-        """
-        for value, version, name in self.versions:
-            if value._version != version:
-                raise RuntimeError(
-                    f"{name}: its tap was changed in place after it was read, so the highway would read something "
-                    "else than the branch. Make what follows it work out of place (inplace=False, x = x * s for "
-                    "x.mul_(s))."
-                )
-        self.versions.clear()
-
-    def enter_merging(self, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
-        """Take what enters the patch merging behind a stage."""
-        if not args or not isinstance(args[0], Tensor):
-            raise TypeError(
-                f"{name}: was given as the patch merging behind stage {stage}, but was not called with the stream "
-                "first and by position. Merging.paths must be modules that are called as module(x, ...)."
-            )
-        x = self.channels_last(args[0].detach())
-        self.note_version(x, name)
-        self.entered[stage] = x, args[1:], kwargs
-
-    def leave_merging(self, stage: int, output: Any, name: str) -> None:
-        """Take what leaves it, and let the lane pass too while the stage's modules are there to run."""
-        output = output[0] if isinstance(output, tuple) else output
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"{name}: was given as the patch merging behind stage {stage}, but returned no tensor. The last of "
-                "Merging.paths must be a module that returns the merged stream."
-            )
-        self.check_versions()
-        x, args, kwargs = self.entered.pop(stage)
-        frozen = None if under_autocast(x) else self.channels_last(output.detach())
-        self.frozen.mergings[stage] = MergingCall(x, args, kwargs, frozen)
-        self.listens = False
-        try:
-            self.leave(stage)
-        finally:
-            self.listens = True
-
-    def note_end(self, stage: int, x: Tensor, name: str) -> None:
-        """Take what enters the module at the end of a stage."""
-        x = self.channels_last(x.detach())
-        self.note_version(x, name)
-        self.frozen.ends[stage] = x
-
-    def note_grid(self, stage: int, args: tuple[Any, ...]) -> None:
-        """Work out how the tokens of a stage lie in the image, as its first block is called."""
-        prefix = self.family.prefix(self.exit)
-        args = (self.channels_last(args[0]), *args[1:])
-        height, width = self.family.grid(GridSource(args, self.image, self.exit, prefix))
-        self.frozen.grids[stage] = Grid(prefix, height, width)
-
-
-CURRENT: Current[Recorder] = Current("e3va_recorder")
 FRONT: ContextVar[Mapping[str, Front]] = ContextVar("e3va_front", default={})  # noqa: B039  never changed, replaced
 
 
@@ -191,12 +27,6 @@ class Front(NamedTuple):
     image: tuple[int, int] | None
     wanting: Literal["", "leaf", "computed"]
     trainable: str
-
-
-def listening() -> Recorder | None:
-    """Return the recorder of the running forward, None where there is none or it does not listen."""
-    recorder = CURRENT.get()
-    return recorder if recorder is not None and recorder.listens else None
 
 
 class Hook:
@@ -227,12 +57,51 @@ class Tap(Hook):
         self.parts = parts
         self.name = name
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-        """Read the branch."""
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any = None) -> Any:
+        """Read the branch; in a live block, return it with the adapter's answer added."""
+        recorder = listening()
+        if recorder is None:
+            return None
+        seen = args if self.read == "input" else output
+        first, rest = (seen[0], seen[1:]) if isinstance(seen, tuple) else (seen, None)
+        if self.read == "input" and isinstance(first, tuple):
+            first = first[0]
+        changed = recorder.read(self.stage, self.index, self.parts, first, self.name)
+        if changed is None or rest is None:
+            return changed
+        return (changed, *rest)
+
+
+class LiveInput(Hook):
+    """A pre-hook, with keywords, on a block that may be live: the lane enters the first of them, see `Recorder`."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Change and keep the arguments."""
+        recorder = listening()
+        return None if recorder is None else (recorder.enter_live(module, args, kwargs), kwargs)
+
+
+class LiveOutput(Hook):
+    """A hook that ends what `LiveInput` began."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """End the checkpoint."""
         recorder = listening()
         if recorder is not None:
-            value = args[0] if self.read == "input" else output
-            recorder.read(self, value[0] if isinstance(value, tuple) else value)
+            recorder.leave_live()
+
+
+class Beyond(Hook):
+    """A pre-hook on blocks behind the last that is adapted: no gradient passes them, and no second run needs them."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Detach the stream."""
+        recorder = listening()
+        if recorder is None:
+            return None
+        if recorder.stops:
+            raise Stop
+        return (args[0].detach(), *args[1:]) if args[0].requires_grad else None
 
 
 class MergingInput(Hook):
@@ -279,7 +148,7 @@ class TailTap(Hook):
         """Read the first argument."""
         recorder = listening()
         if recorder is not None:
-            recorder.frozen.tail = args[0].detach()
+            recorder.note_tail(args[0])
 
 
 class EndTap(Hook):

@@ -5,29 +5,32 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from enum import Enum
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, ExitCall
 from e3va_peft.backbones.base import BLOCK, submodule
 from e3va_peft.config import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.fused import Merging
-from e3va_peft.highway import Highway, Lane
+from e3va_peft.highway import Highway
 from e3va_peft.hooks import (
-    CURRENT,
     FRONT,
+    Beyond,
     EndTap,
     Front,
     GridTap,
+    LiveInput,
+    LiveOutput,
     MergingInput,
     MergingOutput,
-    Recorder,
     TailTap,
     Tap,
     check_input,
@@ -36,6 +39,9 @@ from e3va_peft.hooks import (
     refuse_trainable,
     remove_hooks,
 )
+from e3va_peft.lane import Lane
+from e3va_peft.recompute import Keep, Recompute
+from e3va_peft.recorder import Live, Recorder, Stop
 
 METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
 
@@ -88,16 +94,20 @@ def stand_on(host: nn.Module, layer: E3VALayer) -> None:
 class E3VALayer(nn.Module, BaseTunerLayer):
     """The exit of a frozen backbone with highways beside it.
 
-    Its forward is the method: base under `no_grad` -> record -> lane on the highways -> splice into a copy of the
-    outputs. The base stays in eval mode whatever `.train()` says. An exit that is a module is replaced by the layer;
-    for one that is a method, the layer is a child of the module, whose methods are replaced.
+    Its forward is the method: base without gradient -> record -> lane on the highways -> splice into a copy of the
+    outputs; with live blocks the lane is written into the stream in front of the first of them. The base stays in eval
+    mode whatever `.train()` says. An exit that is a module is replaced by the layer; for one that is a method, the
+    layer is a child of the module, whose methods are replaced.
 
     Args:
         exit: The exit, or the module whose methods it is.
         family: The exit's family.
         depth: Blocks to adapt in each stage.
-        taps: Names of the taps that are read in each block; the same for all adapters.
+        config: Of the first adapter. All that join it share its taps, tap_norm and live_blocks.
         front: Names of the frozen modules in front of the exit, by which their guards note what they see.
+
+    Raises:
+        ValueError: There are fewer blocks than shall be live.
     """
 
     adapter_layer_names: tuple[str, ...] = ("e3va_highway", "e3va_tail")
@@ -107,7 +117,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         exit: nn.Module,
         family: Backbone,
         depth: Sequence[int],
-        taps: Sequence[str],
+        config: E3VAConfig,
         front: Sequence[str] = (),
     ) -> None:
         super().__init__()
@@ -119,7 +129,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         else:
             self.base_layer = exit
         self.depth = tuple(depth)
-        self.taps = tuple(taps)
+        self.taps = family.taps(config.taps)
+        self.tap_norm, self.live_blocks = config.tap_norm, config.live_blocks
+        self.live = first_live(self.depth, config.live_blocks)
         self.front = tuple(front)
         self.takes_return_dict = not self.is_method and hasattr(exit, "config") and takes(exit.forward, "return_dict")
         self.e3va_highway = nn.ModuleDict()  # adapter -> Highway
@@ -152,7 +164,12 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def _register_hooks(self) -> None:
         exit = self.exit
-        for i, (stage, depth) in enumerate(zip(self.stages, self.depth, strict=False)):
+        for i, stage in enumerate(self.stages):
+            depth = self.depth[i] if i < len(self.depth) else 0
+            for block in stage.blocks[depth:]:
+                exit.get_submodule(block).register_forward_pre_hook(Beyond())
+            if not depth:
+                continue
             exit.get_submodule(stage.blocks[0]).register_forward_pre_hook(GridTap(i))
             for j, block in enumerate(stage.blocks[:depth]):
                 points = self.family.tap_points(exit, block)
@@ -164,6 +181,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                         points[name].module.register_forward_pre_hook(tap)
                     else:
                         points[name].module.register_forward_hook(tap)
+                if self.live is not None and (i, j) >= self.live:
+                    exit.get_submodule(block).register_forward_pre_hook(LiveInput(), with_kwargs=True)
+                    exit.get_submodule(block).register_forward_hook(LiveOutput())
             if self.family.ends:
                 end = self.family.ends.format(stage=i)
                 exit.get_submodule(end).register_forward_pre_hook(EndTap(i, end))
@@ -178,18 +198,24 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.
 
         Raises:
-            ValueError: The adapters before it read other taps.
+            ValueError: The adapters before it read other taps, or in another way, or have other live blocks.
         """
-        if self.family.taps(config.taps) != self.taps:
-            raise ValueError(
-                f"taps={config.taps}: adapter {adapter_name!r} joins adapters that read {self.taps}. All "
-                "adapters of one model share the taps; use the same ones, or unload() first."
-            )
+        for field, chosen, own in (
+            ("taps", self.family.taps(config.taps), self.taps),
+            ("tap_norm", config.tap_norm, self.tap_norm),
+            ("live_blocks", config.live_blocks, self.live_blocks),
+        ):
+            if chosen != own:
+                raise ValueError(
+                    f"{field}={getattr(config, field)!r}: adapter {adapter_name!r} joins adapters that have {own!r}. "
+                    f"All adapters of one model share their {field}; use the same, or unload() first."
+                )
         widths = [stage.width for stage in self.stages][: len(self.depth)]
         counts = [blocks * len(self.taps) for blocks in self.depth]
         self.e3va_highway[adapter_name] = Highway(
-            widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage
+            widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage, config.tap_norm
         )
+        self.checkpoint_live_blocks = config.checkpoint_live_blocks
         if tail:
             copies = {name: copy.deepcopy(getattr(self.exit, name)) for name in tail}
             for module in copies.values():
@@ -218,13 +244,42 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         if self.takes_return_dict:
             call_kwargs = {**call_kwargs, "return_dict": True}
         lane = self._lane(active, self.family.shown(call))
-        recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, image)
-        with CURRENT.set(recorder), torch.no_grad():
+        live = None
+        if self.live is not None:
+            start = self.live[0], self.live[1] * len(self.taps)
+            checkpointed = lane.grad and self.checkpoint_live_blocks and not self._compiles_live_blocks
+            live = Live(start, lane.enter, lane.answer, checkpointed)
+            call_args = tuple(map(_detached, call_args))
+            call_kwargs = {name: _detached(value) for name, value in call_kwargs.items()}
+        if lane.grad and lane.storage == "recompute":
+            run = partial(self._run_again, e3va_method)
+            recompute = Recompute(lane.highways, lane.norm, run, call_args, call_kwargs)
+            lane.recompute = recompute, recompute.handle()
+        recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, image, live)
+        with recorder.running(), torch.set_grad_enabled(lane.grad and live is not None):
             lane.frozen.outputs = self._run(e3va_method, call_args, call_kwargs)
         recorder.check_versions()
         call = replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends)
         outputs = self.family.splice(lane.frozen.outputs, lane, call)
+        lane.end()
         return outputs.to_tuple() if as_tuple else outputs
+
+    @property
+    def _compiles_live_blocks(self) -> bool:
+        """Whether regional compilation has wrapped live blocks: then the compiler decides what they keep."""
+        names = [name for stage, depth in zip(self.stages, self.depth, strict=False) for name in stage.blocks[:depth]]
+        return any(hasattr(self.exit.get_submodule(name), "_orig_mod") for name in names[-self.live_blocks :])
+
+    def _run_again(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
+        """Run the frozen blocks once more, in backward, for what enters the taps of those that are not live."""
+        frozen = FrozenPass()
+        stops = self.live is not None or sum(self.depth) < sum(len(stage.blocks) for stage in self.stages)
+        forget: Callable[[int], Any] = frozen.mergings.pop
+        recorder = Recorder(frozen, self.exit, self.family, keep, forget, stops=stops)
+        if "output_hidden_states" in kwargs:
+            kwargs = {**kwargs, "output_hidden_states": False}
+        with recorder.running(), suppress(Stop):
+            self._run(method, args, kwargs)
 
     def _take_front(self) -> Mapping[str, Front]:
         """Return what the frozen modules in front have noted for this forward, and forget it."""
@@ -263,7 +318,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             for stage in self.stages[: len(self.depth) - 1]
         ]
         refuse_offloaded(highways, [module for spec in mergings for module in spec.modules], grad)
-        return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown)
+        return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown, self.live)
 
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
         """Return the modules behind the last block: the active adapter's copies, and the frozen ones for the rest."""
@@ -376,6 +431,26 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "e3va." + super().__repr__()
+
+
+def first_live(depth: Sequence[int], live_blocks: int) -> tuple[int, int] | None:
+    """Return (stage, block) of the first live block, counted from the end over all stages; None without any.
+
+    Raises:
+        ValueError: There are fewer blocks.
+    """
+    if live_blocks > sum(depth):
+        raise ValueError(
+            f"live_blocks={live_blocks}: the backbone has {sum(depth)} blocks to adapt, {tuple(depth)} in its stages. "
+            f"Choose from 0 to {sum(depth)}."
+        )
+    places = [(stage, block) for stage, blocks in enumerate(depth) for block in range(blocks)]
+    return places[-live_blocks] if live_blocks else None
+
+
+def _detached(value: Any) -> Any:
+    """Return an argument of the exit, without gradient if it is a tensor: none goes further back than live blocks."""
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def is_sharded(exit: nn.Module, name: str) -> bool:

@@ -79,9 +79,8 @@ class E3VAModel(BaseTuner):
         found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
         if not isinstance(layer, E3VALayer):
-            taps = found.family.taps(peft_config.taps)
             front = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
-            layer = E3VALayer(found.module, found.family, site.depth, taps, front)
+            layer = E3VALayer(found.module, found.family, site.depth, peft_config, front)
         saved = self.peft_config[adapter_name].modules_to_save
         layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
         if layer is not target:

@@ -1,4 +1,4 @@
-"""How a tap is kept between forward and backward: as it is, or rounded to a few bits. Pure torch.
+"""How a tap is read, and how it is kept between forward and backward: as it is, or rounded. Pure torch.
 
 A rounded tap is what the highway reads in forward *and* in backward, so that the gradient is that of the function
 computed. Nothing of the backbone is rounded, only what the highway sees of it.
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 STORAGES = ("exact", "int8", "int4")  # from the most to the least bytes
+TAP_STORAGES = ("exact", "recompute", "int8", "int4")  # from the most to the least exact; "recompute" keeps nothing
+NORMS = ("none", "layer", "relative", "calibrated")  # see `E3VAConfig.tap_norm`
+EPS = 1e-8  # of a variance: branches behind LayerScale can be as small as 1e-3
 GROUP = 32  # channels that share a scale in int4: one per token would be that of its largest outlier
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -52,3 +55,49 @@ def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
         return (codes * scale).to(dtype)
     values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
     return (values.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)
+
+
+def normalized(tap: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) -> (..., C), (..., 1): a tap normalised over its channels, without parameters, and its deviation."""
+    deviation = (tap.var(-1, correction=0, keepdim=True) + EPS).sqrt()
+    return (tap - tap.mean(-1, keepdim=True)) / deviation, deviation
+
+
+def _normalized(tap: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what `normalized` does by one kernel, without gradient."""
+    normed, _, inverse = torch.native_layer_norm(tap, tap.shape[-1:], None, None, EPS)
+    return normed, inverse.reciprocal()
+
+
+def keep(tap: Tensor, storage: str, norm: str) -> tuple[Tensor, ...]:
+    """(B, N, C) -> what is kept of a tap: the tap itself, or what the adapter reads of it, rounded.
+
+    Args:
+        tap: A tap, in any floating dtype.
+        storage: See `pack`.
+        norm: How it is read (`E3VAConfig.tap_norm`). Its deviation, where an answer is relative to it, is kept beside
+            what is rounded: one number a token.
+    """
+    if storage == "exact" or norm == "none":
+        return pack(tap, storage)
+    normed, deviation = _normalized(tap)
+    return (*pack(normed, storage), *([deviation] if norm == "relative" else ()))
+
+
+def read(kept: Sequence[Tensor], width: int, dtype: torch.dtype, norm: str) -> tuple[Tensor, Tensor | None]:
+    """Return what an adapter reads of a tap, (..., C), and the deviation that it answers in, (..., 1) or None.
+
+    Args:
+        kept: What `keep` returned.
+        width: Channels C.
+        dtype: Dtype to compute in.
+        norm: How the tap is read.
+    """
+    if norm == "none":
+        return unpack(kept, width, dtype), None
+    relative = norm == "relative"
+    if len(kept) == 1:
+        tap = kept[0].to(torch.promote_types(kept[0].dtype, dtype))
+        normed, deviation = _normalized(tap)
+        return normed.to(dtype), deviation if relative else None
+    return unpack(kept[:-1] if relative else kept, width, dtype), kept[-1] if relative else None

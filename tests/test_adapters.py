@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,7 +11,7 @@ from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
 from tests.models import BY_NAME, every_model, train_steps
-from tests.test_laws import assert_same, outputs
+from tests.test_laws import assert_same, every_way, outputs
 
 
 def layer_of(model: nn.Module) -> E3VALayer:
@@ -20,12 +22,13 @@ def own_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items() if f".{name}." in key}
 
 
+@every_way
 @every_model
-def test_a_second_adapter_does_not_disturb_the_first(case):
-    model = get_peft_model(case.base(), E3VAConfig(r=4), adapter_name="first")
+def test_a_second_adapter_does_not_disturb_the_first(case, way):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, **way), adapter_name="first")
     train_steps(model, case.training_batch())
     weights, expected = own_state(model, "first"), outputs(model, case.batch())
-    model.add_adapter("second", E3VAConfig(r=2))
+    model.add_adapter("second", E3VAConfig(r=2, **way))
     assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
     model.set_adapter("second")
     assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
@@ -40,9 +43,10 @@ def test_a_second_adapter_does_not_disturb_the_first(case):
     outputs(model, case.batch())
 
 
+@every_way
 @every_model
-def test_two_adapters_without_modules_of_their_own_add_up_in_one_lane(case):
-    config = {"r": 4, "modules_to_save": [], "init_weights": False}
+def test_two_adapters_without_modules_of_their_own_add_up_in_one_lane(case, way):
+    config = {"r": 4, "modules_to_save": [], "init_weights": False} | way
     model = get_peft_model(case.base(), E3VAConfig(**config), adapter_name="first")
     model.add_adapter("second", E3VAConfig(**config | {"r": 2}))
     first = outputs(model, case.batch())
@@ -82,11 +86,13 @@ def test_two_adapters_with_heads_or_norms_of_their_own_are_refused_together(case
     outputs(model, case.batch())
 
 
-def test_adapters_of_one_model_share_their_taps():
+@pytest.mark.parametrize("field, value", [("taps", ("mlp",)), ("tap_norm", "relative"), ("live_blocks", 2)])
+def test_adapters_of_one_model_share_how_they_read(field, value):
     case = BY_NAME["swin-classifier"]
     model = get_peft_model(case.base(), E3VAConfig(r=4))
-    with pytest.raises(ValueError, match=r"taps=\('mlp',\): adapter 'second' joins adapters that read"):
-        model.add_adapter("second", E3VAConfig(r=4, taps=("mlp",)))
+    words = re.escape(f"{field}={value!r}: adapter 'second' joins adapters that have")
+    with pytest.raises(ValueError, match=words):
+        model.add_adapter("second", E3VAConfig(r=4, **{field: value}))
     assert list(model.peft_config) == ["default"]
     outputs(model, case.batch())
 

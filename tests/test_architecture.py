@@ -30,7 +30,8 @@ ORDER = [
     {"storage", "registration", "frozen_pass", "saved"},
     {"config", "fused"},
     {"highway", "backbones"},
-    {"card", "hooks"},
+    {"card", "recompute", "recorder"},
+    {"lane", "hooks"},
     {"layer"},
     {"exits"},
     {"refusals"},
@@ -45,7 +46,7 @@ ORDER = [
     {"cli"},
     {"__main__"},
 ]
-TORCH_ONLY = {"storage", "frozen_pass", "fused", "highway", "backbones", "hooks"}
+TORCH_ONLY = {"storage", "frozen_pass", "fused", "highway", "recompute", "lane", "backbones", "recorder", "hooks"}
 
 
 def imports(path: Path) -> set[str]:

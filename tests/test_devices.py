@@ -14,7 +14,8 @@ from e3va_peft.backbones.base import in_turn
 from e3va_peft.backbones.splices import add
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.fused import Merging
-from e3va_peft.highway import Highway, Lane
+from e3va_peft.highway import Highway
+from e3va_peft.lane import Lane
 from tests.models import BY_NAME, every_model, loss_of
 from tests.test_laws import adapted, assert_same, layers, outputs
 
@@ -74,7 +75,7 @@ def test_the_lane_moves_to_where_patch_merging_and_the_next_stage_are(grad):
             if stage == 0:
                 lane.frozen.mergings[0] = MergingCall(torch.zeros(2, 3, 8, device=META), (), {}, None)
                 lane.leave(0)
-                assert lane.ahead(0).is_meta and not lane.stages[0][0].is_meta
+                assert lane.ahead(0).is_meta and not lane.passed[0, 1].is_meta
         assert lane.behind(1, 1).is_meta
         assert add(torch.zeros(2, 3, 8, device=META), torch.zeros(2, 3, 8)).is_meta
 

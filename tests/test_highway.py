@@ -13,16 +13,23 @@ from torch.utils.checkpoint import checkpoint
 from e3va_peft import E3VAConfig, E3VALayer, fused
 from e3va_peft.backbones.base import in_turn
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
-from e3va_peft.highway import Highway, Lane, Stage, adapter, merge, sum_of_adapters
-from e3va_peft.hooks import CURRENT, MergingInput, MergingOutput, Recorder, Tap
-from e3va_peft.storage import STORAGES, pack
+from e3va_peft.highway import Highway, Stage, adapter, answer, merge, sum_of_adapters
+from e3va_peft.hooks import MergingInput, MergingOutput
+from e3va_peft.lane import Lane
+from e3va_peft.recorder import CURRENT, Recorder
+from e3va_peft.storage import NORMS, STORAGES, keep, normalized
 from tests.models import BY_NAME, registered
 
 
 def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
-    """The paper's formula for adapter i, written out."""
+    """The formula for adapter i, written out."""
+    scale = 1 if stage.scale is None else stage.scale[i]
+    if stage.norm == "relative":
+        scale = (t.var(-1, correction=0, keepdim=True) + 1e-8).sqrt()
+    if stage.norm != "none":
+        t = F.layer_norm(t, t.shape[-1:], eps=1e-8)
     hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
-    return hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i]
+    return scale * (hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i])
 
 
 def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
@@ -187,22 +194,31 @@ def test_a_stage_is_one_autograd_node_however_deep():
         assert type(node).__name__ == "_SumOfAdaptersBackward"
 
 
+def stage_of(norm: str, width: int = 40, r: int = 4, dtype: torch.dtype = torch.float32) -> Stage:
+    """Three adapters at random values, of different scales where they have any of their own."""
+    stage = Stage(width, 3, r, width // 2, init_weights=False, norm=norm).to(dtype)
+    if stage.scale is not None:
+        stage.scale.copy_(torch.tensor([0.5, 2.0, 1.5]))
+    return stage
+
+
 OPTIONS = [
-    (storage, dtype, autocast)
+    (norm, storage, dtype, autocast)
+    for norm in NORMS
     for storage in STORAGES
     for dtype in (torch.float32, torch.float64)
     for autocast in (False, True)
 ]
 
 
-@pytest.mark.parametrize("storage, dtype, autocast", OPTIONS)
-def test_what_runs_equals_the_plain_formula_in_value_and_gradient(storage, dtype, autocast):
-    stage = Stage(width=40, num_adapters=3, r=4, bottleneck=20, init_weights=False).to(dtype)
-    kept = [pack(torch.randn(2, 9, 40, dtype=dtype), storage) for _ in range(3)]
+@pytest.mark.parametrize("norm, storage, dtype, autocast", OPTIONS)
+def test_what_runs_equals_the_plain_formula_in_value_and_gradient(norm, storage, dtype, autocast):
+    stage = stage_of(norm, dtype=dtype)
+    kept = [keep(1 + 3 * torch.randn(2, 9, 40, dtype=dtype), storage, norm) for _ in range(3)]
     weights = torch.randn(2, 9, 40, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         runs = stage(kept)
-    plain = sum_of_adapters(stage.factors, kept)
+    plain = sum_of_adapters(stage.factors, kept, norm, stage.scale)
     tolerance = 0.05 if autocast else 1e-5 if dtype == torch.float32 else 1e-11
     assert (runs - plain).norm() <= tolerance * plain.norm()
     got = torch.autograd.grad((runs * weights).sum(), stage.factors)
@@ -211,15 +227,18 @@ def test_what_runs_equals_the_plain_formula_in_value_and_gradient(storage, dtype
         assert (left - right).norm() <= tolerance * right.norm()
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("start, count", [(0, 3), (1, 1), (1, 2)])
-def test_the_halves_of_inference_equal_the_plain_formula(start, count):
-    stage = Stage(width=8, num_adapters=3, r=2, bottleneck=4, init_weights=False).double()
+def test_the_halves_of_inference_equal_the_plain_formula(start, count, norm):
+    stage = stage_of(norm, 8, 2, torch.float64)
     taps = [torch.randn(2, 9, 8, dtype=torch.double) for _ in range(count)]
     with torch.no_grad():
         reduced = [stage([tap], start + i, "reduce") for i, tap in enumerate(taps)]
         together = stage(reduced, start, "expand")
     factors = [factor[start : start + count] for factor in stage.factors]
-    torch.testing.assert_close(together, sum_of_adapters(factors, [(tap,) for tap in taps]).detach())
+    scale = None if stage.scale is None else stage.scale[start : start + count]
+    expected = sum_of_adapters(factors, [(tap,) for tap in taps], norm, scale)
+    torch.testing.assert_close(together, expected.detach())
 
 
 def test_an_adapter_is_the_formula():
@@ -227,6 +246,39 @@ def test_an_adapter_is_the_formula():
     torch.testing.assert_close(
         adapter(tap, *(f[1] for f in stage.factors)), written_out(tap, stage, 1), rtol=0, atol=0
     )
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_answer_in_a_live_block_is_the_formula_in_value_and_in_gradient_for_the_tap(norm):
+    stage = stage_of(norm, 8, 2, torch.float64)
+    tap, scale = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), stage.scales(1, 2)
+    got = answer(tap, [factor[1] for factor in stage.factors], norm, None if scale is None else scale[0])
+    expected = written_out(tap, stage, 1)
+    torch.testing.assert_close(got, expected)
+    for left, right in zip(*(torch.autograd.grad(y.square().sum(), tap) for y in (got, expected)), strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_a_normalised_tap_has_mean_0_and_deviation_1_also_where_it_is_small():
+    for size in (1e-3, 1.0, 1e3):
+        tap = size * (3 + torch.randn(4, 5, 64))
+        normed, deviation = normalized(tap)
+        torch.testing.assert_close(normed.std(-1, correction=0), torch.ones(4, 5), rtol=1e-2, atol=0)
+        torch.testing.assert_close(normed.mean(-1), torch.zeros(4, 5), atol=1e-4, rtol=0)
+        torch.testing.assert_close(deviation[..., 0], tap.std(-1, correction=0), rtol=1e-2, atol=0)
+
+
+def test_a_constant_scale_is_taken_once_from_the_first_batch_that_trains():
+    stage = Stage(8, 2, 2, 4, norm="calibrated")
+    taps = [size * torch.randn(2, 50, 8) for size in (0.1, 5.0)]
+    stage.eval().calibrate(0, taps[0])
+    assert not stage.scale.any() and stage.scales(0, 2).eq(1).all()
+    for i in (0, 1):
+        stage.train().calibrate(i, taps[i])
+    assert stage.scale.tolist() == pytest.approx([0.1, 5.0], rel=0.2)
+    before = stage.scale.clone()
+    stage.calibrate(0, 100 * taps[0])
+    assert stage.scale.equal(before)
 
 
 @pytest.mark.parametrize("lean", [False, True])
@@ -267,7 +319,7 @@ def test_inference_reduces_each_tap_at_once():
         lane = Lane([highway], FrozenPass(), [2], grad=False)
         for i in range(2):
             lane.frozen.taps[0, i] = lane.keep(0, i, tap)
-        assert [kept.shape for reads in lane.frozen.taps.values() for kept in reads] == [(2, 9, 2), (2, 9, 2)]
+        assert [kept.shape for reads in lane.frozen.taps.values() for kept in reads] == [(2, 9, 3), (2, 9, 3)]
         got = lane.behind(0, 2)
     expected = sum(written_out(tap, highway.stages[0], i) for i in range(2))
     torch.testing.assert_close(got, expected.detach())
@@ -379,10 +431,10 @@ def test_parts_of_a_tap_add_up_whichever_comes_first():
     lane = Lane([Highway([8], [1])], FrozenPass(), [1])
     recorder = recorder_of(lane)
     first, second = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
-    recorder.read(Tap(0, 0, "output", parts=2), first)
+    recorder.read(0, 0, 2, first, "a")
     with pytest.raises(RuntimeError, match=r"the taps \[0\] were not read"):
         lane.behind(0, 1)
-    recorder.read(Tap(0, 0, "output", parts=2), second)
+    recorder.read(0, 0, 2, second, "b")
     torch.testing.assert_close(lane.frozen.take(0, 0, 1)[0][0], first + second)
 
 
@@ -412,6 +464,6 @@ def test_a_stage_that_is_not_shown_is_not_kept_and_asking_for_it_says_so():
     lane.keep_stages = False
     lane.frozen.mergings[0] = MergingCall(torch.randn(2, 15, 8), ((3, 5),), {}, None)
     lane.leave(0)
-    assert not lane.stages
+    assert not lane.passed
     with pytest.raises(RuntimeError, match=r"behind block 1 of stage 0 is gone.*Backbone\.shown"):
         lane.behind(0, 1)

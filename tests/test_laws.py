@@ -14,8 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.frozen_pass import FrozenPass
-from e3va_peft.highway import Lane
-from e3va_peft.hooks import CURRENT, Hook, Recorder
+from e3va_peft.hooks import Hook
+from e3va_peft.lane import Lane
+from e3va_peft.recorder import CURRENT, Recorder
 from tests.models import (
     BY_NAME,
     DETECTORS,
@@ -28,6 +29,9 @@ from tests.models import (
     tensors,
     train_steps,
 )
+
+WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute"}}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def adapted(case: Case, **config) -> nn.Module:
@@ -50,6 +54,12 @@ def stem_of(case: Case, found: dict) -> set[str]:
     return {"hidden_states[0]", "reshaped_hidden_states[0]"} & found.keys() if case.stem else set()
 
 
+def unmoving(case: Case, found: dict, way: dict) -> set[str]:
+    """The outputs that no adapter reaches; live blocks change the stream that goes on behind the last of them, too."""
+    beyond = {key for key in case.beyond if "hidden_states" not in key} if "live_blocks" in way else case.beyond
+    return stem_of(case, found) | beyond
+
+
 def layers(model: nn.Module) -> list[E3VALayer]:
     return [module for module in model.modules() if isinstance(module, E3VALayer)]
 
@@ -62,23 +72,35 @@ def hooks_of(module: nn.Module, values: bool = False) -> list:
     return sorted((name, len(table)) for name, table in tables.items())
 
 
+def live_blocks(model: nn.Module) -> list[nn.Module]:
+    """The last adapted blocks of every backbone, as many as its config says."""
+    found = []
+    for layer in layers(model):
+        stages = zip(layer.stages, layer.depth, strict=False)
+        own = [layer.exit.get_submodule(name) for stage, depth in stages for name in stage.blocks[:depth]]
+        found += own[len(own) - layer.live_blocks :]
+    return found
+
+
 def blocks(model: nn.Module, case: Case) -> list[nn.Module]:
     found = [module for module in model.modules() if type(module).__name__ in case.blocks]
     assert found
     return found
 
 
+@every_way
 @every_model
-def test_adapted_model_equals_base_at_init_in_every_output(case):
-    base, model = case.base(), adapted(case)
+def test_adapted_model_equals_base_at_init_in_every_output(case, way):
+    base, model = case.base(), adapted(case, **way)
     for batch in (case.batch(), case.batch(1, seed=5)):
         assert_same(outputs(model, batch), outputs(base, batch), rtol=1e-5, atol=1e-6)
 
 
+@every_way
 @every_model
-def test_adapted_model_equals_base_at_init_with_gradients_on(case):
+def test_adapted_model_equals_base_at_init_with_gradients_on(case, way):
     # In fp64: once gradients are off, SDPA picks another kernel, and each processor has its own.
-    base, model = case.base().double(), get_peft_model(case.base().double(), E3VAConfig(r=4)).eval()
+    base, model = case.base().double(), get_peft_model(case.base().double(), E3VAConfig(r=4, **way)).eval()
     batch = {key: value.double() for key, value in case.batch().items()}
     left = dict(tensors(model(**batch, output_hidden_states=True)))
     right = dict(tensors(base(**batch, output_hidden_states=True)))
@@ -95,19 +117,21 @@ def test_adapted_bf16_model_equals_base_at_init_within_rounding(case):
     assert_same(outputs(model, batch), outputs(base, batch), rtol=2e-2, atol=2e-2)
 
 
+@every_way
 @every_model
-def test_every_output_but_the_stem_moves_once_trained(case):
-    model = adapted(case)
+def test_every_output_but_the_stem_moves_once_trained(case, way):
+    model = adapted(case, **way)
     before = outputs(model, case.batch())
     train_steps(model, case.training_batch())
     after = outputs(model, case.batch())
     unmoved = {key for key in before if torch.equal(before[key], after[key])}
-    assert unmoved - {"labels"} == stem_of(case, before) | case.beyond
+    assert unmoved - {"labels"} == unmoving(case, before, way)
 
 
+@every_way
 @every_model
-def test_the_highway_alone_moves_every_output_but_the_stem(case):
-    model = adapted(case, modules_to_save=[])
+def test_the_highway_alone_moves_every_output_but_the_stem(case, way):
+    model = adapted(case, modules_to_save=[], **way)
     before = outputs(model, case.batch())
     torch.manual_seed(3)
     for parameter in layers(model)[0].e3va_highway.parameters():
@@ -115,20 +139,22 @@ def test_the_highway_alone_moves_every_output_but_the_stem(case):
     after = outputs(model, case.batch())
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     learned_queries = {"transformer_decoder_hidden_states[0]"}  # Mask2Former's, which have not seen the image yet
-    assert moved - {"labels"} == before.keys() - stem_of(case, before) - case.beyond - learned_queries - {"labels"}
+    assert moved - {"labels"} == before.keys() - unmoving(case, before, way) - learned_queries - {"labels"}
 
 
+@every_way
 @every_model
-def test_disabled_adapter_is_the_base(case):
-    model = adapted(case)
+def test_disabled_adapter_is_the_base(case, way):
+    model = adapted(case, **way)
     train_steps(model, case.training_batch())
     with model.disable_adapter():
         assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
 
 
+@every_way
 @every_model
-def test_only_the_highway_norms_and_saved_modules_receive_gradients(case):
-    model = adapted(case).train()
+def test_only_the_highway_norms_and_saved_modules_receive_gradients(case, way):
+    model = adapted(case, **way).train()
     loss_of(model(**case.training_batch())).backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -139,21 +165,28 @@ def test_only_the_highway_norms_and_saved_modules_receive_gradients(case):
     assert all(any(f".{module}.modules_to_save.default." in name for module in saved) for name in outside)
 
 
+@every_way
 @every_model
-def test_no_output_of_a_block_has_a_graph_and_nothing_inside_is_saved(case):
-    model = adapted(case).train()
-    seen, saved_inside, inside = [], [], [0]
+def test_only_live_blocks_have_a_graph_and_nothing_inside_the_others_is_saved(case, way):
+    model = adapted(case, **way).train()
+    live = live_blocks(model)
+    with_graph, without, saved_inside, inside = [], [], [], [0]
 
     def enter(module, args):
         inside[0] += 1
 
     def leave(module, args, output):
         inside[0] -= 1
-        seen.extend(tensor.requires_grad for _, tensor in tensors(output))
+        without.extend(tensor.requires_grad for _, tensor in tensors(output))
 
     for block in blocks(model, case):
-        block.register_forward_pre_hook(enter)
-        block.register_forward_hook(leave)
+        if block in live:
+            block.register_forward_hook(
+                lambda m, args, out: with_graph.extend(t.requires_grad for _, t in tensors(out))
+            )
+        else:
+            block.register_forward_pre_hook(enter)
+            block.register_forward_hook(leave)
 
     def pack(tensor):
         if inside[0]:
@@ -161,8 +194,10 @@ def test_no_output_of_a_block_has_a_graph_and_nothing_inside_is_saved(case):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss_of(model(**case.training_batch())).backward()
-    assert seen and not any(seen)
+        loss = loss_of(model(**case.training_batch()))
+    loss.backward()
+    assert (without or live) and not any(without)
+    assert all(with_graph) and bool(with_graph) == bool(live)
     assert not saved_inside
 
 
@@ -200,9 +235,10 @@ def test_frozen_stream_stays_in_eval_mode(case):
 
 
 # a detector has no hidden states to show, and in training mode no outputs but its loss
+@every_way
 @every_model_but(*DETECTORS, "timm-swin-features")  # nor has a list of maps
-def test_frozen_stream_is_deterministic_in_training_mode(case):
-    model = adapted(case, modules_to_save=[]).train()
+def test_frozen_stream_is_deterministic_in_training_mode(case, way):
+    model = adapted(case, modules_to_save=[], **way).train()
     head_free = {}
     for attempt in range(2):
         torch.manual_seed(attempt)
@@ -213,9 +249,10 @@ def test_frozen_stream_is_deterministic_in_training_mode(case):
     assert_same(head_free[0], head_free[1], rtol=0, atol=0)
 
 
+@every_way
 @every_model
-def test_unload_restores_keys_and_leaves_no_hook(case):
-    base, model = case.base(), adapted(case)
+def test_unload_restores_keys_and_leaves_no_hook(case, way):
+    base, model = case.base(), adapted(case, **way)
     outputs(base, case.batch()), outputs(model, case.batch())
     unloaded = model.unload()
     assert unloaded.state_dict().keys() == base.state_dict().keys()
@@ -230,9 +267,10 @@ def test_unload_restores_keys_and_leaves_no_hook(case):
     get_peft_model(unloaded, E3VAConfig(r=4))  # and it can be adapted again
 
 
+@every_way
 @every_model
-def test_a_forward_that_raises_leaves_nothing_behind(case):
-    model = adapted(case).train()
+def test_a_forward_that_raises_leaves_nothing_behind(case, way):
+    model = adapted(case, **way).train()
     batch = case.training_batch()
     reference = outputs(copy.deepcopy(model).eval(), case.batch())
 
@@ -249,9 +287,10 @@ def test_a_forward_that_raises_leaves_nothing_behind(case):
     assert_same(outputs(model.eval(), case.batch()), reference, rtol=0, atol=0)
 
 
+@every_way
 @every_model
-def test_no_tensor_stays_on_a_module_after_a_forward(case):
-    model = adapted(case).train()
+def test_no_tensor_stays_on_a_module_after_a_forward(case, way):
+    model = adapted(case, **way).train()
 
     def held(model: nn.Module) -> set[str]:
         found = set()
@@ -274,9 +313,10 @@ def test_no_tensor_stays_on_a_module_after_a_forward(case):
     assert not [item for item in gc.get_objects() if type(item) in (FrozenPass, Recorder, Lane)]
 
 
+@every_way
 @every_model
-def test_deepcopy_at_any_time(case):
-    model = adapted(case)
+def test_deepcopy_at_any_time(case, way):
+    model = adapted(case, **way)
     for moment in ("before", "after a forward", "after training"):
         if moment == "after a forward":
             outputs(model, case.batch())
@@ -296,9 +336,10 @@ def test_pickle_before_outputs_were_recorded(case):
     assert_same(outputs(twin, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
 
 
+@every_way
 @every_model
-def test_image_sizes_change_from_step_to_step_and_are_odd(case):
-    base, model, sizes = case.base(), adapted(case), case.sizes or (case.size,)
+def test_image_sizes_change_from_step_to_step_and_are_odd(case, way):
+    base, model, sizes = case.base(), adapted(case, **way), case.sizes or (case.size,)
     for size in sizes:
         assert_same(outputs(model, case.batch(size=size)), outputs(base, case.batch(size=size)), rtol=1e-5, atol=1e-6)
     model.train()
@@ -316,12 +357,14 @@ def test_vit_takes_other_sizes_when_it_interpolates():
     assert_same(outputs(model, batch), outputs(base, batch), rtol=1e-5, atol=1e-6)
 
 
+@every_way
 @every_model
-def test_no_grad_and_grad_forwards_agree_once_trained(case):
+def test_no_grad_and_grad_forwards_agree_once_trained(case, way):
     """Inference reduces each tap at once and training keeps it: two paths, one function."""
-    model = adapted(case, init_weights=False)
-    with_grad = dict(tensors(model(**case.batch(), output_hidden_states=True)))
-    assert_same(with_grad, outputs(model, case.batch()), rtol=1e-4, atol=1e-5)
+    model = adapted(case, init_weights=False, **way).double()
+    batch = {key: value.double() for key, value in case.batch().items()}
+    with_grad = dict(tensors(model(**batch, output_hidden_states=True)))
+    assert_same(with_grad, outputs(model, batch), rtol=1e-7, atol=1e-7)
 
 
 @every_model
@@ -353,9 +396,10 @@ def test_low_cpu_mem_usage_gives_an_adapter_on_meta(case):
 
 # transformers' own Mask2Former does not run in bf16 on the CPU (its deformable attention); vit-retinanet's P6 is 1x1,
 # and oneDNN's bf16 weight gradient of a strided convolution of a 1x1 map reads memory that nothing wrote
+@every_way
 @every_model_but("swin-mask2former", "vit-retinanet")
-def test_bf16_autocast_trains_on_the_cpu(case):
-    model = adapted(case)
+def test_bf16_autocast_trains_on_the_cpu(case, way):
+    model = adapted(case, **way)
     before = outputs(model, case.batch())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     model.train()

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
 from tests.models import BY_NAME, Case, every_model, loss_of, train_steps
-from tests.test_laws import adapted, assert_same, blocks, outputs
+from tests.test_laws import adapted, assert_same, blocks, every_way, outputs
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,14 @@ def process_group(tmp_path_factory):
     distributed.destroy_process_group()
 
 
+STORED = [{}, {"tap_storage": "int8"}, {"tap_storage": "recompute", "live_blocks": 1}]
+
+
+@every_way
 @every_model
-def test_ddp_sees_no_unused_parameter(case, process_group):
-    model = DistributedDataParallel(get_peft_model(case.base(), E3VAConfig(r=4)).train(), find_unused_parameters=False)
+def test_ddp_sees_no_unused_parameter(case, way, process_group):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, **way)).train()
+    model = DistributedDataParallel(model, find_unused_parameters=False)
     for _ in range(3):  # DDP complains at the next step about parameters that got no gradient in this one
         loss_of(model(**case.training_batch())).backward()
 
@@ -71,9 +76,9 @@ def stages(model: nn.Module, case) -> list[nn.Module]:
 
 
 @every_model
-@pytest.mark.parametrize("tap_storage", ["exact", "int8"])
-def test_sharded_stage_by_stage_it_has_the_same_gradients(case, tap_storage, process_group):
-    whole = without_dropout(adapted(case, init_weights=False, tap_storage=tap_storage).train())
+@pytest.mark.parametrize("config", STORED, ids=str)
+def test_sharded_stage_by_stage_it_has_the_same_gradients(case, config, process_group):
+    whole = without_dropout(adapted(case, init_weights=False, **config).train())
     sharded = copy.deepcopy(whole)
     shard(sharded, *stages(sharded, case))
     for model in (whole, sharded):
@@ -238,9 +243,10 @@ def compile_by_regions(model: nn.Module, case: Case) -> nn.Module:
         ("swin-classifier", compile_by_regions),
     ],
 )
-def test_compiled_in_parts_it_reads_every_tap(name, how):
+@every_way
+def test_compiled_in_parts_it_reads_every_tap(name, how, way):
     case = BY_NAME[name]
-    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False)).train()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **way)).train()
     compiled = how(copy.deepcopy(model), case)
     batch = case.training_batch()
     left, right = compiled(**batch), model(**batch)
@@ -272,7 +278,14 @@ def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
 
 @pytest.mark.parametrize(
     "name, options",
-    [("swin-classifier", {"tap_storage": "int8"}), ("vit-classifier", {}), ("timm-vit", {}), ("timm-swin", {})],
+    [
+        ("swin-classifier", {"tap_storage": "int8"}),
+        ("swin-classifier", {"live_blocks": 2}),
+        ("vit-classifier", {}),
+        ("vit-classifier", {"live_blocks": 2}),
+        ("timm-vit", {}),
+        ("timm-swin", {}),
+    ],
 )
 def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, options):
     case = BY_NAME[name]
@@ -307,10 +320,11 @@ def replica_of(model: nn.Module, shift: float) -> nn.Module:
     return twins[model]
 
 
+@every_way
 @pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "timm-vit", "timm-swin"])
-def test_a_replica_runs_on_its_own_weights(name):
+def test_a_replica_runs_on_its_own_weights(name, way):
     case = BY_NAME[name]
-    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False)).eval()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **way)).eval()
     before = outputs(model, case.batch())
     assert_same(outputs(replica_of(model, 0.0), case.batch()), before)
     got = outputs(replica_of(model, 0.1), case.batch())

@@ -41,6 +41,9 @@ every_family = pytest.mark.parametrize(
 )
 
 
+STORED = [{}, {"tap_storage": "int8"}, {"tap_storage": "recompute", "live_blocks": 1}]
+
+
 @pytest.fixture(autouse=True)
 def no_packing(monkeypatch):
     # On CPUs with bf16 instructions bitsandbytes packs weights for inference, in blocks of 32 rows: these have fewer.
@@ -90,9 +93,9 @@ def test_adapted_model_equals_the_quantised_base_at_init_to_the_bit(case, method
 
 @every_family
 @every_method
-@pytest.mark.parametrize("tap_storage", ["exact", "int8"])
-def test_training_changes_the_highway_and_the_head_only(case, method, tap_storage, load):
-    config = E3VAConfig(r=4, init_weights=False, tap_storage=tap_storage)
+@pytest.mark.parametrize("options", STORED, ids=str)
+def test_training_changes_the_highway_and_the_head_only(case, method, options, load):
+    config = E3VAConfig(r=4, init_weights=False, **options)
     model = get_peft_model(load(case, METHODS[method](HEAD)), config)
     frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     before = {name: [plain.clone() for plain in inner(p)] for name, p in frozen.items()}

@@ -21,7 +21,7 @@ import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.detection import RetinaNet
 from e3va_peft.detection.pyramid import feature_maps, map_strides
-from e3va_peft.highway import Highway, adapter
+from e3va_peft.highway import Highway, answer
 from e3va_peft.hooks import Hook
 from tests.models import TIMM_SWIN, TIMM_VIT, objects, perturb, retinanet, train_steps
 
@@ -161,7 +161,9 @@ def streams(model: nn.Module, highway: Highway) -> list[Tensor]:
         attention = block.ls1(block.attn(block.norm1(x)))
         mlp = block.ls2(block.mlp(block.norm2(x + attention)))
         x = x + attention + mlp
-        z = z + sum(adapter(t, *(f[2 * i + j] for f in stage.factors)) for j, t in enumerate((attention, mlp)))
+        z = z + sum(
+            answer(t, [f[2 * i + j] for f in stage.factors], stage.norm) for j, t in enumerate((attention, mlp))
+        )
         behind.append(x + z)
     return behind
 

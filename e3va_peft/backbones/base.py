@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from e3va_peft.highway import Lane
+    from e3va_peft.lane import Lane
 
 BLOCK = ("block",)  # one tap: the sum of a block's branches
 

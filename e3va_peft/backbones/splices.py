@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from e3va_peft.backbones.base import ExitCall
 
 if TYPE_CHECKING:
-    from e3va_peft.highway import Lane
+    from e3va_peft.lane import Lane
 
 
 def add(x: Tensor, z: Tensor) -> Tensor:

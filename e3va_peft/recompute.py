@@ -1,0 +1,173 @@
+"""Taps that are not kept: backward runs the frozen backbone once more and uses each as it appears. Pure torch.
+
+The lane is a sum, so the gradient at a stage is the same for all its adapters and needs none of their taps. Backward
+first carries it through all patch mergings, and only then runs the backbone again: one tap is alive at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from e3va_peft.fused import Gradients, compute_dtype, has_autocast, no_autocast
+from e3va_peft.highway import Highway, Stage
+from e3va_peft.storage import read
+
+Keep = Callable[[int, int, Tensor], Sequence[Tensor]]
+
+
+class Recompute:
+    """What backward has to know of one forward, to run it again.
+
+    Args:
+        highways: The active highways.
+        norm: How they read taps.
+        run: (args, kwargs, keep): runs the frozen backbone again and calls keep(stage, index, tap) for each tap.
+        args: Arguments of the forward. What of them is a tensor is kept.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(
+        self,
+        highways: Sequence[Highway],
+        norm: str,
+        run: Callable[[Sequence[Any], Mapping[str, Any], Keep], None],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.highways, self.norm, self.run = highways, norm, run
+        values, self.spec = tree_flatten((tuple(args), dict(kwargs)))
+        self.values = [None if isinstance(value, Tensor) else value for value in values]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        self.places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+        self.stages: list[Stage] = [stage for highway in highways for stage in highway.stages]  # type: ignore[misc]
+        self.dtype = compute_dtype(self.stages[0].u1)
+        self.state = State(tensors)
+        self.grads: dict[tuple[int, int], tuple[int, Tensor]] = {}  # stage, first adapter -> last, gradient of the sum
+        self.tensors = tensors
+
+    def handle(self) -> Tensor:
+        """Return the tensor that sums are attached to. It is not kept here: its graph holds this object."""
+        tensors, self.tensors = self.tensors, []
+        return _Handle.apply(self, *tensors, *(factor for stage in self.stages for factor in stage.factors))
+
+    def attach(self, step: Tensor, handle: Tensor, stage: int, first: int, last: int) -> Tensor:
+        """Tie the sum of some adapters (B, N, C) to the gradients that backward will compute."""
+        return _Attached.apply(step, handle, self, (stage, first), last)
+
+    def gradients(self, saved: Sequence[Tensor]) -> list[Tensor]:
+        """Run the backbone again and return the gradients of all factors."""
+        values = list(self.values)
+        for place, tensor in zip(self.places, saved, strict=False):
+            values[place] = tensor
+        args, kwargs = tree_unflatten(values, self.spec)
+        factors = saved[len(self.places) :]
+        per_stage = [factors[i : i + 6] for i in range(0, len(factors), 6)]
+        results = [[torch.zeros_like(factor) for factor in stage] for stage in per_stage]
+        # the running gradients of each highway, beside each segment's last adapter and gradient
+        segments = {key: (last, grad, dict[int, Gradients]()) for key, (last, grad) in self.grads.items()}
+        self.grads = {}
+
+        def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
+            for first, (last, grad, found) in [(k[1], s) for k, s in segments.items() if k[0] == stage]:
+                if first <= index < last:
+                    self._add(stage, index - first, slice(first, last), tap, grad, found, per_stage, results)
+            return ()
+
+        with self.state.restored(), torch.no_grad():
+            self.run(args, kwargs, keep)
+        return [grad for stage in results for grad in stage]
+
+    def _add(
+        self,
+        stage: int,
+        position: int,
+        part: slice,
+        tap: Tensor,
+        grad: Tensor,
+        found: dict[int, Gradients],
+        factors: Sequence[Sequence[Tensor]],
+        results: list[list[Tensor]],
+    ) -> None:
+        """Add a tap to the gradients of the adapters that read it."""
+        depth = len(factors) // len(self.highways)
+        with no_autocast(tap):
+            for i in range(len(self.highways)):
+                at = i * depth + stage
+                own = [factor[part] for factor in factors[at]]
+                device, width = own[0].device, own[0].shape[1]
+                if not position:
+                    scale = self.stages[at].scales(part.start, part.stop)
+                    found[i] = Gradients(own, grad.to(device), self.dtype, scale)
+                found[i].add(*read([tap.to(device)], width, self.dtype, self.norm))
+                if position + 1 == part.stop - part.start:
+                    for result, value in zip(results[at], found.pop(i).result(), strict=True):
+                        result[part] = value
+
+
+class State:
+    """What a forward depends on beside its arguments: autocast, and the state of the random number generators."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.autocast = {
+            device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in {"cpu", *(tensor.device.type for tensor in tensors)}
+            if has_autocast(device)
+        }
+        self.random = torch.get_rng_state()
+        self.devices, self.device_states = get_device_states(*tensors)
+        self.device_type = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), "cuda")
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Bring it back for the time of a `with` statement."""
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng(self.devices, device_type=self.device_type))
+            torch.set_rng_state(self.random)
+            if self.devices:
+                set_device_states(self.devices, self.device_states, device_type=self.device_type)
+            for device, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+            yield
+
+
+class _Handle(torch.autograd.Function):
+    """A tensor without content that every sum of the lane hangs on: its backward comes when their gradients have."""
+
+    @staticmethod
+    def forward(ctx: Any, recompute: Recompute, *tensors: Tensor) -> Tensor:
+        ctx.recompute = recompute
+        ctx.save_for_backward(*tensors)
+        return tensors[-1].new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        recompute: Recompute = ctx.recompute
+        return (None, *(None for _ in recompute.places), *recompute.gradients(ctx.saved_tensors))
+
+
+class _Attached(torch.autograd.Function):
+    """The sum of some adapters, whose gradient is only noted: `_Handle` does what is to be done with it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, step: Tensor, handle: Tensor, recompute: Recompute, key: tuple[int, int], last: int
+    ) -> Tensor:
+        ctx.recompute, ctx.key, ctx.last = recompute, key, last
+        ctx.handle = handle.dtype, handle.device
+        return step
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.recompute.grads[ctx.key] = ctx.last, grad
+        dtype, device = ctx.handle
+        return None, torch.zeros((), dtype=dtype, device=device), None, None, None

@@ -1,0 +1,209 @@
+"""Blocks that gradient passes through, against references written apart from them. The laws are in `test_laws`."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from e3va_peft import E3VAConfig, E3VALayer
+from e3va_peft.measure import measure_step
+from e3va_peft.storage import NORMS
+from tests.models import BY_NAME, Case, every_model_but, loss_of, tensors
+from tests.test_highway import written_out
+from tests.test_laws import adapted, assert_same, layers, outputs
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def double(value: Any) -> Any:
+    """A batch in fp64."""
+    if isinstance(value, dict):
+        return {key: double(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [double(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def step(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """The gradients of one step in fp64."""
+    model.zero_grad()
+    torch.manual_seed(0)  # Mask2Former and the detectors sample
+    loss_of(model(**double(case.training_batch()))).backward()
+    return gradients(model)
+
+
+def written_into(base: nn.Module, layer: E3VALayer) -> None:
+    """Write a highway into all blocks of a base model, each answer where its tap is read."""
+    stages = layer.e3va_highway["default"].stages
+    exit = base.get_submodule(next(name for name, m in base.named_modules() if layer.family.matches(m)))
+    for spec, depth, factors in zip(layer.stages, layer.depth, stages, strict=False):
+        for j, block in enumerate(spec.blocks[:depth]):
+            for k, point in enumerate(layer.family.tap_points(exit, block).values()):
+                index = j * len(layer.taps) + k
+
+                def change(x: Tensor, factors=factors, index=index) -> Tensor:
+                    first = layer.family.channels == "first"
+                    answer = written_out(x.movedim(1, -1) if first else x, factors, index)
+                    return x + (answer.movedim(-1, 1) if first else answer)
+
+                def after(module, args, output, change=change):
+                    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+
+                if point.read == "input":
+                    point.module.register_forward_pre_hook(lambda m, args, c=change: (c(args[0]), *args[1:]))
+                else:
+                    point.module.register_forward_hook(after)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(
+    "name", ["swin-classifier", "vit-classifier", "dinov2-classifier", "swinv2-classifier", "convnext-classifier"]
+)
+def test_with_all_blocks_live_it_is_an_adapter_in_every_block(name, norm):
+    case = BY_NAME[name]
+    base = case.base().double()
+    depth = sum(layers(adapted(case))[0].depth)
+    model = adapted(case, init_weights=False, live_blocks=depth, tap_norm=norm).double()
+    for stage in layers(model)[0].e3va_highway["default"].stages:
+        if stage.scale is not None:
+            stage.scale.uniform_(0.5, 2.0)
+    twin = copy.deepcopy(model)
+    written_into(base, layers(twin)[0])
+    batch = {"pixel_values": case.batch()["pixel_values"].double()}
+    left = model(**batch, output_hidden_states=True)
+    right = base(**batch, output_hidden_states=True)
+    assert_same(dict(tensors(left)), dict(tensors(right)), rtol=1e-9, atol=1e-9)
+    left.logits.square().sum().backward(), right.logits.square().sum().backward()
+    expected = gradients(layers(twin)[0].e3va_highway)
+    assert_same(gradients(layers(model)[0].e3va_highway), expected, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier", "dinov3-vit-in-own-head", "timm-vit"])
+def test_in_front_of_the_live_blocks_all_is_as_without_them(name):
+    case = BY_NAME[name]
+    paper = adapted(case, init_weights=False, modules_to_save=[]).double()
+    live = adapted(case, init_weights=False, modules_to_save=[], live_blocks=1).double()
+    live.load_state_dict(paper.state_dict())
+    batch = double(case.batch())
+    before, after = outputs(paper, batch), outputs(live, batch)
+    *states, last = [key for key in before if "hidden_states[" in key]
+    for key in states:
+        torch.testing.assert_close(after[key], before[key], rtol=1e-10, atol=1e-10)
+    assert states and not torch.allclose(after[last], before[last])
+
+
+@torch.no_grad()
+def test_the_lane_enters_the_first_live_block():
+    """Where the answers of the last block are zero, it is the frozen block on x + z."""
+    case = BY_NAME["vit-classifier"]
+    base, models = case.base().double(), []
+    for live in (0, 1):
+        models.append(adapted(case, init_weights=False, modules_to_save=[], live_blocks=live).double())
+        models[live].load_state_dict(models[0].state_dict())
+        for factor in ("v2", "bias2"):
+            layers(models[live])[0].e3va_highway["default"].stages[0].get_parameter(factor)[-2:] = 0
+    batch = double(case.batch())
+    adapted_states, states = (model(**batch, output_hidden_states=True).hidden_states for model in models)
+    expected = base.vit.layers[-1](adapted_states[-2])
+    torch.testing.assert_close(states[-1], expected[0] if isinstance(expected, tuple) else expected)
+    assert not torch.allclose(states[-1], adapted_states[-1])
+
+
+@every_model_but("swin-mask2former")  # its loss samples points in fp32
+def test_checkpointing_changes_no_gradient_and_keeps_less(case):
+    found, kept = {}, {}
+    for checkpoint in (True, False):
+        torch.manual_seed(0)
+        model = adapted(case, init_weights=False, live_blocks=2, checkpoint_live_blocks=checkpoint)
+        found[checkpoint] = step(copy.deepcopy(model).double(), case)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
+        report = measure_step(model.train(), case.training_batch(), optimizer, loss_fn=loss_of, repeats=1)
+        kept[checkpoint] = report.saved_bytes
+    assert_same(found[True], found[False], rtol=1e-8, atol=1e-10)
+    assert kept[True] < kept[False]
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
+def test_backward_can_run_twice(name):
+    case = BY_NAME[name]
+    for way in ({"live_blocks": 2}, {"tap_storage": "recompute"}, {"live_blocks": 1, "tap_storage": "recompute"}):
+        model = adapted(case, init_weights=False, **way).double()
+        once = step(model, case)
+        model.zero_grad()
+        loss = loss_of(model(**double(case.training_batch())))
+        loss.backward(retain_graph=True), loss.backward()
+        assert_same(gradients(model), {key: 2 * value for key, value in once.items()}, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "convnext-classifier"])
+def test_the_checkpoint_has_the_same_keys_whatever_is_live_and_comes_back(name, tmp_path):
+    case = BY_NAME[name]
+    keys = [adapted(case, live_blocks=live).state_dict().keys() for live in (0, 1, 2)]
+    assert keys[0] == keys[1] == keys[2]
+    model = adapted(case, init_weights=False, live_blocks=2, tap_norm="calibrated").train()
+    loss_of(model(**case.training_batch())).backward()  # takes the constants
+    model.eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(case.base(), tmp_path).eval()
+    assert again.peft_config["default"].live_blocks == 2
+    assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=1e-5, atol=1e-6)
+    paper = {key: value for key, value in outputs(adapted(case), case.batch()).items() if "logits" in key}
+    assert any(not torch.allclose(outputs(again, case.batch())[key], value) for key, value in paper.items())
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier"])
+def test_more_live_blocks_than_there_are_is_an_error_with_their_number(name):
+    case = BY_NAME[name]
+    depth = layers(adapted(case))[0].depth
+    with pytest.raises(ValueError, match=rf"live_blocks=9: the backbone has {sum(depth)} blocks to adapt"):
+        adapted(case, live_blocks=9)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
+def test_live_blocks_are_a_number(value):
+    with pytest.raises(ValueError, match=r"live_blocks=.*must be a number of blocks"):
+        E3VAConfig(live_blocks=value)
+
+
+def test_a_live_block_that_raises_ends_its_checkpoint():
+    case = BY_NAME["vit-classifier"]
+    model = adapted(case, live_blocks=2).train()
+
+    def fail(module, args, output):
+        raise RuntimeError("out of memory")
+
+    layer = layers(model)[0]
+    handle = layer.exit.get_submodule(layer.stages[0].blocks[-1]).mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**case.training_batch())
+    handle.remove()
+    seen = []
+    with saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        torch.ones(2, requires_grad=True).square()
+    assert len(seen) == 1  # and not a hook of the block's on top of it
+    loss_of(model(**case.training_batch())).backward()
+
+
+def test_training_with_live_blocks_changes_the_highway_and_the_head_only():
+    case = BY_NAME["swin-upernet"]
+    model = adapted(case, live_blocks=2, tap_storage="recompute")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.train()
+    losses = []
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = loss_of(model(**case.training_batch()))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed and all("e3va_" in name or ".modules_to_save." in name for name in changed)
