@@ -88,8 +88,27 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "E3VA, one tap a block, int8": lambda model: get_peft_model(
         model, E3VAConfig(taps=("block",), tap_storage="int8")
     ),
+    "E3VA, recompute": lambda model: get_peft_model(model, E3VAConfig(tap_storage="recompute")),
+    **{
+        f"E3VA, {name}live{', ' * bool(storage)}{storage}": lambda model, share=share, storage=storage: live(
+            model, share, storage or "exact"
+        )
+        for name, share, storage in (
+            *((f"{blocks} ", blocks, "") for blocks in (1, 2, 4)),
+            ("half ", 0.5, ""),
+            ("all ", 1.0, ""),
+            *((f"{blocks} ", blocks, storage) for storage in ("int8", "recompute") for blocks in (2, 4)),
+        )
+    },
     "head only": head_only,
 }
+
+
+def live(model: nn.Module, blocks: int | float, tap_storage: str) -> nn.Module:
+    """Adapt a model by E3VA with a number of its blocks live, or a share of them."""
+    depth = sum(depth for found in find_exits(model) for depth in found.site.depth)
+    count = blocks if isinstance(blocks, int) else round(blocks * depth)
+    return get_peft_model(model, E3VAConfig(live_blocks=count, tap_storage=tap_storage))
 
 
 def blocks_only(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The paper's dense-prediction systems at the paper's sizes: memory and time of one training step of five methods.
+"""The paper's dense-prediction systems at the paper's sizes: memory and time of one training step by every method.
 
     python benchmarks/paper.py memory SETTING [--methods e3va,full] [--precision bf16]  # peaks, at the paper's size
     python benchmarks/paper.py time SETTING [--rounds 5]  # on a quiet machine
@@ -8,7 +8,7 @@ Models are what `e3va train` builds for the recipes of these systems, with rando
 but for some kB: they decide which boxes an R-CNN looks at. Images and objects are drawn, the same for all methods.
 fp32 weights, fused AdamW with its moments in place. Memory is that of one forward, which counts what is kept for
 backward, and one whole step, which counts the peak of live tensor bytes. Time is the median over rounds that take one
-step of every method in turn, after one round to warm up; all five models are in memory then.
+step of every method in turn, after one round to warm up; all models are in memory then.
 
 bf16 is mixed precision by the rules of the CPU. Below the meter its products are computed in fp32, see `WideProducts`:
 the same tensors, and so the same bytes, in minutes in place of hours.
@@ -57,7 +57,13 @@ from e3va_peft.training.tasks.segmentation import segmenter_config
 
 aten = torch.ops.aten
 
-METHODS = ("e3va", "head-only", "lora", "lora-checkpointing", "full")
+METHODS: dict[str, dict[str, Any]] = {
+    "e3va": {"name": "e3va"},
+    "e3va-int8": {"name": "e3va", "tap_storage": "int8"},
+    "e3va-recompute": {"name": "e3va", "tap_storage": "recompute"},
+    "e3va-live": {"name": "e3va", "tap_storage": "recompute", "live_blocks": 2},
+    **{name: {"name": name} for name in ("head-only", "lora", "lora-checkpointing", "full")},
+}
 WHAT = ("kind", "setting", "method", "precision", "width", "height")  # tells one measurement from another
 
 Size = tuple[int, int]  # width and height, as the paper writes them
@@ -164,7 +170,7 @@ def is_half(leaf: object) -> bool:
 def prepare(setting: Setting, backbone: str, method: str) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build a model, make it trainable by a method, and give it its optimizer."""
     torch.manual_seed(0)
-    model = adapt(setting.build(backbone), {"name": method}).train()
+    model = adapt(setting.build(backbone), METHODS[method]).train()
     return model, optimizer_in_use(model)
 
 
@@ -297,7 +303,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("memory", "time"))
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--methods", type=names, default=METHODS, help="separated by commas; all by default")
+    parser.add_argument("--methods", type=names, default=tuple(METHODS), help="separated by commas; all by default")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--size", type=pixels, help="WIDTHxHEIGHT; the paper's by default")
     parser.add_argument("--rounds", type=int, default=5)

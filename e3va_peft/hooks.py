@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from e3va_peft.recorder import Stop, listening
 
@@ -22,11 +24,39 @@ class Front(NamedTuple):
         image: (H, W) of its image; None where it was given none.
         wanting: Whether its input wants a gradient, see `wants_gradient`.
         trainable: Name of its first parameter that wants one; "" if none does.
+        origin: How it made its output, once it has.
     """
 
     image: tuple[int, int] | None
     wanting: Literal["", "leaf", "computed"]
     trainable: str
+    origin: Origin | None = None
+
+
+class Origin:
+    """How a frozen module in front of an exit made a tensor, so that it can be made again. It keeps none alive.
+
+    Args:
+        module: The module.
+        args: What it was called with.
+        kwargs: Likewise, by keyword.
+        output: The tensor.
+    """
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        values, self._spec = tree_flatten((args, dict(kwargs)))
+        self._values = [ref(value) if isinstance(value, Tensor) else value for value in values]
+        self._module, self._output = ref(module), ref(output)
+
+    def of(self, tensor: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
+        """Return module, arguments and keywords that make a tensor; None where it is another, or they went."""
+        values = [value() if isinstance(value, ref) else value for value in self._values]
+        gone = any(v is None for v, held in zip(values, self._values, strict=True) if isinstance(held, ref))
+        module = self._module()
+        if self._output() is not tensor or module is None or gone:
+            return None
+        args, kwargs = tree_unflatten(values, self._spec)
+        return module, args, kwargs
 
 
 class Hook:
@@ -178,6 +208,17 @@ class FrozenGuard(Hook):
         if not torch.compiler.is_compiling():
             wanting = next((name for name, p in module.named_parameters() if p.requires_grad), "")
             FRONT.set({**FRONT.get(), self.name: Front(image_size(args), wants_gradient(args), wanting)})
+
+
+class FrozenOutput(FrozenGuard):
+    """A hook, with keywords, on the same modules: a note of how they made what they return."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # type: ignore[override]
+        """Note it."""
+        output = output[0] if isinstance(output, tuple) else output
+        seen = FRONT.get().get(self.name)
+        if not torch.compiler.is_compiling() and seen is not None and isinstance(output, Tensor):
+            FRONT.set({**FRONT.get(), self.name: seen._replace(origin=Origin(module, args, kwargs, output))})
 
 
 def image_size(args: Iterable[Any]) -> tuple[int, int] | None:

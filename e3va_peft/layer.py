@@ -252,8 +252,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             call_args = tuple(map(_detached, call_args))
             call_kwargs = {name: _detached(value) for name, value in call_kwargs.items()}
         if lane.grad and lane.storage == "recompute":
-            run = partial(self._run_again, e3va_method)
-            recompute = Recompute(lane.highways, lane.norm, run, call_args, call_kwargs)
+            made = [seen.origin.of(args[0]) for seen in front.values() if args and seen.origin is not None]
+            recompute = self._recompute(lane, e3va_method, call_args, call_kwargs, next(filter(None, made), None))
             lane.recompute = recompute, recompute.handle()
         recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, image, live)
         with recorder.running(), torch.set_grad_enabled(lane.grad and live is not None):
@@ -269,6 +269,26 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Whether regional compilation has wrapped live blocks: then the compiler decides what they keep."""
         names = [name for stage, depth in zip(self.stages, self.depth, strict=False) for name in stage.blocks[:depth]]
         return any(hasattr(self.exit.get_submodule(name), "_orig_mod") for name in names[-self.live_blocks :])
+
+    def _recompute(
+        self,
+        lane: Lane,
+        method: str,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        made: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None,
+    ) -> Recompute:
+        """Note how to run the exit again: from what a module in front was given, where it made its first argument."""
+        if made is None:
+            return Recompute(lane.highways, lane.norm, partial(self._run_again, method), args, kwargs)
+        module, *inputs = made
+
+        def run(args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
+            (own, named), *rest = args
+            first = module(*own, **named)
+            self._run_again(method, (first[0] if isinstance(first, tuple) else first, *rest), kwargs, keep)
+
+        return Recompute(lane.highways, lane.norm, run, (inputs, *args[1:]), kwargs)
 
     def _run_again(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
         """Run the frozen blocks once more, in backward, for what enters the taps of those that are not live."""

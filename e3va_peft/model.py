@@ -17,7 +17,7 @@ from torch import nn
 from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import find_exits
-from e3va_peft.hooks import FrozenGuard, remove_hooks
+from e3va_peft.hooks import FrozenGuard, FrozenOutput, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.resolve import resolve
 from e3va_peft.saved import SavedModule, shared_tensors
@@ -85,7 +85,9 @@ class E3VAModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
         if layer is not target:
             for name in layer.front:
-                self.model.get_submodule(name).register_forward_pre_hook(FrozenGuard(name))
+                module = self.model.get_submodule(name)
+                module.register_forward_pre_hook(FrozenGuard(name))
+                module.register_forward_hook(FrozenOutput(name), with_kwargs=True)
             self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -31,6 +31,11 @@ class Current(Generic[T]):
         self._traced: T | None = None
         self._tracing = False
 
+    @property
+    def apart(self) -> bool:
+        """Whether what is being compiled is not all that runs while the value is set."""
+        return torch.compiler.is_compiling() and not self._tracing
+
     def get(self) -> T | None:
         """Return the value, None where none is set."""
         return self._traced if self._tracing else self._variable.get()
@@ -50,6 +55,12 @@ class Current(Generic[T]):
                 yield
             finally:
                 self._variable.reset(token)
+
+
+@torch.compiler.disable
+def outside(function: Callable[[int], None], stage: int) -> None:
+    """Call a function outside of the graph that is being compiled."""
+    function(stage)
 
 
 class Stop(Exception):
@@ -232,7 +243,8 @@ class Recorder:
         self.frozen.mergings[stage] = MergingCall(x, args, kwargs, frozen)
         self.listens = False
         try:
-            self.leave(stage)
+            # Up to PyTorch 2.13 a graph that is compiled apart from the exit loses the gradient that begins in it.
+            outside(self.leave, stage) if CURRENT.apart else self.leave(stage)
         finally:
             self.listens = True
 
