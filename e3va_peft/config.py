@@ -44,14 +44,15 @@ class E3VAConfig(PeftConfig):
             "what taps keep for backward. None means all of the backbone's branches."
         },
     )
-    tap_norm: str = field(
-        default="layer",
+    tap_norm: str | None = field(
+        default=None,
         metadata={
             "help": "How an adapter reads a tap t. 'layer': normalised per token over its channels, n(t), without "
             "parameters. 'relative': the same, and its answer in the scale of what was read, s(t) A(n(t)), with s(t) "
-            "the token's deviation; with live blocks on a plain ViT it is better. 'calibrated': the same with one "
-            "constant for each adapter, the mean deviation of the first batch it trains on, kept in the checkpoint. "
-            "'none': as it is, as in adapters that were saved before this field existed."
+            "the token's deviation, so that live blocks behind small branches (LayerScale) are not shouted over. "
+            "'calibrated': the same with one constant for each adapter, the mean deviation of the first batch it "
+            "trains on, kept in the checkpoint. 'none': as it is, as in adapters from before this field existed. None "
+            "means the backbone's own: 'relative' for DINOv2 and DINOv3's ViT, 'layer' for the others (inferred)."
         },
     )
     tap_storage: str = field(
@@ -138,7 +139,7 @@ class E3VAConfig(PeftConfig):
         if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
             raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
         self._check_taps()
-        for name, choices in (("tap_norm", NORMS), ("tap_storage", TAP_STORAGES)):
+        for name, choices in (("tap_norm", (None, *NORMS)), ("tap_storage", TAP_STORAGES)):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {choices}.")
         if not isinstance(self.live_blocks, int) or isinstance(self.live_blocks, bool) or self.live_blocks < 0:

@@ -130,7 +130,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             self.base_layer = exit
         self.depth = tuple(depth)
         self.taps = family.taps(config.taps)
-        self.tap_norm, self.live_blocks = config.tap_norm, config.live_blocks
+        self.tap_norm, self.live_blocks = config.tap_norm or family.tap_norm, config.live_blocks
         self.live = first_live(self.depth, config.live_blocks)
         self.front = tuple(front)
         self.takes_return_dict = not self.is_method and hasattr(exit, "config") and takes(exit.forward, "return_dict")
@@ -202,7 +202,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """
         for field, chosen, own in (
             ("taps", self.family.taps(config.taps), self.taps),
-            ("tap_norm", config.tap_norm, self.tap_norm),
+            ("tap_norm", config.tap_norm or self.family.tap_norm, self.tap_norm),
             ("live_blocks", config.live_blocks, self.live_blocks),
         ):
             if chosen != own:
@@ -213,7 +213,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         widths = [stage.width for stage in self.stages][: len(self.depth)]
         counts = [blocks * len(self.taps) for blocks in self.depth]
         self.e3va_highway[adapter_name] = Highway(
-            widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage, config.tap_norm
+            widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage, self.tap_norm
         )
         self.checkpoint_live_blocks = config.checkpoint_live_blocks
         if tail:

@@ -12,6 +12,7 @@ from e3va_peft.backbones import registered_backbones
 from e3va_peft.card import BaseModel
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import Exit, base_modules, everything_outside, find_exits
+from e3va_peft.layer import first_live
 from e3va_peft.refusals import (
     check_exit,
     check_label_count,
@@ -41,10 +42,14 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     for found in exits:
         check_exit(model, found)
         check_merging(found)
+        first_live(found.site.depth, config.live_blocks)  # refuses more than there are
     config.target_modules = [found.target for found in exits]
     taps = {found.family.taps(config.taps) for found in exits}
     if len(taps) == 1:  # where families with branches of other names meet, None stays
         config.taps = taps.pop()
+    norms = {config.tap_norm or found.family.tap_norm for found in exits}
+    if len(norms) == 1:
+        config.tap_norm = norms.pop()
     check_label_count(model, config, exits)
     if config.modules_to_save is None:
         config.modules_to_save = everything_outside(model, present, exits)

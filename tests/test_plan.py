@@ -21,11 +21,14 @@ from e3va_peft.measure.prediction import (
     METHODS,
     PRECISIONS,
     FakeStep,
+    Method,
     _CudaAutocast,
     largest_batch,
+    most_live_blocks,
     needed_bytes,
 )
 from e3va_peft.training.config import UserError
+from e3va_peft.training.methods import adapt
 from tests.models import BY_NAME
 
 CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
@@ -92,6 +95,21 @@ def test_checkpointing_keeps_less_than_lora_alone(configs):
         fake_step(configs / "vit-classifier", method).trace(8).peak for method in ("LoRA + checkpointing", "LoRA")
     ]
     assert peaks[0] < peaks[1]
+
+
+def test_the_most_live_blocks_fit_and_one_more_does_not(configs):
+    def steps(method: Method) -> FakeStep:
+        return FakeStep(model_builder(str(configs / "vit-classifier"), CLASSIFY, 3), method, CLASSIFY, 28, None, "cpu")
+
+    def need(blocks: int) -> int:
+        options = {"name": "e3va", "tap_storage": "recompute", "live_blocks": blocks}
+        return needed_bytes(steps(Method("", "", lambda model: adapt(model, options))).trace(64).peak)
+
+    assert need(1) < need(2) < need(3)
+    for blocks in (1, 2, 3):
+        found = most_live_blocks(steps, 64, need(blocks))
+        assert found is not None and found[0] == blocks
+    assert most_live_blocks(steps, 64, need(1) - 1) is None
 
 
 @pytest.mark.parametrize("start", [1, 40])
@@ -195,13 +213,13 @@ def test_a_card_is_found_whatever_its_case_and_spaces():
 @pytest.mark.parametrize(
     ("capability", "architecture", "torch_version", "precision"),
     [
-        ((5, 2), "Maxwell", "2.10 to 2.14 with CUDA 12.6", "fp16"),
-        ((6, 1), "Pascal", "2.10 to 2.14 with CUDA 12.6", "fp16"),
-        ((7, 0), "Volta", "2.10 to 2.14 with CUDA 12.6", "fp16"),
-        ((7, 5), "Turing", "any torch from 2.10", "fp16"),
-        ((8, 6), "Ampere", "any torch from 2.10", "bf16"),
-        ((8, 9), "Ada", "any torch from 2.10", "bf16"),
-        ((12, 0), "Blackwell", "any torch from 2.10", "bf16"),
+        ((5, 2), "Maxwell", "2.12 to 2.14 with CUDA 12.6", "fp16"),
+        ((6, 1), "Pascal", "2.12 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 0), "Volta", "2.12 to 2.14 with CUDA 12.6", "fp16"),
+        ((7, 5), "Turing", "any torch from 2.12", "fp16"),
+        ((8, 6), "Ampere", "any torch from 2.12", "bf16"),
+        ((8, 9), "Ada", "any torch from 2.12", "bf16"),
+        ((12, 0), "Blackwell", "any torch from 2.12", "bf16"),
     ],
 )
 def test_a_card_is_told_its_software(capability, architecture, torch_version, precision):
@@ -211,7 +229,7 @@ def test_a_card_is_told_its_software(capability, architecture, torch_version, pr
 
 
 def test_a_card_that_no_torch_runs_on_any_more_is_refused():
-    with pytest.raises(UserError, match=r"compute capability 3\.5: no torch from 2\.10 on"):
+    with pytest.raises(UserError, match=r"compute capability 3\.5: no torch from 2\.12 on"):
         software_stack((3, 5))
 
 
@@ -234,11 +252,12 @@ def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_pa
     command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
-    for words in ("E3VA", "highway", "full", "fp16", "on 11 GiB", "yes", "Pascal", "torch>=2.10,<2.15"):
+    for words in ("E3VA", "highway", "full", "fp16", "on 11 GiB", "yes", "Pascal", "torch>=2.12,<2.15"):
         assert words in result.output
     written = json.loads(output.read_text())
     assert written["memory"] == 11 * GIB
-    assert [row["method"] for row in written["methods"]] == ["E3VA", "full"]
+    assert [row["method"] for row in written["methods"]] == ["E3VA", "E3VA, recompute, 3 live", "full"]
+    assert written["live_blocks"] == 3  # all of them
     assert all(row["fits"] and row["largest_batch"] > 1000 for row in written["methods"])
     again = CliRunner().invoke(app, command)
     assert again.exit_code == 1 and "exists already" in again.output

@@ -228,6 +228,7 @@ class Backbone:
             `layers.{block}`.
         width: Name of a norm in a block, whose size is the stage's width C.
         branches: What can be read of a block: name -> where, in the order in which they run.
+        tap_norm: How adapters read a tap where `E3VAConfig.tap_norm` is None.
         merging: The downsampling between stages.
         channels: Where the channels of the stream are: *last* in (B, N, C) and (B, H, W, C), *first* in (B, C, H, W).
         prefix: Tokens in front of those of the image, of an exit.
@@ -253,6 +254,7 @@ class Backbone:
     branches: Mapping[str, Branch]
     splice: Callable[[Any, Lane, ExitCall], Any]
     methods: tuple[str, ...] = ()
+    tap_norm: str = "layer"
     merging: Merging | None = None
     channels: Literal["last", "first"] = "last"
     prefix: Callable[[Any], int] = lambda exit: 0

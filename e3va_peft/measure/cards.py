@@ -115,12 +115,12 @@ class Stack:
 # - CUDA 12.6 wheels hold 5.0, 6.0, 7.0, 7.5, 8.0, 8.6, 9.0 from 2.6 to 2.14 (pytorch/pytorch#190355), and are to end
 #   with 2.15 (pytorch/pytorch#190385). A kernel for 6.0 runs on 6.1, and so on within a generation.
 # - CUDA 12.8 wheels, the first with Blackwell, came with 2.7; 2.8 made them the default.
-# The floor of 2.10 is this package's own, see pyproject.toml.
+# The floor of 2.12 is this package's own, see pyproject.toml.
 _LEGACY = (
-    "torch 2.10 to 2.14 with CUDA 12.6: the CUDA 13 wheels, which pip takes by default, have dropped this card",
-    'pip install "torch>=2.10,<2.15" torchvision, from the index for CUDA 12.6 that pytorch.org/get-started names',
+    "torch 2.12 to 2.14 with CUDA 12.6: the CUDA 13 wheels, which pip takes by default, have dropped this card",
+    'pip install "torch>=2.12,<2.15" torchvision, from the index for CUDA 12.6 that pytorch.org/get-started names',
 )
-_CURRENT = ("any torch from 2.10", "pip install torch torchvision")
+_CURRENT = ("any torch from 2.12", "pip install torch torchvision")
 
 _NO_TENSOR_CORES = (
     "it has no bf16 and no tensor cores. fp16 saves the memory, not the time: at best it is about as fast as fp32"
@@ -138,7 +138,7 @@ def software_stack(capability: tuple[int, int]) -> Stack:
     """
     if capability < (5, 0):
         raise UserError(
-            f"compute capability {capability[0]}.{capability[1]}: no torch from 2.10 on, which this package needs, "
+            f"compute capability {capability[0]}.{capability[1]}: no torch from 2.12 on, which this package needs, "
             "runs on this card. Use another, or train on the CPU."
         )
     name, precision, why = _generation(capability)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from e3va_peft.layer import E3VALayer
 from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.measure.cards import GIB
 from e3va_peft.measure.step import Kind, _peak, _saved_bytes, _step
@@ -65,6 +66,7 @@ METHODS = [
     Method("E3VA", "highway", _e3va()),
     Method("E3VA, block taps", "highway", _e3va(taps=("block",))),
     Method("E3VA, block taps, int8", "highway", _e3va(taps=("block",), tap_storage="int8")),
+    Method("E3VA, recompute", "highway", _e3va(tap_storage="recompute")),
     Method("LoRA", "low-rank", lambda model: adapt(model, {"name": "lora"})),
     Method("LoRA + checkpointing", "low-rank", lambda model: checkpointed(adapt(model, {"name": "lora"}))),
     Method("full", "everything", lambda model: adapt(model, {"name": "full"})),
@@ -116,6 +118,8 @@ class Plan:
         num_labels: Number of classes.
         memory: Bytes of the card; None where none was given.
         methods: One entry per method.
+        live_blocks: Most blocks that can be live, with tap_storage="recompute", so that a step fits; None where no
+            memory was given, or none fits.
     """
 
     model: str
@@ -126,6 +130,7 @@ class Plan:
     num_labels: int
     memory: int | None
     methods: list[MethodPlan]
+    live_blocks: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
@@ -171,15 +176,61 @@ def plan(
     build = model_builder(model, task, num_labels)
     size = image_size
     rows = []
-    for method in METHODS:
+
+    def fake_step(method: Method) -> FakeStep:
         if progress is not None:
             progress(method.name)
         with _explained(model, image_size):
-            step = FakeStep(build, method, task, size, PRECISIONS[precision], autocast)
-            size = step.image_size
+            return FakeStep(build, method, task, size, PRECISIONS[precision], autocast)
+
+    for method in METHODS:
+        step = fake_step(method)
+        size = step.image_size
+        with _explained(model, image_size):
             rows.append(_row(step, batch_size, memory))
     assert size is not None  # every step says its size
-    return Plan(model, task, size, batch_size, precision, num_labels, memory, rows)
+    found = Plan(model, task, size, batch_size, precision, num_labels, memory, rows)
+    if memory is None:
+        return found
+    live = most_live_blocks(fake_step, batch_size, memory)
+    if live is None:
+        return found
+    blocks, step = live
+    rows.insert([row.method.startswith("E3VA") for row in rows].count(True), _row(step, batch_size, memory))
+    return replace(found, live_blocks=blocks)
+
+
+def most_live_blocks(
+    fake_step: Callable[[Method], FakeStep], batch_size: int, memory: int
+) -> tuple[int, FakeStep] | None:
+    """Return how many blocks can be live so that a step fits, and that step; None where not even one can.
+
+    More live blocks keep more: it is searched by halves.
+
+    Args:
+        fake_step: Makes the step of a method.
+        batch_size: Images per step.
+        memory: Bytes of the card.
+    """
+
+    def step(blocks: int) -> FakeStep:
+        options = {"tap_storage": "recompute", "live_blocks": blocks}
+        return fake_step(Method(f"E3VA, recompute, {blocks} live", "highway", _e3va(**options)))
+
+    def fits(tried: FakeStep) -> bool:
+        return needed_bytes(tried.trace(batch_size).peak) <= memory
+
+    best, fewest, most = None, 1, None
+    while most is None or fewest <= most:
+        blocks = fewest if most is None else (fewest + most + 1) // 2
+        tried = step(blocks)
+        if most is None:  # the first also says how many blocks there are
+            most = sum(sum(m.depth) for m in tried.model.modules() if isinstance(m, E3VALayer))
+        if fits(tried):
+            best, fewest = (blocks, tried), blocks + 1
+        else:
+            most = blocks - 1
+    return best
 
 
 def _check(batch_size: int, image_size: int | None, num_labels: int | None, precision: str) -> None:
