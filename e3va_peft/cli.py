@@ -263,10 +263,10 @@ def plan(
 ) -> None:
     """Predict whether a training step fits on your card, before anything is downloaded.
 
-    For each method: parameters trained, peak memory and what it consists of, and the largest batch that fits; also how
-    many blocks of the backbone can be live under E3VA. Nothing is allocated: the step runs on tensors without memory.
-    [bold]needs[/bold] adds what is no tensor, the CUDA context (0.6 GiB) and the allocator's gaps (5 %). With a card it
-    also says which PyTorch still runs there.
+    For each method: parameters trained, peak memory and what it consists of, and the largest batch that fits; also
+    how many blocks of the backbone can be live under E3VA. Nothing is allocated: the step runs on tensors without
+    memory. [bold]needs[/bold] adds what is no tensor, the CUDA context (0.6 GiB) and the allocator's gaps (5 %). With
+    a card it also says which PyTorch still runs there.
 
     [bold]Examples[/bold]
 

@@ -231,6 +231,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             e3va_method: Where the exit is a method: which one.
             kwargs: The exit's keyword arguments.
         """
+        if torch.compiler.is_compiling() and self._recomputes:
+            return _outside(self, *args, e3va_method=e3va_method, **kwargs)
         active = [name for name in self.active_adapters if name in self.adapters()]
         front = self._take_front()
         if self.disable_adapters or not active:
@@ -263,6 +265,12 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         outputs = self.family.splice(lane.frozen.outputs, lane, call)
         lane.end()
         return outputs.to_tuple() if as_tuple else outputs
+
+    @property
+    def _recomputes(self) -> bool:
+        """Whether backward shall run the exit again, which no graph can say that ends with the forward."""
+        stored = [h.tap_storage for name, h in self.adapters().items() if name in self.active_adapters]
+        return torch.is_grad_enabled() and "recompute" in stored and not self.disable_adapters
 
     @property
     def _compiles_live_blocks(self) -> bool:
@@ -451,6 +459,12 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "e3va." + super().__repr__()
+
+
+@torch.compiler.disable(reason="tap_storage='recompute' runs the backbone again in backward")
+def _outside(layer: E3VALayer, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer outside of the graph that is being compiled."""
+    return layer(*args, **kwargs)
 
 
 def first_live(depth: Sequence[int], live_blocks: int) -> tuple[int, int] | None:

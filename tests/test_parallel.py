@@ -306,6 +306,21 @@ def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, opt
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=key)
 
 
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "timm-vit"])
+@pytest.mark.parametrize("options", [{}, {"live_blocks": 1, "checkpoint_live_blocks": False}], ids=str)
+def test_compiled_whole_taps_are_recomputed_all_the_same(name, options):
+    case = BY_NAME[name]
+    config = E3VAConfig(r=4, init_weights=False, tap_storage="recompute", **options)
+    model = get_peft_model(case.base(), config).train()
+    twin = copy.deepcopy(model)
+    compiled = torch.compile(twin, backend="aot_eager")
+    for seed in range(2):
+        batch = case.training_batch(seed=seed)
+        loss_of(compiled(**batch)).backward(), loss_of(model(**batch)).backward()
+    wanted = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert_same({key: p.grad for key, p in twin.named_parameters() if p.requires_grad}, wanted, rtol=1e-3, atol=1e-5)
+
+
 def replica_of(model: nn.Module, shift: float) -> nn.Module:
     """What `nn.DataParallel` makes of a model for another device, with other weights so that one can tell.
 
