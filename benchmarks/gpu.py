@@ -62,9 +62,9 @@ from tests.models import BY_NAME, CASES, Case
 
 Row = dict[str, Any]
 
-METHODS: dict[str, dict[str, Any]] = {name: {"name": name} for name in ("e3va", *reversed(paper.METHODS[1:]))} | {
+METHODS: dict[str, dict[str, Any]] = {
+    **paper.METHODS,
     "e3va-block-taps": {"name": "e3va", "taps": ("block",)},
-    "e3va-int8": {"name": "e3va", "tap_storage": "int8"},
     "e3va-int4": {"name": "e3va", "tap_storage": "int4"},
 }
 # From small to large: the task that `e3va plan` knows it by, and the tiny model that stands for it in a rehearsal.

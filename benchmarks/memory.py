@@ -89,26 +89,25 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
         model, E3VAConfig(taps=("block",), tap_storage="int8")
     ),
     "E3VA, recompute": lambda model: get_peft_model(model, E3VAConfig(tap_storage="recompute")),
-    **{
-        f"E3VA, {name}live{', ' * bool(storage)}{storage}": lambda model, share=share, storage=storage: live(
-            model, share, storage or "exact"
-        )
-        for name, share, storage in (
-            *((f"{blocks} ", blocks, "") for blocks in (1, 2, 4)),
-            ("half ", 0.5, ""),
-            ("all ", 1.0, ""),
-            *((f"{blocks} ", blocks, storage) for storage in ("int8", "recompute") for blocks in (2, 4)),
-        )
-    },
+    "E3VA, 1 live": lambda model: live(model, 1),
+    "E3VA, 2 live": lambda model: live(model, 2),
+    "E3VA, 4 live": lambda model: live(model, 4),
+    "E3VA, half live": lambda model: live(model, blocks_of(model) // 2),
+    "E3VA, all live": lambda model: live(model, blocks_of(model)),
+    "E3VA, 2 live, int8": lambda model: live(model, 2, "int8"),
+    "E3VA, 2 live, recompute": lambda model: live(model, 2, "recompute"),
     "head only": head_only,
 }
 
 
-def live(model: nn.Module, blocks: int | float, tap_storage: str) -> nn.Module:
-    """Adapt a model by E3VA with a number of its blocks live, or a share of them."""
-    depth = sum(depth for found in find_exits(model) for depth in found.site.depth)
-    count = blocks if isinstance(blocks, int) else round(blocks * depth)
-    return get_peft_model(model, E3VAConfig(live_blocks=count, tap_storage=tap_storage))
+def live(model: nn.Module, blocks: int, tap_storage: str = "exact") -> nn.Module:
+    """Adapt a model by E3VA with its last blocks live."""
+    return get_peft_model(model, E3VAConfig(live_blocks=blocks, tap_storage=tap_storage))
+
+
+def blocks_of(model: nn.Module) -> int:
+    """Return the number of blocks to adapt in a model."""
+    return sum(depth for found in find_exits(model) for depth in found.site.depth)
 
 
 def blocks_only(model: nn.Module) -> nn.Module:

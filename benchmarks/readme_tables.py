@@ -19,6 +19,9 @@ MIB, GIB = 2**20, 2**30
 PUBLISHED_MEMORY = {"coco-cascade-swin-b": (7639, 7137, 17061), "voc-retinanet-swin-l": (4819, 3967, 15679)}
 PAPER_METHODS = {
     "e3va": "E3VA",
+    "e3va-int8": "E3VA, int8",
+    "e3va-recompute": "E3VA, recompute",
+    "e3va-live": "E3VA, recompute, 2 live",
     "head-only": "head only",
     "lora": "LoRA",
     "lora-checkpointing": "LoRA + checkpointing",
