@@ -53,7 +53,7 @@ def draw(axes: Axes, title: str, found: dict[str, tuple[float, float]]) -> None:
     """Draw one backbone."""
     axes.axhline(1, color="0.6", linestyle=":", linewidth=1)
     axes.annotate("head only, nothing kept", (0.01, 1), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
-                  xytext=(0, -9), textcoords="offset points")  # fmt: skip
+                  xytext=(0, 3), textcoords="offset points")  # fmt: skip
     for kind, (color, marker, size) in STYLES.items():
         mine = {method: place for method, place in found.items() if kind_of(method) == kind}
         axes.plot(
@@ -61,13 +61,16 @@ def draw(axes: Axes, title: str, found: dict[str, tuple[float, float]]) -> None:
         )
         for method, place in mine.items():
             text: Any = method.removeprefix("E3VA, ").replace(" + checkpointing", " + ckpt")
-            axes.annotate(text, place, xytext=(5, 4), textcoords="offset points", fontsize=6.5, color=color)
+            below = place[1] < 1.3 and "live" not in method  # many are there
+            options: Any = {"rotation": -40, "va": "top", "xytext": (1, -5)} if below else {"xytext": (6, 1)}
+            axes.annotate(text, place, textcoords="offset points", fontsize=6.5, color=color, **options)
     axes.set_xscale("log")
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("kept of the backbone's bytes, % (log)")
     axes.grid(color="0.92", which="both")
     axes.set_axisbelow(True)
-    axes.margins(0.12)
+    axes.margins(0.15)
+    axes.set_ylim(bottom=0.4)
 
 
 def main() -> None:

@@ -255,7 +255,8 @@ def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
 
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
-    record = train(parse_config(detect(tmp_path, head, "coco", num_train_epochs=4, load_best_model_at_end=False)))
+    options = {"num_train_epochs": 4, "learning_rate": 2e-3, "load_best_model_at_end": False}
+    record = train(parse_config(detect(tmp_path, head, "coco", **options)))
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])  # the last epoch, the first
     scores, labels = evaluate(str(tmp_path / "run"))

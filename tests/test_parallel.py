@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.state import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, compile_regions
+from packaging import version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing, nn
@@ -246,6 +247,8 @@ def compile_by_regions(model: nn.Module, case: Case) -> nn.Module:
 @every_way
 def test_compiled_in_parts_it_reads_every_tap(name, how, way):
     case = BY_NAME[name]
+    if version.parse(torch.__version__) < version.parse("2.13"):
+        way = way | {"checkpoint_live_blocks": False}  # its checkpoints run another graph the second time, and say so
     model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **way)).train()
     compiled = how(copy.deepcopy(model), case)
     batch = case.training_batch()

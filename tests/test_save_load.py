@@ -49,7 +49,7 @@ def trained(case, adapter_name: str = "default") -> PeftModel:
 def exactly(case) -> dict[str, float]:
     """To the bit, but where kernels depend on whether weights want a gradient, or on where they lie in memory."""
     convolutions = ("upernet", "retinanet", "cascade", "mask2former", "maps", "own-head", "features")
-    return {"rtol": 1e-5, "atol": 1e-6} if case.name.endswith(convolutions) else {"rtol": 0, "atol": 0}
+    return {"rtol": 1e-4, "atol": 1e-5} if case.name.endswith(convolutions) else {"rtol": 0, "atol": 0}
 
 
 @every_model
