@@ -88,6 +88,7 @@ class Stage(nn.Module):
         self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
         self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
         self.init_weights, self.norm = init_weights, norm
+        self._taken: set[int] = set()  # adapters whose scale is known
         self.register_buffer("scale", torch.zeros(num_adapters) if norm == "calibrated" else None)  # 0: not yet taken
         self.reset_parameters()
 
@@ -107,8 +108,18 @@ class Stage(nn.Module):
 
     def calibrate(self, index: int, tap: Tensor) -> None:
         """Take the scale of an adapter's answers from the first tap that it is trained on: its mean deviation."""
-        if self.scale is not None and self.training and not self.scale[index]:
-            self.scale[index] = normalized(tap.detach().float())[1].mean()
+        if self.scale is None or not self.training or index in self._taken:
+            return
+        if not self.scale[index]:  # once an adapter: a device is asked only until it is known
+            deviation = normalized(tap.detach().float())[1].mean()
+            if not deviation.isfinite():  # of a step that fp16 will skip
+                return
+            self.scale[index] = deviation
+        self._taken.add(index)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._taken.clear()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def scales(self, first: int, last: int) -> Tensor | None:
         """(n,): the constant scales of some adapters' answers, 1 where none was taken; None where there are none."""

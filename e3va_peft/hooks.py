@@ -46,6 +46,7 @@ class Origin:
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
         values, self._spec = tree_flatten((args, dict(kwargs)))
         self._values = [ref(value) if isinstance(value, Tensor) else value for value in values]
+        self._versions = [_version(value) for value in (output, *values)]
         self._module, self._output = ref(module), ref(output)
 
     def of(self, tensor: Any) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None:
@@ -55,8 +56,15 @@ class Origin:
         module = self._module()
         if self._output() is not tensor or module is None or gone:
             return None
+        if self._versions != [_version(value) for value in (tensor, *values)]:  # changed in place since
+            return None
         args, kwargs = tree_unflatten(values, self._spec)
         return module, args, kwargs
+
+
+def _version(value: Any) -> int | None:
+    """Return how often a tensor was changed in place; None of what cannot say."""
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 
 class Hook:

@@ -14,6 +14,11 @@ from e3va_peft.recompute import Recompute
 from e3va_peft.storage import TAP_STORAGES, keep
 
 
+def most_exact(highways: Sequence[Highway]) -> str:
+    """Return how taps are kept for highways that are active together."""
+    return TAP_STORAGES[min([TAP_STORAGES.index(highway.tap_storage) for highway in highways] or [0])]
+
+
 class Lane:
     """The running tensor `z` (B, N, C), in at least fp32: a cursor over stages and blocks that only moves forward.
 
@@ -37,8 +42,7 @@ class Lane:
         self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
         self.live = (len(depth), 0) if live is None else live
         # Highways that are active together read the same taps: the one that wants most decides.
-        wanted = [TAP_STORAGES.index(highway.tap_storage) for highway in highways]
-        self.storage = TAP_STORAGES[min(wanted or [0])] if grad else "exact"
+        self.storage = most_exact(highways) if grad else "exact"
         self.norm = highways[0].tap_norm if highways else "none"
         self.recompute: tuple[Recompute, Tensor] | None = None  # what computes gradients in backward, and its handle
         self.stage = self.block = 0

@@ -39,7 +39,7 @@ from e3va_peft.hooks import (
     refuse_trainable,
     remove_hooks,
 )
-from e3va_peft.lane import Lane
+from e3va_peft.lane import Lane, most_exact
 from e3va_peft.recompute import Keep, Recompute
 from e3va_peft.recorder import Live, Recorder, Stop
 
@@ -131,6 +131,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.depth = tuple(depth)
         self.taps = family.taps(config.taps)
         self.tap_norm, self.live_blocks = config.tap_norm or family.tap_norm, config.live_blocks
+        self.checkpoint_live_blocks = config.checkpoint_live_blocks
         self.live = first_live(self.depth, config.live_blocks)
         self.front = tuple(front)
         self.takes_return_dict = not self.is_method and hasattr(exit, "config") and takes(exit.forward, "return_dict")
@@ -204,6 +205,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             ("taps", self.family.taps(config.taps), self.taps),
             ("tap_norm", config.tap_norm or self.family.tap_norm, self.tap_norm),
             ("live_blocks", config.live_blocks, self.live_blocks),
+            ("checkpoint_live_blocks", config.checkpoint_live_blocks, self.checkpoint_live_blocks),
         ):
             if chosen != own:
                 raise ValueError(
@@ -215,7 +217,6 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.e3va_highway[adapter_name] = Highway(
             widths, counts, config.r, config.bottleneck_ratio, config.init_weights, config.tap_storage, self.tap_norm
         )
-        self.checkpoint_live_blocks = config.checkpoint_live_blocks
         if tail:
             copies = {name: copy.deepcopy(getattr(self.exit, name)) for name in tail}
             for module in copies.values():
@@ -269,8 +270,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     @property
     def _recomputes(self) -> bool:
         """Whether backward shall run the exit again, which no graph can say that ends with the forward."""
-        stored = [h.tap_storage for name, h in self.adapters().items() if name in self.active_adapters]
-        return torch.is_grad_enabled() and "recompute" in stored and not self.disable_adapters
+        highways = [cast(Highway, h) for name, h in self.adapters().items() if name in self.active_adapters]
+        wanted = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
+        return wanted and not self.disable_adapters and most_exact(highways) == "recompute"
 
     @property
     def _compiles_live_blocks(self) -> bool:
@@ -293,7 +295,11 @@ class E3VALayer(nn.Module, BaseTunerLayer):
 
         def run(args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
             (own, named), *rest = args
-            first = module(*own, **named)
+            token = FRONT.set(FRONT.get())
+            try:
+                first = module(*own, **named)
+            finally:
+                FRONT.reset(token)  # what its guards note is of no forward
             self._run_again(method, (first[0] if isinstance(first, tuple) else first, *rest), kwargs, keep)
 
         return Recompute(lane.highways, lane.norm, run, (inputs, *args[1:]), kwargs)
@@ -302,6 +308,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Run the frozen blocks once more, in backward, for what enters the taps of those that are not live."""
         frozen = FrozenPass()
         stops = self.live is not None or sum(self.depth) < sum(len(stage.blocks) for stage in self.stages)
+        stops = stops and not is_unit(self.exit)  # whose own hooks must run in pairs
         forget: Callable[[int], Any] = frozen.mergings.pop
         recorder = Recorder(frozen, self.exit, self.family, keep, forget, stops=stops)
         if "output_hidden_states" in kwargs:
@@ -325,6 +332,11 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             refuse_trainable(part, type(part).__name__)
         if self.is_method:
             refuse_trainable(self.exit, type(self.exit).__name__, recurse=False)
+        if self.live is not None and torch.is_grad_enabled() and getattr(self.exit, "grad_checkpointing", False):
+            raise ValueError(
+                f"{type(self.exit).__name__}: its own checkpointing is on, which would run live blocks again without "
+                "the highway. Call set_grad_checkpointing(False): E3VA checkpoints them by itself."
+            )
         check_input(inputs, front)
         return image_size(inputs) or next((seen.image for seen in front.values() if seen.image), None)
 
@@ -509,6 +521,15 @@ def is_sharded(exit: nn.Module, name: str) -> bool:
         )
     parents = [exit.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
     return any(isinstance(parent, FSDPModule) for parent in parents)
+
+
+def is_unit(exit: nn.Module) -> bool:
+    """Whether FSDP shards an exit, or parts of it, by themselves."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
+
+    return any(isinstance(part, FSDPModule) for part in exit.modules())
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:

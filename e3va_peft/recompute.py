@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ class Recompute:
         self.dtype = compute_dtype(self.stages[0].u1)
         self.state = State(tensors)
         self.grads: dict[tuple[int, int], tuple[int, Tensor]] = {}  # stage, first adapter -> last, gradient of the sum
+        self.scales: dict[tuple[int, int], list[Tensor | None]] = {}  # as the forward saw them, of each highway
         self.tensors = tensors
 
     def handle(self) -> Tensor:
@@ -60,6 +61,8 @@ class Recompute:
 
     def attach(self, step: Tensor, handle: Tensor, stage: int, first: int, last: int) -> Tensor:
         """Tie the sum of some adapters (B, N, C) to the gradients that backward will compute."""
+        own = [cast(Stage, highway.stages[stage]) for highway in self.highways]
+        self.scales[stage, first] = [part.scales(first, last) for part in own]
         return _Attached.apply(step, handle, self, (stage, first), last)
 
     def gradients(self, saved: Sequence[Tensor]) -> list[Tensor]:
@@ -74,15 +77,22 @@ class Recompute:
         # the running gradients of each highway, beside each segment's last adapter and gradient
         segments = {key: (last, grad, dict[int, Gradients]()) for key, (last, grad) in self.grads.items()}
         self.grads = {}
+        seen: dict[tuple[int, int], int] = {}
 
         def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
             for first, (last, grad, found) in [(k[1], s) for k, s in segments.items() if k[0] == stage]:
                 if first <= index < last:
+                    seen[stage, first] = seen.get((stage, first), 0) + 1
                     self._add(stage, index - first, slice(first, last), tap, grad, found, per_stage, results)
             return ()
 
         with self.state.restored(), torch.no_grad():
             self.run(args, kwargs, keep)
+        if missing := [key for key, (last, _, _) in segments.items() if seen.get(key, 0) < last - key[1]]:
+            raise RuntimeError(
+                f"the second run of the backbone, in backward, did not read the taps of {missing} (stage, adapter): "
+                "their gradients are not known. Call backward before what removes hooks (unload()) or skips blocks."
+            )
         return [grad for stage in results for grad in stage]
 
     def _add(
@@ -104,8 +114,7 @@ class Recompute:
                 own = [factor[part] for factor in factors[at]]
                 device, width = own[0].device, own[0].shape[1]
                 if not position:
-                    scale = self.stages[at].scales(part.start, part.stop)
-                    found[i] = Gradients(own, grad.to(device), self.dtype, scale)
+                    found[i] = Gradients(own, grad.to(device), self.dtype, self.scales[stage, part.start][i])
                 found[i].add(*read([tap.to(device)], width, self.dtype, self.norm))
                 if position + 1 == part.stop - part.start:
                     for result, value in zip(results[at], found.pop(i).result(), strict=True):

@@ -176,7 +176,8 @@ class Recorder:
         """Write the lane into what enters the first live block, and begin to checkpoint each."""
         if self.stops:
             raise Stop
-        assert self.live is not None
+        if self.live is None:
+            return args
         if not self.entered_live:
             self.entered_live = True
             x = self.channels_last(args[0])

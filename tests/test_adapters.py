@@ -86,7 +86,10 @@ def test_two_adapters_with_heads_or_norms_of_their_own_are_refused_together(case
     outputs(model, case.batch())
 
 
-@pytest.mark.parametrize("field, value", [("taps", ("mlp",)), ("tap_norm", "relative"), ("live_blocks", 2)])
+@pytest.mark.parametrize(
+    "field, value",
+    [("taps", ("mlp",)), ("tap_norm", "relative"), ("live_blocks", 2), ("checkpoint_live_blocks", False)],
+)
 def test_adapters_of_one_model_share_how_they_read(field, value):
     case = BY_NAME["swin-classifier"]
     model = get_peft_model(case.base(), E3VAConfig(r=4))

@@ -172,6 +172,16 @@ def test_live_blocks_are_a_number(value):
         E3VAConfig(live_blocks=value)
 
 
+def test_checkpointing_of_timms_own_is_refused_with_live_blocks():
+    case = BY_NAME["timm-vit"]
+    model = adapted(case, live_blocks=2).train()
+    layers(model)[0].exit.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match=r"Call set_grad_checkpointing\(False\)"):
+        model(**case.training_batch())
+    with torch.no_grad():
+        model(**case.batch())
+
+
 def test_a_live_block_that_raises_ends_its_checkpoint():
     case = BY_NAME["vit-classifier"]
     model = adapted(case, live_blocks=2).train()

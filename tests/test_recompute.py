@@ -67,14 +67,19 @@ def test_of_embeddings_the_image_is_kept_and_not_what_they_make_of_it(name):
     assert len(made) == 2
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda m, args: (2 * args[0], *args[1:]), lambda m, args: (args[0].mul_(2), *args[1:])],
+    ids=["anew", "in place"],
+)
 @pytest.mark.parametrize("name", ["swin-classifier", "dinov2-classifier"])
-def test_what_changes_the_tokens_behind_the_embeddings_is_kept(name):
+def test_what_changes_the_tokens_behind_the_embeddings_is_kept(name, change):
     """A host that does something between its embeddings and its encoder: they alone would not make its input again."""
     case = BY_NAME[name]
     models = twins(case)
     found = []
     for model in models:
-        layers(model)[0].register_forward_pre_hook(lambda m, args: (2 * args[0], *args[1:]))
+        layers(model)[0].register_forward_pre_hook(change)
         found.append(step(model.double(), case))
     for key, value in found[0].items():
         assert (found[1][key] - value).norm() <= (0.03 if case.family in MERGE else 1e-8) * value.norm() + 1e-9, key
@@ -187,6 +192,15 @@ def test_a_factor_that_changes_before_backward_is_refused():
     with torch.no_grad():
         layers(model)[0].e3va_highway["default"].stages[0].u1.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_run_that_reads_no_tap_is_an_error():
+    case = BY_NAME["vit-classifier"]
+    model = twins(case)[1].train()
+    loss = loss_of(model(**case.training_batch()))
+    model.unload()
+    with pytest.raises(RuntimeError, match="the second run of the backbone, in backward, did not read the taps"):
         loss.backward()
 
 
