@@ -41,7 +41,7 @@ def points() -> dict[str, dict[str, tuple[float, float]]]:
         saved = {row["method"]: row["saved_bytes"] for row in memory if row["setting"] == kept}
         seconds = {row["method"]: row["seconds"] for row in speed if row["setting"] == timed}
         whole = saved["full"] - saved["head only"]
-        found[f"{timed}"] = {
+        found[timed] = {
             method: (100 * (saved[method] - saved["head only"]) / whole, seconds[method] / seconds["head only"])
             for method in seconds
             if method != "head only"

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from e3va_peft.backbones.base import adapted_blocks
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import Exit, find_exits
 from e3va_peft.frozen_pass import Grid
@@ -352,8 +353,7 @@ class _Watch:
 
 def _blocks(found: Exit) -> dict[str, int]:
     """Return the adapted blocks of an exit: name -> stage."""
-    stages = zip(found.family.stages(found.module), found.site.depth, strict=False)
-    return {name: i for i, (stage, depth) in enumerate(stages) for name in stage.blocks[:depth]}
+    return adapted_blocks(found.family.stages(found.module), found.site.depth)
 
 
 def _note(seen: dict[Any, Tensor], key: Any, channels: str, module: nn.Module, args: Any) -> None:

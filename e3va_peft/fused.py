@@ -165,6 +165,11 @@ class Gradients:
         grad_u1 = (grad_h @ v1.T).T @ t  # transposed
         self.found.append((grad_u1.T, p.T @ grad_h, grad_h.sum(0), grad_u2.T))
 
+    @property
+    def complete(self) -> bool:
+        """Whether every adapter's tap has been added."""
+        return len(self.found) == self.n
+
     def result(self) -> list[Tensor]:
         """Return the gradients of the six stacked factors."""
         last = (torch.cat(self.reduced, dim=1).T @ self.grad).view(self.n, self.r + 1, self.width)

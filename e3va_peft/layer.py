@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, ExitCall
-from e3va_peft.backbones.base import BLOCK, submodule
+from e3va_peft.backbones.base import BLOCK, adapted_blocks, submodule
 from e3va_peft.config import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.fused import Merging
@@ -277,8 +277,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     @property
     def _compiles_live_blocks(self) -> bool:
         """Whether regional compilation has wrapped live blocks: then the compiler decides what they keep."""
-        names = [name for stage, depth in zip(self.stages, self.depth, strict=False) for name in stage.blocks[:depth]]
-        return any(hasattr(self.exit.get_submodule(name), "_orig_mod") for name in names[-self.live_blocks :])
+        live = list(adapted_blocks(self.stages, self.depth))[-self.live_blocks :]
+        return any(hasattr(self.exit.get_submodule(name), "_orig_mod") for name in live)
 
     def _recompute(
         self,
@@ -308,7 +308,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Run the frozen blocks once more, in backward, for what enters the taps of those that are not live."""
         frozen = FrozenPass()
         stops = self.live is not None or sum(self.depth) < sum(len(stage.blocks) for stage in self.stages)
-        stops = stops and not is_unit(self.exit)  # whose own hooks must run in pairs
+        stops = stops and not has_units(self.exit)  # whose own hooks must run in pairs
         forget: Callable[[int], Any] = frozen.mergings.pop
         recorder = Recorder(frozen, self.exit, self.family, keep, forget, stops=stops)
         if "output_hidden_states" in kwargs:
@@ -507,12 +507,7 @@ def is_sharded(exit: nn.Module, name: str) -> bool:
     Raises:
         ValueError: The module is such a unit itself, or holds one.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
-
-    module = exit.get_submodule(name)
-    if any(isinstance(part, FSDPModule) for part in module.modules()):
+    if has_units(exit.get_submodule(name)):
         stage = type(exit.get_submodule(name.rpartition(".")[0])).__name__.removeprefix("FSDP")
         raise ValueError(
             f"{name}: FSDP shards this patch merging or a part of it as a unit of its own, "
@@ -520,16 +515,16 @@ def is_sharded(exit: nn.Module, name: str) -> bool:
             f"transformer_cls_names_to_wrap={[stage]}."
         )
     parents = [exit.get_submodule(".".join(name.split(".")[:i])) for i in range(name.count(".") + 1)]
-    return any(isinstance(parent, FSDPModule) for parent in parents)
+    return any(has_units(parent, recurse=False) for parent in parents)
 
 
-def is_unit(exit: nn.Module) -> bool:
-    """Whether FSDP shards an exit, or parts of it, by themselves."""
+def has_units(module: nn.Module, recurse: bool = True) -> bool:
+    """Whether FSDP2 shards a module, or with `recurse` a part of it, as a unit of its own."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
 
-    return any(isinstance(part, FSDPModule) for part in exit.modules())
+    return any(isinstance(part, FSDPModule) for part in (module.modules() if recurse else (module,)))
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:

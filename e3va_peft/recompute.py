@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -74,21 +75,18 @@ class Recompute:
         factors = saved[len(self.places) :]
         per_stage = [factors[i : i + 6] for i in range(0, len(factors), 6)]
         results = [[torch.zeros_like(factor) for factor in stage] for stage in per_stage]
-        # the running gradients of each highway, beside each segment's last adapter and gradient
-        segments = {key: (last, grad, dict[int, Gradients]()) for key, (last, grad) in self.grads.items()}
+        segments = [Segment(*key, last, grad) for key, (last, grad) in self.grads.items()]
         self.grads = {}
-        seen: dict[tuple[int, int], int] = {}
 
         def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-            for first, (last, grad, found) in [(k[1], s) for k, s in segments.items() if k[0] == stage]:
-                if first <= index < last:
-                    seen[stage, first] = seen.get((stage, first), 0) + 1
-                    self._add(stage, index - first, slice(first, last), tap, grad, found, per_stage, results)
+            for segment in segments:
+                if segment.stage == stage and segment.first <= index < segment.last:
+                    self._add(segment, tap, per_stage, results)
             return ()
 
         with self.state.restored(), torch.no_grad():
             self.run(args, kwargs, keep)
-        if missing := [key for key, (last, _, _) in segments.items() if seen.get(key, 0) < last - key[1]]:
+        if missing := [(segment.stage, segment.first) for segment in segments if not segment.done]:
             raise RuntimeError(
                 f"the second run of the backbone, in backward, did not read the taps of {missing} (stage, adapter): "
                 "their gradients are not known. Call backward before what removes hooks (unload()) or skips blocks."
@@ -96,29 +94,46 @@ class Recompute:
         return [grad for stage in results for grad in stage]
 
     def _add(
-        self,
-        stage: int,
-        position: int,
-        part: slice,
-        tap: Tensor,
-        grad: Tensor,
-        found: dict[int, Gradients],
-        factors: Sequence[Sequence[Tensor]],
-        results: list[list[Tensor]],
+        self, segment: Segment, tap: Tensor, factors: Sequence[Sequence[Tensor]], results: list[list[Tensor]]
     ) -> None:
-        """Add a tap to the gradients of the adapters that read it."""
-        depth = len(factors) // len(self.highways)
+        """Add the next tap of a segment to the gradients of its adapters, and write them down behind the last."""
+        stages = len(factors) // len(self.highways)
+        part = slice(segment.first, segment.last)
         with no_autocast(tap):
-            for i in range(len(self.highways)):
-                at = i * depth + stage
+            for i, scale in enumerate(self.scales[segment.stage, segment.first]):
+                at = i * stages + segment.stage
                 own = [factor[part] for factor in factors[at]]
                 device, width = own[0].device, own[0].shape[1]
-                if not position:
-                    found[i] = Gradients(own, grad.to(device), self.dtype, self.scales[stage, part.start][i])
-                found[i].add(*read([tap.to(device)], width, self.dtype, self.norm))
-                if position + 1 == part.stop - part.start:
-                    for result, value in zip(results[at], found.pop(i).result(), strict=True):
+                if len(segment.running) == i:
+                    segment.running.append(Gradients(own, segment.grad.to(device), self.dtype, scale))
+                running = segment.running[i]
+                running.add(*read([tap.to(device)], width, self.dtype, self.norm))
+                if running.complete:
+                    for result, value in zip(results[at], running.result(), strict=True):
                         result[part] = value
+        if segment.running[-1].complete:
+            segment.done, segment.running = True, []
+
+
+@dataclass
+class Segment:
+    """Consecutive adapters of a stage whose sum was one step of the lane.
+
+    Attributes:
+        stage: The stage.
+        first: Index of the first adapter.
+        last: Index behind the last.
+        grad: Gradient of their sum (B, N, C).
+        running: What their taps have added so far, of each highway.
+        done: All of them have.
+    """
+
+    stage: int
+    first: int
+    last: int
+    grad: Tensor
+    running: list[Gradients] = field(default_factory=list)
+    done: bool = False
 
 
 class State:

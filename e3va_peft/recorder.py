@@ -127,6 +127,10 @@ class Recorder:
         """Return a view of the stream with its channels last."""
         return x.movedim(1, -1) if self.family.channels == "first" else x
 
+    def as_stream(self, x: Tensor) -> Tensor:
+        """Turn what has its channels last back into what the stream is."""
+        return x.movedim(-1, 1) if self.family.channels == "first" else x
+
     def read(self, stage: int, index: int, parts: int, value: Tensor, name: str) -> Tensor | None:
         """Take a tap, or one of several parts that add up; in a live block, return what is added where it was read."""
         key = (stage, index)
@@ -153,8 +157,7 @@ class Recorder:
             assert self.live is not None
             self.frozen.taps[key] = ()
             answer = self.live.answer(stage, index, tap).to(value.device).reshape(shape)
-            answer = answer.movedim(-1, 1) if self.family.channels == "first" else answer
-            return (value + answer).to(value.dtype)
+            return (value + self.as_stream(answer)).to(value.dtype)
         kept = self.keep(stage, index, tap)
         if any(part is tap for part in kept):
             self.note_version(tap, name)
@@ -180,9 +183,8 @@ class Recorder:
             return args
         if not self.entered_live:
             self.entered_live = True
-            x = self.channels_last(args[0])
-            x = self.live.enter(x)
-            args = (x.movedim(-1, 1) if self.family.channels == "first" else x, *args[1:])
+            x = self.live.enter(self.channels_last(args[0]))
+            args = (self.as_stream(x), *args[1:])
         if self.live.checkpointed and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             again = nullcontext(), Again(self.live._replace(checkpointed=False), self.exit, self.family)
             checkpoint = checkpointing(module, True, lambda: again, "default", False, True, *args, **kwargs)

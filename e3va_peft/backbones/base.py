@@ -157,6 +157,12 @@ class StageSpec:
     merging: tuple[str, ...] = ()
 
 
+def adapted_blocks(stages: Sequence[StageSpec], depth: Sequence[int]) -> dict[str, int]:
+    """Return the blocks to adapt, in the order in which they run: name relative to the exit -> stage."""
+    pairs = zip(stages, depth, strict=False)
+    return {name: i for i, (stage, blocks) in enumerate(pairs) for name in stage.blocks[:blocks]}
+
+
 @dataclass(frozen=True)
 class Site:
     """What surrounds an exit in a given model; names are relative to the root model.

@@ -34,6 +34,7 @@ from peft import LNTuningConfig, get_peft_model
 from torch import Tensor, nn
 
 from e3va_peft.backbones import TapPoint
+from e3va_peft.backbones.base import adapted_blocks
 from e3va_peft.exits import Exit, find_exits
 from e3va_peft.training import methods
 from e3va_peft.training.config import UserError
@@ -327,8 +328,8 @@ def _taps(found: Exit) -> Iterator[tuple[int, Mapping[str, TapPoint]]]:
 
 def _blocks(found: Exit) -> list[nn.Module]:
     """Return the blocks whose result is read."""
-    stages = zip(found.family.stages(found.module), found.site.depth, strict=False)
-    return [found.module.get_submodule(block) for stage, depth in stages for block in stage.blocks[:depth]]
+    names = adapted_blocks(found.family.stages(found.module), found.site.depth)
+    return [found.module.get_submodule(name) for name in names]
 
 
 def _read_modules(model: nn.Module, found: Exit) -> Iterator[tuple[str, nn.Module]]:

@@ -196,7 +196,7 @@ def plan(
     if live is None:
         return found
     blocks, step = live
-    rows.insert([row.method.startswith("E3VA") for row in rows].count(True), _row(step, batch_size, memory))
+    rows.insert(sum(row.method.startswith("E3VA") for row in rows), _row(step, batch_size, memory))
     return replace(found, live_blocks=blocks)
 
 
