@@ -40,7 +40,7 @@ from e3va_peft.hooks import (
     remove_hooks,
 )
 from e3va_peft.lane import Lane, most_exact
-from e3va_peft.recompute import Keep, Recompute
+from e3va_peft.recompute import Keep, Recompute, in_parts
 from e3va_peft.recorder import Live, Recorder, Stop
 
 METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
@@ -278,7 +278,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     def _compiles_live_blocks(self) -> bool:
         """Whether regional compilation has wrapped live blocks: then the compiler decides what they keep."""
         live = list(adapted_blocks(self.stages, self.depth))[-self.live_blocks :]
-        return any(hasattr(self.exit.get_submodule(name), "_orig_mod") for name in live)
+        return any(is_compiled(self.exit.get_submodule(name)) for name in live)
 
     def _recompute(
         self,
@@ -313,8 +313,16 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         recorder = Recorder(frozen, self.exit, self.family, keep, forget, stops=stops)
         if "output_hidden_states" in kwargs:
             kwargs = {**kwargs, "output_hidden_states": False}
-        with recorder.running(), suppress(Stop):
+        with recorder.running(), in_parts(self._tokenwise()), suppress(Stop):
             self._run(method, args, kwargs)
+
+    def _tokenwise(self) -> list[nn.Module]:
+        """Return the modules of `Backbone.tokenwise` in the blocks that run eagerly."""
+        if not self.family.tokenwise:
+            return []
+        blocks = [self.exit.get_submodule(name) for name in adapted_blocks(self.stages, self.depth)]
+        eager = [block for block in blocks if not is_compiled(block)]
+        return [part for block in eager if (part := submodule(block, self.family.tokenwise)) is not None]
 
     def _take_front(self) -> Mapping[str, Front]:
         """Return what the frozen modules in front have noted for this forward, and forget it."""
@@ -525,6 +533,11 @@ def has_units(module: nn.Module, recurse: bool = True) -> bool:
     from torch.distributed.fsdp import FSDPModule  # here: PyTorch may be built without it
 
     return any(isinstance(part, FSDPModule) for part in (module.modules() if recurse else (module,)))
+
+
+def is_compiled(block: nn.Module) -> bool:
+    """Whether a block is compiled by itself, by regional compilation or by its method `compile`."""
+    return hasattr(block, "_orig_mod") or block._compiled_call_impl is not None
 
 
 def takes(function: Callable[..., Any], keyword: str) -> bool:

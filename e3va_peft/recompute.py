@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -22,6 +23,7 @@ from e3va_peft.highway import Highway, Stage
 from e3va_peft.storage import read
 
 Keep = Callable[[int, int, Tensor], Sequence[Tensor]]
+PARTS, MIN_TOKENS = 8, 512  # an MLP widens tokens four times: an eighth of them weighs as the stream
 
 
 class Recompute:
@@ -160,6 +162,47 @@ class State:
             for device, (enabled, dtype) in self.autocast.items():
                 stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
             yield
+
+
+@contextmanager
+def in_parts(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Let modules that map each token by itself see a part of them at a time, for the time of a `with` statement.
+
+    What an MLP widens is most of what a frozen backbone holds at once, and backward has gradients to hold besides.
+    Modules that may draw random numbers, which parts would draw otherwise, or that are compiled stay whole.
+    """
+    changed = [
+        module
+        for module in modules
+        if not any(part.training or part._compiled_call_impl is not None for part in module.modules())
+    ]
+    before = [vars(module).get("forward") for module in changed]
+    for module in changed:
+        module.forward = partial(_in_parts, module.forward)
+    try:
+        yield
+    finally:
+        for module, forward in zip(changed, before, strict=True):
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _in_parts(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """(..., C) -> (..., C'): run a forward on up to PARTS parts of the tokens, each of at least MIN_TOKENS."""
+    rows = x.reshape(1, -1, x.shape[-1])
+    parts = min(PARTS, rows.shape[1] // MIN_TOKENS)
+    if parts < 2 or torch.compiler.is_compiling():
+        return forward(x)
+    output, done = x, 0
+    for part in rows.chunk(parts, 1):
+        result = forward(part)
+        if not done:
+            output = result.new_empty(*x.shape[:-1], result.shape[-1])
+        output.view(1, -1, result.shape[-1])[:, done : done + part.shape[1]] = result
+        done += part.shape[1]
+    return output
 
 
 class _Handle(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from e3va_peft import recompute
 from e3va_peft.backbones import registered_backbones
 from e3va_peft.measure import measure_step
 from e3va_peft.recompute import Recompute
@@ -31,7 +32,8 @@ def twins(case: Case, **config) -> tuple[nn.Module, nn.Module]:
 
 @every_model_but("swin-mask2former")  # its loss samples points in fp32
 @pytest.mark.parametrize("config", [{}, {"live_blocks": 1, "tap_norm": "relative"}, {"taps": ("block",)}], ids=str)
-def test_the_gradients_are_those_of_kept_taps(case, config):
+def test_the_gradients_are_those_of_kept_taps(monkeypatch, case, config):
+    monkeypatch.setattr(recompute, "MIN_TOKENS", 4)  # MLPs see tokens in parts where there are eight
     exact, again = twins(case, **config)
     expected, got = step(exact.double(), case), step(again.double(), case)
     assert expected.keys() == got.keys()
@@ -83,6 +85,43 @@ def test_what_changes_the_tokens_behind_the_embeddings_is_kept(name, change):
         found.append(step(model.double(), case))
     for key, value in found[0].items():
         assert (found[1][key] - value).norm() <= (0.03 if case.family in MERGE else 1e-8) * value.norm() + 1e-9, key
+
+
+TOKENWISE = [name for name, case in BY_NAME.items() if registered_backbones()[case.family].tokenwise]
+
+
+@pytest.mark.parametrize("name", TOKENWISE)
+def test_the_second_run_gives_an_mlp_its_tokens_in_parts_and_leaves_it_as_it_was(monkeypatch, name):
+    monkeypatch.setattr(recompute, "MIN_TOKENS", 4)
+    case = BY_NAME[name]
+    model, path = twins(case)[1].train(), registered_backbones()[case.family].tokenwise
+    mlp = blocks(model, case)[0].get_submodule(path)
+    linear = next(part for part in mlp.modules() if isinstance(part, nn.Linear))
+    seen: list[int] = []
+    linear.register_forward_hook(lambda m, args, out: seen.append(args[0][..., 0].numel()))
+    loss = loss_of(model(**case.training_batch()))
+    first = list(seen)
+    seen.clear()
+    loss.backward()
+    assert sum(seen) == sum(first) and len(seen) > len(first)
+    assert "forward" not in vars(mlp)
+
+
+def test_an_mlp_that_may_draw_random_numbers_stays_whole(monkeypatch):
+    monkeypatch.setattr(recompute, "MIN_TOKENS", 1)
+    seen: list[int] = []
+    mlp = nn.Sequential(nn.Linear(4, 16), nn.Dropout(), nn.Linear(16, 4)).eval()
+    mlp[0].register_forward_hook(lambda m, args, out: seen.append(args[0].shape[1]))
+    x = torch.randn(1, 8, 4)
+    whole = mlp(x)
+    with recompute.in_parts([mlp]):
+        torch.testing.assert_close(mlp(x), whole)
+        assert len(seen) == 1 + 8
+    mlp[1].train()
+    seen.clear()
+    with recompute.in_parts([mlp]):
+        mlp(x)
+    assert seen == [8]
 
 
 @pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "timm-swin"])

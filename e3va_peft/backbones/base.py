@@ -235,6 +235,8 @@ class Backbone:
         width: Name of a norm in a block, whose size is the stage's width C.
         branches: What can be read of a block: name -> where, in the order in which they run.
         tap_norm: How adapters read a tap where `E3VAConfig.tap_norm` is None.
+        tokenwise: Name of the module in a block that maps each token (..., C) by itself and widens it on the way, its
+            MLP: a second run of the backbone gives it a part of the tokens at a time. "" where no one module does.
         merging: The downsampling between stages.
         channels: Where the channels of the stream are: *last* in (B, N, C) and (B, H, W, C), *first* in (B, C, H, W).
         prefix: Tokens in front of those of the image, of an exit.
@@ -261,6 +263,7 @@ class Backbone:
     splice: Callable[[Any, Lane, ExitCall], Any]
     methods: tuple[str, ...] = ()
     tap_norm: str = "layer"
+    tokenwise: str = ""
     merging: Merging | None = None
     channels: Literal["last", "first"] = "last"
     prefix: Callable[[Any], int] = lambda exit: 0

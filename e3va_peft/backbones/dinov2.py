@@ -19,6 +19,7 @@ DINOV2 = Backbone(
     # Behind LayerScale, as the stream sees them. `drop_path` is one module called twice and cannot be read.
     branches={"attention": Branch("layer_scale1"), "mlp": Branch("layer_scale2", computed_by="mlp")},
     tap_norm="relative",
+    tokenwise="mlp",
     prefix=lambda exit: 1 + getattr(exit.config, "num_register_tokens", 0),
     hosts=(
         # One norm for all that leaves, which may be switched off.

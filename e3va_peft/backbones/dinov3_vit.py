@@ -15,6 +15,7 @@ DINOV3_VIT = Backbone(
     width="norm1",
     branches={"attention": Branch("layer_scale1"), "mlp": Branch("layer_scale2", computed_by="mlp")},
     tap_norm="relative",
+    tokenwise="mlp",
     prefix=lambda exit: 1 + exit.config.num_register_tokens,
     hosts=(
         # The last block's output is always normed, the others where the config says so.

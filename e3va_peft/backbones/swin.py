@@ -13,6 +13,7 @@ SWIN = Backbone(
     width="layernorm_before",
     # The un-windowed attention output is what enters `drop_path`; `attention` itself returns windows.
     branches={"attention": Branch("drop_path", "input"), "mlp": Branch("mlp")},
+    tokenwise="mlp",
     merging=Merging(("layers.{stage}.downsample",)),
     grid=second_argument,
     hosts=(

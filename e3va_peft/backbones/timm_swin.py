@@ -15,6 +15,7 @@ TIMM_SWIN = Backbone(
     blocks="layers.{stage}.blocks.{block}",
     width="norm1",
     branches={"attention": Branch("drop_path1", "input"), "mlp": Branch("drop_path2", "input", computed_by="mlp")},
+    tokenwise="mlp",
     merging=Merging(("layers.{next}.downsample",)),
     grid=map_size,
     frozen=("patch_embed", "layers"),

@@ -13,6 +13,7 @@ TIMM_VIT = Backbone(
     blocks="blocks.{block}",
     width="norm1",
     branches={"attention": Branch("drop_path1", "input"), "mlp": Branch("drop_path2", "input", computed_by="mlp")},
+    tokenwise="mlp",
     prefix=lambda exit: exit.num_prefix_tokens,
     frozen=("patch_embed", "pos_drop", "patch_drop", "norm_pre", "blocks"),
     tail=("norm",),

@@ -12,6 +12,7 @@ VIT = Backbone(
     blocks="layers.{block}",
     width="layernorm_before",
     branches={"attention": Branch("attention"), "mlp": Branch("mlp")},
+    tokenwise="mlp",
     prefix=lambda exit: 1 if exit.config.model_type == "vit" else 2,
     tail=("layernorm", "pooler"),
     splice=plain_model,
