@@ -35,7 +35,7 @@ def _errors_in_plain_words() -> Iterator[None]:
 
     from transformers.utils import logging
 
-    from e3va_peft.training.config import UserError
+    from e3va_peft.errors import UserError
     from e3va_peft.training.run import Interrupted
 
     logging.set_verbosity_error()
@@ -170,7 +170,8 @@ def evaluate(
     with _errors_in_plain_words():
         from rich.console import Console
 
-        from e3va_peft.training.config import UserError, read_config
+        from e3va_peft.errors import UserError
+        from e3va_peft.training.config import read_config
         from e3va_peft.training.folder import CONFIG
         from e3va_peft.training.predict import evaluate as score
         from e3va_peft.training.run import plain

@@ -16,7 +16,8 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from rich.console import Console
 
-from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import parse_config
 from e3va_peft.training.data import Split, load_splits
 from e3va_peft.training.objects import decode_mask
 from e3va_peft.training.run import verify

@@ -27,7 +27,7 @@ from tests.models import CASES
 
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
-    {"storage", "registration", "frozen_pass", "saved"},
+    {"storage", "registration", "frozen_pass", "saved", "errors"},
     {"config", "fused"},
     {"highway", "backbones"},
     {"card", "recompute", "recorder"},

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SwinBackbone, SwinConfig
 
+from e3va_peft.errors import UserError
 from e3va_peft.measure.baselines import BASELINES, Bottleneck, LoRand, adapt
-from e3va_peft.training.config import UserError
 from e3va_peft.training.methods import trained_whole
 from tests.models import BY_NAME, every_model, loss_of, registered, train_steps
 from tests.test_counts import SWIN_B

@@ -14,13 +14,13 @@ from matplotlib.transforms import Bbox
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
+from e3va_peft.errors import UserError
 from e3va_peft.measure import compare as module
 from e3va_peft.measure import plots
 from e3va_peft.measure.baselines import BASELINES, adapt
 from e3va_peft.measure.compare import Comparison, compare, read_comparison
 from e3va_peft.measure.plots import draw_tradeoff
 from e3va_peft.training import trainer
-from e3va_peft.training.config import UserError
 from e3va_peft.training.run import train
 from tests.inputs import classify, segment, write
 from tests.test_train_command import Stop, adapter_weights, stop_after

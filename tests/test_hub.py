@@ -24,7 +24,8 @@ from transformers import SwinForImageClassification as Swin
 
 import e3va_peft
 from e3va_peft import E3VAConfig, load_adapter
-from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from tests.hub_server import TOKEN, HubServer
 from tests.inputs import classify

@@ -14,6 +14,7 @@ from transformers import SegformerConfig
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
+from e3va_peft.errors import UserError
 from e3va_peft.measure import measure_step, plan
 from e3va_peft.measure.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
 from e3va_peft.measure.cards import GIB, find_card, parse_memory, runs_on, software_stack
@@ -27,7 +28,6 @@ from e3va_peft.measure.prediction import (
     most_live_blocks,
     needed_bytes,
 )
-from e3va_peft.training.config import UserError
 from e3va_peft.training.methods import adapt
 from tests.models import BY_NAME
 

@@ -16,7 +16,8 @@ import yaml
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
-from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import parse_config
 from e3va_peft.training.folder import LOCK, MARKER, locked
 from e3va_peft.training.predict import load_trained
 from e3va_peft.training.run import train

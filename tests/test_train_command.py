@@ -22,8 +22,9 @@ from typer.testing import CliRunner
 
 import e3va_peft
 from e3va_peft.cli import app
+from e3va_peft.errors import UserError
 from e3va_peft.training import run as run_module
-from e3va_peft.training.config import UserError, parse_config, read_config
+from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from e3va_peft.errors import UserError
 from e3va_peft.training.config import (
     TASKS,
     RunConfig,
-    UserError,
     parse_config,
     read_config,
     recipe_text,

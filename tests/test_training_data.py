@@ -12,7 +12,8 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
 
-from e3va_peft.training.config import DataConfig, LabelKind, UserError
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import DataConfig, LabelKind
 from e3va_peft.training.data import Split, load_splits, missing_classes, open_image, open_label_map
 from e3va_peft.training.run import verify
 

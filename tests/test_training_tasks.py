@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
+from e3va_peft.errors import UserError
 from e3va_peft.training.batchnorm import SingleValueBatchNorm2d
-from e3va_peft.training.config import UserError, parse_config
+from e3va_peft.training.config import parse_config
 from e3va_peft.training.methods import adapt
 from e3va_peft.training.metrics import MeanIoU, accuracy_scores
 from e3va_peft.training.tasks import ImageClassification, SemanticSegmentation, Task, task_of

@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from e3va_peft.backbones import TapPoint
 from e3va_peft.backbones.base import adapted_blocks
+from e3va_peft.errors import UserError
 from e3va_peft.exits import Exit, find_exits
 from e3va_peft.training import methods
-from e3va_peft.training.config import UserError
 from e3va_peft.training.methods import checkpointed, freeze_backbone, trained_whole
 
 WIDTH = 64  # of bottlenecks, as in V-PETL Bench

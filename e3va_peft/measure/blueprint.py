@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from e3va_peft.errors import UserError, nearest
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.config import TASKS, UserError, nearest
+from e3va_peft.training.config import TASKS
 from e3va_peft.training.tasks.base import find_config, name_classes
 from e3va_peft.training.tasks.segmentation import segmenter_config
 

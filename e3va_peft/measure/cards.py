@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from e3va_peft.training.config import UserError, nearest
+from e3va_peft.errors import UserError, nearest
 
 GIB = 2**30
 

@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from e3va_peft.errors import UserError, nearest, reason
 from e3va_peft.layer import E3VALayer
 from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.measure.cards import GIB
 from e3va_peft.measure.step import Kind, _peak, _saved_bytes, _step
-from e3va_peft.training.config import UserError, nearest, reason
 from e3va_peft.training.methods import adapt, checkpointed
 from e3va_peft.training.tasks.base import extras_at
 

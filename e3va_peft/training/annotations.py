@@ -13,7 +13,8 @@ from xml.etree import ElementTree
 
 import datasets
 
-from e3va_peft.training.config import DataConfig, LabelKind, UserError, read_text, reason
+from e3va_peft.errors import UserError, read_text, reason
+from e3va_peft.training.config import DataConfig, LabelKind
 from e3va_peft.training.objects import Record
 from e3va_peft.training.sources import (
     EVAL,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from peft import LoraConfig
 from transformers import TrainingArguments
 
 from e3va_peft.config import E3VAConfig
+from e3va_peft.errors import UserError, nearest, read_text
 
 TASKS = ("image-classification", "semantic-segmentation", "object-detection", "instance-segmentation")
 OBJECT_TASKS = TASKS[2:]
@@ -46,21 +46,6 @@ _RESERVED = {
     "remove_unused_columns": "the data has no unused columns",
     "label_names": "the task knows them",
 }
-
-
-class UserError(ValueError):
-    """What a user can mend: the message names the argument or file, its value and the remedy."""
-
-
-def reason(error: Exception) -> str:
-    """Return the first line of what another library's error says, to be quoted in a `UserError`."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def nearest(value: str, names: Iterable[str]) -> str:
-    """Return ` Did you mean ...?` with the names most like a mistyped one; nothing where none is."""
-    close = difflib.get_close_matches(value, list(names), n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 @dataclass
@@ -279,18 +264,6 @@ def read_config(source: str | Path, overrides: Sequence[str] = (), methods: Sequ
     for override in overrides:
         _apply(values, override)
     return parse_config(values, methods)
-
-
-def read_text(path: Path) -> str:
-    """Read a text file, UTF-8 with or without a byte order mark.
-
-    Raises:
-        UserError: It is in another encoding, or cannot be read.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error}). Save it as UTF-8.") from None
 
 
 def _parse(text: str, where: str) -> Any:

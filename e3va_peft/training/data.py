@@ -18,8 +18,9 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from e3va_peft.errors import UserError
 from e3va_peft.training.annotations import Reader, find_objects
-from e3va_peft.training.config import DataConfig, LabelKind, UserError
+from e3va_peft.training.config import DataConfig, LabelKind
 from e3va_peft.training.objects import Decoded, decode
 from e3va_peft.training.sources import (
     EVAL,

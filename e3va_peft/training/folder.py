@@ -19,7 +19,8 @@ import psutil
 from rich.console import Console
 from rich.markup import escape
 
-from e3va_peft.training.config import METHODS, RunConfig, UserError, read_config, read_text
+from e3va_peft.errors import UserError, read_text
+from e3va_peft.training.config import METHODS, RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
 ADAPTER, MODEL = "adapter", "model"

@@ -12,8 +12,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from e3va_peft.config import E3VAConfig
+from e3va_peft.errors import UserError
 from e3va_peft.exits import everything_outside, find_exits
-from e3va_peft.training.config import UserError
 
 LEARNING_RATES = {"e3va": 2e-3, "head-only": 2e-3, "lora": 1e-3, "full": 1e-4}
 QUERIES_AND_VALUES = ("query", "value", "q_proj", "v_proj")

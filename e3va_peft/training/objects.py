@@ -11,7 +11,7 @@ from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
 
 from e3va_peft.detection.coco import LEAST_SIDE, are_numbers, encode_segmentation, is_set
-from e3va_peft.training.config import UserError
+from e3va_peft.errors import UserError
 
 RLE: TypeAlias = Mapping[str, Any]
 """A mask in COCO's compressed run-length encoding: `{"size": [H, W], "counts": bytes}`."""

@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversal
 
 from e3va_peft import detection
 from e3va_peft.detection import Detector
+from e3va_peft.errors import UserError
 from e3va_peft.loading import load_adapter
-from e3va_peft.training.config import RunConfig, UserError
+from e3va_peft.training.config import RunConfig
 from e3va_peft.training.data import Examples, load_eval_split, open_image
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.objects import Detections, Objects, decode_mask

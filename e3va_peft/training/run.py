@@ -30,7 +30,8 @@ from transformers import TrainingArguments, set_seed
 
 from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
-from e3va_peft.training.config import RunConfig, UserError, reason
+from e3va_peft.errors import UserError, reason
+from e3va_peft.training.config import RunConfig
 from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.folder import (
     ADAPTER,

@@ -8,7 +8,8 @@ from typing import Any
 
 import datasets
 
-from e3va_peft.training.config import DataConfig, UserError, read_text, reason
+from e3va_peft.errors import UserError, read_text, reason
+from e3va_peft.training.config import DataConfig
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 TRAIN = ("train", "training")

@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalPrediction
 
-from e3va_peft.training.config import UserError
+from e3va_peft.errors import UserError
 from e3va_peft.training.curves import draw_curves
 from e3va_peft.training.recipe import without_timings
 from e3va_peft.training.tasks import Task

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from e3va_peft.card import PROCESSOR
-from e3va_peft.training.config import LabelKind, RunConfig, UserError, nearest, reason
+from e3va_peft.errors import UserError, nearest, reason
+from e3va_peft.training.config import LabelKind, RunConfig
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 

@@ -27,8 +27,9 @@ from e3va_peft.detection import (
     RetinaNetConfig,
 )
 from e3va_peft.detection.pyramid import is_plain, stage_names
+from e3va_peft.errors import UserError
 from e3va_peft.training.average_precision import coco_scores, voc_scores
-from e3va_peft.training.config import HEADS, LabelKind, UserError
+from e3va_peft.training.config import HEADS, LabelKind
 from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.packing import pack, unpack
 from e3va_peft.training.tasks import mask2former

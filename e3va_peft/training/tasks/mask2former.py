@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor
 
 from e3va_peft.detection.pyramid import backbone_strides, is_plain
-from e3va_peft.training.config import RunConfig, UserError
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import RunConfig
 from e3va_peft.training.tasks.base import find_config, load_backbone, load_weights, make_processor
 
 LONGEST = 1333 / 800

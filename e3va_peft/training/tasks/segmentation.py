@@ -26,8 +26,8 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from e3va_peft.detection.pyramid import stage_names
+from e3va_peft.errors import UserError
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.config import UserError
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
