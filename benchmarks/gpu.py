@@ -14,11 +14,11 @@ Needs the extra `dev` and no network: weights are random. It does, in this order
 4. *compiled*: the same model with `torch.compile` and without, in turn. No compilation begins once the time is over.
 
 fp32 weights and fused AdamW with its moments in place; bf16 and fp16 by autocast, fp16 with a GradScaler. What runs
-out of memory or fails is recorded as such, and the rest goes on. The output folder gets `gpu.json`, written after each
-measurement, and at the end `gpu.md`, the table that is printed. The exit status is 1 where a law is broken, or a step
-that is not compiled fails for another reason than memory.
+out of memory or fails is recorded as such, and the rest continues. The output folder gets `gpu.json`, written after
+each measurement, and at the end `gpu.md`, the table that is printed. The exit status is 1 where a law is broken, or a
+step that is not compiled fails for another reason than memory.
 
-Where there is no CUDA it rehearses on the CPU, whose peaks are those of the meter of `measure_step`, and records that
+Without CUDA it rehearses on the CPU, whose peaks are those of the meter of `measure_step`, and records that
 in a temporary folder.
 """
 
@@ -96,7 +96,7 @@ class Setting:
 
 
 def find_setting(key: str, quick: bool) -> Setting:
-    """Return what is measured under a name."""
+    """The measurements under a name."""
     if quick:
         tiny = BY_NAME[SETTINGS[key][1]]
         return Setting(f"tiny {tiny.name}", tiny.build, tiny.training_batch, tiny.size[0], 2)
@@ -314,7 +314,7 @@ def table(rows: list[Row]) -> str:
 
 
 def step_of(row: Row) -> tuple[str, ...]:
-    """Return what tells one step from another."""
+    """The fields that tell one step from another."""
     return row["setting"], row["method"], row["precision"]
 
 
@@ -349,7 +349,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder; benchmarks/results, a temporary one for a rehearsal")
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.quick:
-        print("There is no CUDA here: a rehearsal with tiny models on the CPU.", flush=True)
+        print("No CUDA here: a rehearsal with tiny models on the CPU.", flush=True)
         args.quick = True
     for option, known in choices.items():
         default = REHEARSED.get(option, list(known)) if args.quick else list(known)

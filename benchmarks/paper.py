@@ -11,7 +11,7 @@ backward, and one whole step, which counts the peak of live tensor bytes. Time i
 step of every method in turn, after one round to warm up; all models are in memory then.
 
 bf16 is mixed precision by the rules of the CPU. Below the meter its products are computed in fp32, see `WideProducts`:
-the same tensors, and so the same bytes, in minutes in place of hours.
+the same tensors, and so the same bytes, in minutes instead of hours.
 
 Full fine-tuning fills the gaps of glibc's heap besides: set MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ to 65536
 where memory is short, as `plan.py` does.
@@ -263,7 +263,7 @@ def describe(args: argparse.Namespace, method: str) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return what is recorded."""
+    """The recorded rows."""
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
@@ -278,7 +278,7 @@ def recorded(path: Path, about: dict[str, Any]) -> bool:
 
 
 def record(path: Path, row: dict[str, Any]) -> None:
-    """Write a row in place of an earlier one, with where it comes from."""
+    """Write a row, instead of an earlier one, with where it comes from."""
     kept = [other for other in read_rows(path) if not same(other, row)]
     path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps({"rows": [*kept, row | {"origin": origin()}]}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What every recorded benchmark says about itself: versions, machine, revision, command."""
+"""Origin of every recorded benchmark: versions, machine, revision, command."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def origin(*more: str) -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Return the commit that is checked out; nothing where there is no git to ask."""
+    """Return the commit that is checked out; nothing without git."""
     if shutil.which("git") is None:
         return ""
     asked = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)

@@ -138,7 +138,7 @@ def configure(args: argparse.Namespace, method: str, rate: float, seed: int, sea
 
 
 def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
-    """Return what every recorded run sets."""
+    """The fields that every recorded run sets."""
     return [
         f"model={model}",
         f"output={output}",

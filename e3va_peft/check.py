@@ -40,7 +40,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Report:
-    """What `check_backbone` found.
+    """Findings of `check_backbone`.
 
     Attributes:
         laws: The laws, in the order in which they were tried.
@@ -240,7 +240,7 @@ def _says_what_the_method_says(trial: _Trial) -> None:
 
 
 def _trains_what_it_says(trial: _Trial) -> None:
-    """What is trained gets a gradient, and nothing else."""
+    """Everything that is trained gets a gradient, and nothing else."""
     model = trial.adapted().train()
     trial.loss(model).backward()
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -325,7 +325,7 @@ _LAWS: tuple[Callable[[_Trial], str | None], ...] = (
 
 
 class _Block(NamedTuple):
-    """What an adapted block saw and did: its stage, the stream before and behind it, and its taps, all (B, N, C)."""
+    """Record of an adapted block: its stage, the stream before and behind it, and its taps, all (B, N, C)."""
 
     stage: int
     before: Tensor

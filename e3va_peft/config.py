@@ -1,4 +1,4 @@
-"""What a user may choose: `E3VAConfig`."""
+"""`E3VAConfig`: the choices of a user."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """What a user can fix: the message names the argument or file, its value and the remedy."""
+    """Error that a user can fix: the message names the argument or file, its value and the remedy."""
 
 
 def reason(error: Exception) -> str:

@@ -39,7 +39,7 @@ class MergingCall(NamedTuple):
 
 @dataclass
 class FrozenPass:
-    """What one forward of a frozen backbone leaves. Tensors are detached and have their channels last.
+    """Record of one forward of a frozen backbone. Tensors are detached and have their channels last.
 
     Attributes:
         taps: (stage, index of its adapter) -> what is kept of the tap (B, N, C), see `highway.Lane.keep`.

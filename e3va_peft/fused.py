@@ -1,4 +1,4 @@
-"""What runs in place of the formulas of `highway`: the same values and gradients, with less kept and fewer kernels.
+"""Fused forms of the formulas of `highway`: the same values and gradients, with less kept and fewer kernels.
 
 A stage keeps nothing for backward but its taps and computes again what is between them and their sum; patch merging,
 where taps are rounded, keeps its input in int8. `tests/test_highway.py` compares every function with its plain form in
@@ -287,7 +287,7 @@ def _in_dtype(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any]:
 
 
 def own_parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Return a module's parameters by name; of a replica (`nn.DataParallel`), whose tensors are no parameters, too."""
+    """Parameters of a module by name, also of a replica (`nn.DataParallel`), whose tensors are not parameters."""
     found: dict[str, Tensor] = {}
     for path, part in module.named_modules():
         tensors = getattr(part, "_former_parameters", None) or part._parameters

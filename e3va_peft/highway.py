@@ -103,7 +103,7 @@ class Stage(nn.Module):
 
     @property
     def factors(self) -> tuple[Tensor, ...]:
-        """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are no parameters)."""
+        """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are not parameters)."""
         return tuple(getattr(self, name) for name in self.FACTORS)
 
     def calibrate(self, index: int, tap: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""What reads inside the frozen backbone: hooks, which write to the recorder of the forward that runs."""
+"""Hooks that read inside the frozen backbone: they write to the recorder of the forward that runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FRONT: ContextVar[Mapping[str, Front]] = ContextVar("e3va_front", default={})  #
 
 
 class Front(NamedTuple):
-    """What a frozen module in front of an exit saw.
+    """Note of a frozen module in front of an exit.
 
     Attributes:
         image: (H, W) of its image; None where it was given none.

@@ -56,7 +56,7 @@ class Lane:
         return self.grad and self.storage != "recompute"
 
     def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-        """Return what the lane wants of a tap (B, N, C): packed, or (B, N, r + 1), reduced at once by each highway."""
+        """The part of a tap (B, N, C) that is kept: packed, or (B, N, r + 1), reduced at once by each highway."""
         for highway in self.highways if self.grad else ():
             highway.stages[stage].calibrate(index, tap)  # type: ignore[operator]
         if self.keeps_taps:

@@ -151,7 +151,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return self._host[0] if self.is_method else self.base_layer
 
     def adapters(self, container: str = "e3va_highway") -> dict[str, nn.Module]:
-        """Return what a container holds for each adapter, also where regional compilation has wrapped it."""
+        """The members of a container, adapter -> module, also where regional compilation has wrapped it."""
         held = getattr(self, container)
         return dict(getattr(held, "_orig_mod", held).items())
 
@@ -325,7 +325,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return [part for block in eager if (part := submodule(block, self.family.tokenwise)) is not None]
 
     def _take_front(self) -> Mapping[str, Front]:
-        """Return what the frozen modules in front have noted for this forward, and forget it."""
+        """Notes of the frozen modules in front for this forward; they are forgotten."""
         if torch.compiler.is_compiling():
             return {}
         noted = FRONT.get()

@@ -129,7 +129,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         )
     model_class: Any = getattr(importlib.import_module(library), class_name, None)
     if not _is_transformers_model(model_class):
-        raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is no transformers model.")
+        raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is not a transformers model.")
     if not (folder / BASE_CONFIG).is_file():
         raise FileNotFoundError(
             f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."

@@ -27,7 +27,7 @@ PARTS, MIN_TOKENS = 8, 512  # an MLP widens tokens four times: an eighth of them
 
 
 class Recompute:
-    """What backward has to know of one forward, to run it again.
+    """Everything that backward has to know of one forward to run it again.
 
     Args:
         highways: The active highways.
@@ -139,7 +139,7 @@ class Segment:
 
 
 class State:
-    """What a forward depends on beside its arguments: autocast, and the state of the random number generators."""
+    """Surroundings of a forward: autocast, and the state of the random number generators."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self.autocast = {

@@ -1,4 +1,4 @@
-"""What cannot work in a given model, refused before anything is changed."""
+"""Refusals of everything that cannot work in a given model, before anything is changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the names in an `E3VAConfig` mean in a given model."""
+"""Names in an `E3VAConfig`, resolved to the modules of a given model."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Ex
 
 
 def _names(patterns: list[str] | str, name: str, full: set[str]) -> bool:
-    """Whether a pattern means a name: a regular expression, a full name, or the end of names that is no full name."""
+    """Whether a pattern means a name: a regular expression, a full name, or an ending that is not one."""
     if isinstance(patterns, str):
         return re.fullmatch(patterns, name) is not None
     return any(name == pattern or (pattern not in full and name.endswith(f".{pattern}")) for pattern in patterns)

@@ -22,12 +22,12 @@ class SavedModule(ModulesToSaveWrapper):
 
     `disable_adapter()` has to give the base, so PEFT keeps the base's module beside its copies, on the same device.
     For a new head that is a second head which nobody uses. Here it is part of the model only while it computes, that
-    is while adapters are disabled or the active one has no copy. Otherwise it *waits*: it is no child of the wrapper,
-    so that `parameters()`, `.to(device)`, DDP and FSDP do not see it, and its numbers are in a temporary file which
-    is mapped into memory. They can be read like any tensor on the CPU (`original_module`, `state_dict()`, copies,
-    pickles), but the operating system reads a page of them when it is touched and drops it when it needs the room.
-    When it is asked for, it comes back: on the CPU without a copy, elsewhere to the device of its trained copy, and
-    it is written to a new file when it leaves.
+    is while adapters are disabled or the active one has no copy. Otherwise it *waits*: it is not a child of the
+    wrapper, so that `parameters()`, `.to(device)`, DDP and FSDP do not see it, and its numbers are in a temporary file
+    which is mapped into memory. They can be read like any tensor on the CPU (`original_module`, `state_dict()`,
+    copies, pickles), but the operating system reads a page of them when it is touched and drops it when it needs the
+    room. When it is asked for, it comes back: on the CPU without a copy, elsewhere to the device of its trained copy,
+    and it is written to a new file when it leaves.
 
     The storage of the copy cannot be shared instead: the first step of an optimizer writes it in place.
 

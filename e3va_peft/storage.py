@@ -85,7 +85,7 @@ def keep(tap: Tensor, storage: str, norm: str) -> tuple[Tensor, ...]:
 
 
 def read(kept: Sequence[Tensor], width: int, dtype: torch.dtype, norm: str) -> tuple[Tensor, Tensor | None]:
-    """Return what an adapter reads of a tap, (..., C), and the deviation that it answers in, (..., 1) or None.
+    """The tap as an adapter reads it, (..., C), and the deviation that it answers in, (..., 1) or None.
 
     Args:
         kept: What `keep` returned.

@@ -301,7 +301,7 @@ def test_input_gradients_that_were_on_are_on_again_after_unload():
 def test_taps_that_the_backbone_does_not_have_are_refused_with_those_it_has():
     refused(
         BY_NAME["swin-classifier"].base(),
-        r"taps=\('attn',\): \['attn'\] is no branch of a swin block.*\('attention', 'mlp'\)",
+        r"taps=\('attn',\): \['attn'\] is not a branch of a swin block.*\('attention', 'mlp'\)",
         taps=("attn",),
     )
     model = get_peft_model(BY_NAME["swin-classifier"].base(), E3VAConfig(r=4, taps=["mlp", "attention"]))

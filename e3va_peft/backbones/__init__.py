@@ -1,4 +1,4 @@
-"""What is known about frozen backbones, as data. The only place that names their attributes: one family, one file."""
+"""Families of frozen backbones, as data. The only place that names their attributes: one family, one file."""
 
 from __future__ import annotations
 

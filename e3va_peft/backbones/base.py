@@ -1,4 +1,4 @@
-"""What E3VA has to know about a family of backbones, as one declaration: `Backbone`."""
+"""`Backbone`: the declaration of a family of backbones, with all that E3VA has to know about it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Branch:
 
 
 def in_turn(modules: Sequence[Callable[..., Any]], x: Tensor, grid: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Run modules one behind the other; the first gets all arguments. Of a tuple, the first goes on."""
+    """Run modules one behind the other; the first gets all arguments. Of a tuple, the first is passed on."""
     for i, module in enumerate(modules):
         output = module(x) if i else module(x, *args, **kwargs)
         x = output[0] if isinstance(output, tuple) else output
@@ -63,7 +63,7 @@ class Merging:
 
 @dataclass(frozen=True)
 class Host:
-    """What surrounds an exit. Paths are relative to the exit: `../embeddings` is a module beside it.
+    """Surroundings of an exit. Paths are relative to the exit: `../embeddings` is a module beside it.
 
     Attributes:
         classes: Qualified names of the class at `path`; none: any.
@@ -87,7 +87,7 @@ class Host:
 
 @dataclass(frozen=True)
 class GridSource:
-    """What is known where the first block of a stage is called.
+    """Facts that are known where the first block of a stage is called.
 
     Attributes:
         args: The block's positional arguments; the first is the stream.
@@ -165,7 +165,7 @@ def adapted_blocks(stages: Sequence[StageSpec], depth: Sequence[int]) -> dict[st
 
 @dataclass(frozen=True)
 class Site:
-    """What surrounds an exit in a given model; names are relative to the root model.
+    """Surroundings of an exit in a given model; names are relative to the root model.
 
     Attributes:
         depth: Blocks to adapt in each stage, up to the deepest output that anything asks for.
@@ -291,7 +291,7 @@ class Backbone:
             return BLOCK
         if unknown := sorted(set(chosen) - set(self.branches)):
             raise ValueError(
-                f"taps={tuple(chosen)!r}: {unknown} is no branch of a {self.name} block. Choose among "
+                f"taps={tuple(chosen)!r}: {unknown} is not a branch of a {self.name} block. Choose among "
                 f"{tuple(self.branches)}, or {BLOCK}, their sum; None means all of them."
             )
         return tuple(name for name in self.branches if name in chosen)
@@ -359,7 +359,7 @@ class Backbone:
         return points
 
     def runner(self) -> Callable[..., Tensor]:
-        """Return what runs the merging outside of the backbone."""
+        """The function that runs the merging outside of the backbone."""
         assert self.merging is not None
         default = in_turn if self.channels == "last" else in_turn_channels_first
         return self.merging.run or default

@@ -114,7 +114,7 @@ def _convert(source: Path) -> "Dinov2Model":
     """Build the `Dinov2Model` whose output equals the tensor `/backbone/layernorm/Add_1_output_0` of the ONNX graph.
 
     The settings are those of the graph: 37 x 37 position embeddings are 518 pixels at patch 14, the epsilon of every
-    norm is 1e-6, the GELU is the exact one, and there is no mask token.
+    norm is 1e-6, the GELU is the exact one, and the mask token is missing.
     """
     from transformers import Dinov2Config, Dinov2Model
 

@@ -1,4 +1,4 @@
-"""What COCO's annotations hold, brought to one form: polygons or run lengths, flags; and how thin a box may be."""
+"""COCO's annotations, brought to one form: polygons or run lengths, flags; and how thin a box may be."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ _OCTAVE = tuple(4 * 2 ** (i / 3) for i in range(3))
 
 @strict
 class DetectorConfig(PreTrainedConfig):
-    """What all detectors have in common: a backbone, a feature pyramid on it, anchors on the pyramid.
+    """Common part of all detectors: a backbone, a feature pyramid on it, anchors on the pyramid.
 
     Attributes:
         backbone_config: Config of any backbone of transformers that yields feature maps, timm's in a `TimmBackbone`
@@ -76,9 +76,9 @@ class MaskRCNNConfig(DetectorConfig):
         iou_thresholds: One stage for each: the IoU from which a proposal is of an object.
         box_weights: Scale of the four regression targets, one row for each stage.
         loss_weights: Weight of each stage's loss.
-        class_agnostic: One box for all classes in place of one for each.
+        class_agnostic: One box for all classes instead of one for each.
         box_head_dim: Width of the two linear layers of a box head.
-        box_head_convs: 3x3 convolutions with GroupNorm in front of one linear layer, in place of two linear layers.
+        box_head_convs: 3x3 convolutions with GroupNorm in front of one linear layer, instead of two linear layers.
         mask_dim: Channels of the four convolutions of a mask head.
         box_batch_size_per_image: Proposals that are trained on.
         box_positive_fraction: At most this share of them is of objects.

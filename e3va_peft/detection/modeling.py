@@ -41,7 +41,7 @@ _PRIOR = 0.01  # probability of an object that RetinaNet begins with
 
 @dataclass
 class DetectionOutput(ModelOutput):
-    """What a detector returns. Images of a batch find unequally many objects: D is the most, the rest is padding.
+    """Output of a detector. Images of a batch find unequally many objects: D is the most, the rest is padding.
 
     Attributes:
         loss: Sum of the losses, where there are labels.

@@ -78,7 +78,7 @@ class DetectionImageProcessor(DetrImageProcessor):
             For each image `scores` (n,), `labels` (n,) and `boxes` (n, 4), x1 y1 x2 y2, the best first.
 
         Raises:
-            ValueError: There are no detections in `outputs`, or more or fewer sizes than images.
+            ValueError: `outputs` hold no detections, or more or fewer sizes than images.
         """
         return [
             {"scores": found["scores"], "labels": found["labels"], "boxes": found["boxes"]}
@@ -105,7 +105,7 @@ class DetectionImageProcessor(DetrImageProcessor):
             best first.
 
         Raises:
-            ValueError: There are no masks in `outputs`, or no size for each image.
+            ValueError: `outputs` hold no masks, or no size for each image.
         """
         if outputs.pred_masks is None or target_sizes is None:
             what = "outputs.pred_masks=None: a model without masks has none. Use post_process_object_detection."

@@ -98,7 +98,7 @@ class MaskPredictor(MaskRCNNPredictor):
 class CascadeRoIHeads(nn.Module):
     """Box and mask heads in stages: each classifies and refines the boxes of the one before.
 
-    In training, later stages match the refined boxes anew and draw no new sample, as in detectron2's cascade. At test
+    In training, later stages match the refined boxes again and draw no new sample, as in detectron2's cascade. At test
     time the class probabilities of all stages are averaged, and so are those of their masks; the last stage's boxes
     count.
 

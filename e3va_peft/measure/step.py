@@ -1,4 +1,4 @@
-"""What one training step costs: bytes kept for backward, peak of live bytes, milliseconds.
+"""Cost of one training step: bytes kept for backward, peak of live bytes, milliseconds.
 
 Bytes are counted from the storages of the tensors themselves, so they are the same in every run. They leave out what
 an allocator adds (rounding, fragmentation, the CUDA context) and the scratch space inside a kernel: expect
