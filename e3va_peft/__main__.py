@@ -1,6 +1,19 @@
-"""`python -m e3va_peft` is `e3va`."""
+"""`python -m e3va_peft`, which is `e3va`."""
 
-from e3va_peft.cli import main
+import sys
+
+from e3va_peft.errors import MissingExtra
+
+
+def main() -> None:
+    """Run the command line, or name the install line of what it needs."""
+    try:
+        from e3va_peft.cli import main as run
+
+        run()
+    except MissingExtra as error:
+        sys.exit(f"error: {error}")
+
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,3 +33,18 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error}). Save it as UTF-8.") from None
+
+
+class MissingExtra(ModuleNotFoundError):
+    """Error of a room whose packages are not installed: the message names them and the install line."""
+
+
+def require_train(room: str) -> None:
+    """Refuse to import a room of the extra `train` where its packages are not installed.
+
+    Raises:
+        MissingExtra: One is missing.
+    """
+    packages = ("faster_coco_eval", "matplotlib", "PIL", "psutil", "rich", "scipy", "torchmetrics", "torchvision")
+    if missing := [package for package in packages if importlib.util.find_spec(package) is None]:
+        raise MissingExtra(f'{room} needs {", ".join(missing)}: pip install "e3va_peft[train]"', name=missing[0])

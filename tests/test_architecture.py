@@ -189,6 +189,52 @@ def test_importing_the_package_warns_about_nothing_and_reloading_it_does_no_harm
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+WITHOUT_EXTRAS = """
+import sys
+from importlib.machinery import PathFinder
+
+hidden = {"faster_coco_eval", "matplotlib", "PIL", "scipy", "timm", "torchao", "bitsandbytes", "torchmetrics"}
+hidden |= {"torchvision", "onnx", "nilearn"}
+find = PathFinder.find_spec
+is_hidden = lambda name: name.split(".")[0] in hidden
+PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if is_hidden(name) else find(name, *rest))
+"""
+
+
+def test_the_core_adapts_trains_and_saves_without_the_extras(tmp_path):
+    code = WITHOUT_EXTRAS + (
+        "import torch\n"
+        "from peft import PeftModel, get_peft_model\n"
+        "from transformers import ViTConfig, ViTForImageClassification\n"
+        "from e3va_peft import E3VAConfig, check_backbone\n"
+        "size = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16)\n"
+        "base = lambda: ViTForImageClassification(ViTConfig(**size, patch_size=8))\n"
+        "batch = {'pixel_values': torch.randn(2, 3, 16, 16), 'labels': torch.tensor([0, 1])}\n"
+        "model = get_peft_model(base(), E3VAConfig(r=2))\n"
+        "model(**batch).loss.backward()\n"
+        f"model.save_pretrained({str(tmp_path)!r})\n"
+        f"PeftModel.from_pretrained(base(), {str(tmp_path)!r})\n"
+        "assert check_backbone(base(), batch).ok\n"
+        "assert not hidden & {name.split('.')[0] for name in sys.modules}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("room", ["e3va_peft.training", "e3va_peft.detection"])
+def test_a_room_whose_packages_are_missing_names_the_install_line(room):
+    code = WITHOUT_EXTRAS + f"import {room}\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    last = ran.stderr.strip().splitlines()[-1]
+    assert f"{room} needs faster_coco_eval, matplotlib, PIL" in last and 'pip install "e3va_peft[train]"' in last
+
+
+def test_the_command_line_names_the_install_line_of_what_is_missing():
+    code = WITHOUT_EXTRAS + "from e3va_peft.__main__ import main\nsys.argv = ['e3va', 'train', 'x.yaml']\nmain()\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 1 and "Traceback" not in ran.stderr
+    assert 'pip install "e3va_peft[train]"' in ran.stderr
+
+
 def test_the_readme_shows_what_was_recorded():
     subprocess.run([sys.executable, PACKAGE.parent / "benchmarks" / "readme_tables.py", "--check"], check=True)
 

@@ -2,9 +2,24 @@
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForInstanceSegmentation, AutoModelForObjectDetection
 
-from e3va_peft.detection.config import CascadeMaskRCNNConfig, DetectorConfig, MaskRCNNConfig, RetinaNetConfig
-from e3va_peft.detection.modeling import CascadeMaskRCNN, DetectionOutput, Detector, MaskRCNN, RetinaNet
-from e3va_peft.detection.processing import DetectionImageProcessor
+from e3va_peft.errors import require_train
+
+require_train(__name__)
+
+from e3va_peft.detection.config import (  # noqa: E402  what they need is known to be there
+    CascadeMaskRCNNConfig,
+    DetectorConfig,
+    MaskRCNNConfig,
+    RetinaNetConfig,
+)
+from e3va_peft.detection.modeling import (  # noqa: E402
+    CascadeMaskRCNN,
+    DetectionOutput,
+    Detector,
+    MaskRCNN,
+    RetinaNet,
+)
+from e3va_peft.detection.processing import DetectionImageProcessor  # noqa: E402
 
 for _config, _model in (
     (RetinaNetConfig, RetinaNet),
