@@ -17,8 +17,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
+from e3va_peft.data.objects import encode_masks
 from e3va_peft.detection.coco import encode_segmentation
-from e3va_peft.training.objects import encode_masks
 
 SPLITS = ("train", "val")
 LEAST = 16

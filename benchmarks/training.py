@@ -28,10 +28,10 @@ import torch
 from record import save
 from transformers.utils import logging
 
+from e3va_peft.data.load import load_splits
 from e3va_peft.measure.baselines import adapt
 from e3va_peft.measure.compare import Comparison, measure_steps
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.data import load_splits
 from e3va_peft.training.folder import finished
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of

@@ -40,6 +40,7 @@ ORDER = [
     {"loading", "check"},
     {""},
     {"detection"},
+    {"data"},
     {"training"},
     {"measure"},
     {"demo"},
@@ -88,6 +89,12 @@ def test_imports_run_in_one_direction_only():
             if own in TORCH_ONLY and module.split(".")[0] not in {"e3va_peft", "__future__"}:
                 library = module.split(".")[0]
                 assert library == "torch" or library in sys.stdlib_module_names, f"{own} imports {module}"
+
+
+def test_no_module_reads_or_writes_pickles():
+    for path in PACKAGE.rglob("*.py"):
+        found = {module.split(".")[0] for module in imports(path)}
+        assert not found & {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}, path
 
 
 def test_registration_is_a_real_member_of_the_enum():

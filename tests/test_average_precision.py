@@ -19,8 +19,8 @@ from transformers import DetrImageProcessor
 from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
 from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
+from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.average_precision import CocoAP, VocAP50, coco_scores, voc_scores
-from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.packing import pack, unpack
 
 K = 5

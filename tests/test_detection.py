@@ -44,6 +44,7 @@ from transformers import (
 
 import e3va_peft
 from e3va_peft import E3VAConfig
+from e3va_peft.data.objects import Detections, Objects, encode_masks
 from e3va_peft.detection import (
     CascadeMaskRCNN,
     CascadeMaskRCNNConfig,
@@ -58,7 +59,6 @@ from e3va_peft.detection import (
 from e3va_peft.detection.pyramid import PyramidAnchors, feature_maps, map_strides, pyramid_strides
 from e3va_peft.detection.roi import CascadeRoIHeads
 from e3va_peft.training.average_precision import coco_scores
-from e3va_peft.training.objects import Detections, Objects, encode_masks
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.detection import detections
 from tests.models import PLAIN, STAGES, SWIN

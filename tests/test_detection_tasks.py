@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torchvision.ops import box_convert
 
+from e3va_peft.data.examples import Examples
+from e3va_peft.data.load import load_splits
+from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import HEADS, parse_config
-from e3va_peft.training.data import Examples, load_splits
-from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.packing import unpack
 from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
 from e3va_peft.training.run import train

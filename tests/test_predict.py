@@ -21,9 +21,10 @@ from typer.testing import CliRunner
 import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
+from e3va_peft.data.images import open_label_map
+from e3va_peft.data.load import load_eval_split, load_splits
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config
-from e3va_peft.training.data import load_eval_split, load_splits, open_label_map
 from e3va_peft.training.methods import adapt
 from e3va_peft.training.predict import evaluate, load_trained, palette, predict
 from e3va_peft.training.tasks.base import find_config, find_processor

@@ -16,12 +16,13 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
+from e3va_peft.data.examples import Examples, Split
+from e3va_peft.data.load import load_splits
 from e3va_peft.errors import UserError, nearest
 from e3va_peft.measure.baselines import BASELINES, adapt
 from e3va_peft.measure.report import Row, write_report
 from e3va_peft.measure.step import StepReport, measure_step
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.data import Examples, Split, load_splits
 from e3va_peft.training.folder import checkpoints, finished
 from e3va_peft.training.methods import trained_whole
 from e3va_peft.training.run import build_arguments, train, verify

@@ -17,8 +17,8 @@ from faster_coco_eval.core import mask as mask_api
 from torch import Tensor
 from torchvision.ops import box_iou
 
+from e3va_peft.data.objects import RLE, Detections, Objects, encode_masks
 from e3va_peft.training.metrics import Scores, _Reducing
-from e3va_peft.training.objects import RLE, Detections, Objects, encode_masks
 from e3va_peft.training.packing import from_bytes, to_bytes
 
 Interpolation = Literal["area", "11-point"]

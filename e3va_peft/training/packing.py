@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from e3va_peft.training.objects import RLE, Detections, Objects
+from e3va_peft.data.objects import RLE, Detections, Objects
 
 PADDING = -100  # what the Trainer pads with
 

@@ -22,15 +22,17 @@ from torchvision.utils import draw_bounding_boxes
 from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
 from e3va_peft import detection
+from e3va_peft.data.examples import Examples
+from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
+from e3va_peft.data.load import load_eval_split
+from e3va_peft.data.names import class_names
+from e3va_peft.data.objects import Detections, Objects, decode_mask
 from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.data import Examples, load_eval_split, open_image
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
-from e3va_peft.training.objects import Detections, Objects, decode_mask
 from e3va_peft.training.run import build_arguments, plain
-from e3va_peft.training.sources import IMAGE_SUFFIXES, class_names
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections

@@ -30,9 +30,11 @@ from transformers import TrainingArguments, set_seed
 
 from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
+from e3va_peft.data.examples import Examples, Split
+from e3va_peft.data.load import load_splits
+from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.data import Examples, Split, load_splits, missing_classes
 from e3va_peft.training.folder import (
     ADAPTER,
     CURVES,
@@ -235,7 +237,7 @@ def verify(splits: Sequence[Split | None], console: Console) -> None:
         notes: list[str] = []
         with progress.Progress(console=console, transient=True) as bars:
             task = bars.add_task(f"checking {escape(split.name)}", total=len(split))
-            counts = split.verify(partial(bars.advance, task), notes.append)
+            counts = verify_split(split, partial(bars.advance, task), notes.append)
         for note in notes:
             console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
         for name in missing_classes(counts, split.labels):

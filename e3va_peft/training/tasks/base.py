@@ -20,8 +20,9 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from e3va_peft.card import PROCESSOR
+from e3va_peft.data.config import LabelKind
 from e3va_peft.errors import UserError, nearest, reason
-from e3va_peft.training.config import LabelKind, RunConfig
+from e3va_peft.training.config import RunConfig
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
 

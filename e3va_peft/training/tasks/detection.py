@@ -15,6 +15,8 @@ from torchvision.transforms import InterpolationMode, v2
 from transformers import Mask2FormerConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
+from e3va_peft.data.config import LabelKind
+from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.detection import (
     CascadeMaskRCNN,
     CascadeMaskRCNNConfig,
@@ -29,8 +31,7 @@ from e3va_peft.detection import (
 from e3va_peft.detection.pyramid import is_plain, stage_names
 from e3va_peft.errors import UserError
 from e3va_peft.training.average_precision import coco_scores, voc_scores
-from e3va_peft.training.config import HEADS, LabelKind
-from e3va_peft.training.objects import Detections, Objects, decode_mask, encode_masks
+from e3va_peft.training.config import HEADS
 from e3va_peft.training.packing import pack, unpack
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (

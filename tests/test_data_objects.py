@@ -16,10 +16,12 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 from rich.console import Console
 
+from e3va_peft.data.examples import Split
+from e3va_peft.data.load import load_splits
+from e3va_peft.data.objects import decode_mask
+from e3va_peft.data.verify import verify_split
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config
-from e3va_peft.training.data import Split, load_splits
-from e3va_peft.training.objects import decode_mask
 from e3va_peft.training.run import verify
 
 WIDTH, HEIGHT = 20, 10
@@ -73,7 +75,7 @@ def changed(part: str, index: int = 0, **values: Any) -> dict[str, Any]:
 
 def notes(split: Split) -> list[str]:
     found: list[str] = []
-    split.verify(note=found.append)
+    verify_split(split, note=found.append)
     return found
 
 
@@ -95,7 +97,7 @@ def test_an_image_without_objects_stays(tmp_path):
         objects = split[1][1]
         assert len(objects) == 0 and objects.boxes.shape == (0, 4) and objects.image_id == 9
         assert objects.masks == (() if kind == "instances" else None)
-    assert split.verify().tolist() == [0, 1]
+    assert verify_split(split).tolist() == [0, 1]
 
 
 def test_polygons_and_both_kinds_of_rle_give_the_same_mask(tmp_path):
@@ -131,7 +133,7 @@ def test_crowds_are_marked_and_boxes_and_areas_come_from_masks_where_there_are_n
 def test_flags_may_be_text(flag, crowd, tmp_path):
     split, _ = coco(tmp_path, content=changed("annotations", iscrowd=flag))
     assert split[0][1].crowd.tolist() == [crowd]
-    assert split.verify().tolist() == [0, int(not crowd)], "crowds are not trained on"
+    assert verify_split(split).tolist() == [0, int(not crowd)], "crowds are not trained on"
 
 
 def test_the_splits_of_a_pattern_are_those_that_have_a_file(tmp_path):
@@ -207,7 +209,7 @@ def test_an_empty_mask_is_dropped_and_counted(empty, tmp_path):
 def test_a_malformed_entry_is_named_when_the_data_is_checked(content, parts, tmp_path):
     split, _ = coco(tmp_path, "instances", content)
     with pytest.raises(UserError) as error:
-        split.verify()
+        verify_split(split)
     assert all(part in str(error.value) for part in [*parts, "1 of 2 examples"]), error.value
 
 
@@ -429,7 +431,7 @@ def test_a_devkit_joins_its_years(tmp_path):
 )
 def test_a_malformed_xml_is_named(objects, parts, tmp_path):
     with pytest.raises(UserError) as error:
-        load("boxes", source=str(lists(voc(tmp_path, "a", objects), train="a")))[0].verify()
+        verify_split(load("boxes", source=str(lists(voc(tmp_path, "a", objects), train="a")))[0])
     assert all(part in str(error.value) for part in parts), error.value
 
 
@@ -445,13 +447,13 @@ def test_voc_that_does_not_match_its_folder_is_refused(tmp_path):
 def test_voc_of_another_size_than_its_image_is_refused(tmp_path):
     voc(tmp_path, "a", thing(), "<size><width>21</width><height>10</height></size>")
     with pytest.raises(UserError, match=r"a\.xml.*21 x 10"):
-        load("boxes", source=str(lists(tmp_path, train="a")))[0].verify()
+        verify_split(load("boxes", source=str(lists(tmp_path, train="a")))[0])
 
 
 @pytest.mark.parametrize("size", ["", "<size><width>0</width><height>0</height></size>"])
 def test_voc_may_leave_its_size_open(size, tmp_path):
     voc(tmp_path, "a", thing(), size)
-    assert load("boxes", source=str(lists(tmp_path, train="a")))[0].verify().sum() == 1
+    assert verify_split(load("boxes", source=str(lists(tmp_path, train="a")))[0]).sum() == 1
 
 
 def test_voc_has_no_masks_and_says_so(tmp_path):
@@ -525,7 +527,7 @@ def test_boxes_of_another_format_are_refused(tmp_path):
     source = parquet(tmp_path, [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}])
     split, _ = load("boxes", source=source, box_format="cxcywh")
     with pytest.raises(UserError, match=r"row 0, object 1 of 1.*shares of the image.*data\.box_format"):
-        split.verify()
+        verify_split(split)
 
 
 def test_an_image_folder_with_a_metadata_file_is_read(tmp_path):

@@ -1,77 +1,67 @@
-"""What is in an image: objects as they are annotated, decoded, and as they are detected. One convention for all."""
+"""Records: the annotations of one image in the form that every format is brought to, and their decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
 import numpy as np
 from faster_coco_eval.core import mask as mask_api
-from torch import Tensor
 
+from e3va_peft.data.objects import RLE, Objects
 from e3va_peft.detection.coco import LEAST_SIDE, are_numbers, encode_segmentation, is_set
 from e3va_peft.errors import UserError
 
-RLE: TypeAlias = Mapping[str, Any]
-"""A mask in COCO's compressed run-length encoding: `{"size": [H, W], "counts": bytes}`."""
-
 Record: TypeAlias = dict[str, Any]
-"""One image's annotations, undecoded; kept pickled in a table, of which worker processes need no copy.
+"""The annotations of one image, undecoded; kept as JSON in a table, of which worker processes need no copy.
 
 `id`: of the image. `where`: what to call it in an error. `size`: height and width for which it was annotated, or None.
 `format`: of the boxes. `objects`: one mapping each of `name`, `label` (class id), `box` and, where known, `area`,
 `crowd`, `difficult`, `mask` (COCO's `segmentation`).
 """
 
+JSON = datasets.Value("large_string")
+"""The type of a table's column of records."""
 
-@dataclass(frozen=True)
-class Objects:
-    """The annotated objects of one image, at the size of its file (turned as its EXIF tag says).
-
-    Attributes:
-        image_id: Id of the image: COCO's own, or its row in the split.
-        size: Height and width in pixels.
-        boxes: `(n, 4)` float64, x1 y1 x2 y2 in pixels, inside of the image, of positive width and height.
-        labels: `(n,)` int64, class ids 0..K-1.
-        areas: `(n,)` float64, in pixels: what the annotation says, else of the mask, else of the box.
-        crowd: `(n,)` bool: many objects in one annotation (COCO's `iscrowd`): not trained on, detections in it do not
-            count.
-        difficult: `(n,)` bool: Pascal VOC's `difficult`: not trained on, neither found nor missed in the score.
-        masks: One RLE per object; None where there are only boxes.
-    """
-
-    image_id: int
-    size: tuple[int, int]
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
-    difficult: np.ndarray
-    masks: tuple[RLE, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
+_SHOWN = 3  # names in a message
 
 
-@dataclass(frozen=True)
-class Detections:
-    """What a model found in one image, at the size of its file.
+def make_record(number: int, where: str, size: list[int] | None, form: str, objects: list[Record]) -> Record:
+    """Put the annotations of one image together. See `Record`."""
+    known = size if size and any(size) else None  # some tools write zeros
+    return {"id": number, "where": where, "size": known, "format": form, "objects": objects}
 
-    Attributes:
-        boxes: `(n, 4)` float64, x1 y1 x2 y2 in pixels.
-        scores: `(n,)` float64, between 0 and 1.
-        labels: `(n,)` int64, class ids 0..K-1.
-        masks: One RLE per object; None where the model finds boxes only.
-    """
 
-    boxes: np.ndarray
-    scores: np.ndarray
-    labels: np.ndarray
-    masks: tuple[RLE, ...] | None = None
+def make_rows(images: Sequence[Path], records: Iterable[Record]) -> datasets.Dataset:
+    """Make a table of images and their records, with the columns `image` and `label`."""
+    features = {"image": datasets.Image(decode=False), "label": JSON}
+    files = [{"path": str(path), "bytes": None} for path in images]
+    columns = {"image": files, "label": list(map(to_json, records))}
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
 
-    def __len__(self) -> int:
-        return len(self.labels)
+
+def to_json(content: Record) -> str:
+    """Encode a record; numbers are exact, and the bytes of run lengths become text."""
+    return json.dumps(content, default=_text)
+
+
+def from_json(text: str) -> Record:
+    """Decode what `to_json` encoded."""
+    content: Record = json.loads(text)
+    return content
+
+
+def _text(value: Any) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def shown(names: Sequence[str]) -> str:
+    """List the first names, for a message."""
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 @dataclass(frozen=True)
@@ -93,13 +83,13 @@ class Decoded:
     box_format: str
 
 
-def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
+def decode(content: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
     """Decode the annotations of one image.
 
     Boxes are clipped to the image. An object whose box or mask then is empty is dropped.
 
     Args:
-        record: What is annotated.
+        content: The record.
         size: Height and width of the image.
         with_masks: Every object must have a mask; else masks only stand in for missing boxes and areas.
 
@@ -110,12 +100,12 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
     crowd, difficult = [], []
     dropped, clipped, outside = [], [], []
     limits = np.array([size[1], size[0]] * 2, dtype=np.float64)
-    for item in record["objects"]:
-        where = f"{record['where']}, {item['name']}"
+    for item in content["objects"]:
+        where = f"{content['where']}, {item['name']}"
         mask = _mask(item.get("mask"), size, where)
         if mask is None and with_masks:
             raise UserError(f"{where}: has no segmentation (polygons or RLE). Add it, or remove the annotation.")
-        drawn = _drawn(item["box"], mask, record["format"], size, where)
+        drawn = _drawn(item["box"], mask, content["format"], size, where)
         box = drawn.clip(0, limits)
         sides = box[2:] - box[:2]
         extent = float(np.prod(sides)) if sides.min() >= LEAST_SIDE else 0.0
@@ -132,7 +122,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         crowd.append(_flag(item.get("crowd"), "crowd", where))
         difficult.append(_flag(item.get("difficult"), "difficult", where))
     objects = Objects(
-        image_id=record["id"],
+        image_id=content["id"],
         size=size,
         boxes=np.array([box for box, *_ in kept], dtype=np.float64).reshape(-1, 4),
         labels=np.array([item["label"] for _, _, item, _ in kept], dtype=np.int64),
@@ -141,7 +131,7 @@ def decode(record: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
         difficult=np.array(difficult, dtype=bool),
         masks=tuple(mask for *_, mask in kept if mask is not None) if with_masks else None,
     )
-    return Decoded(objects, dropped, clipped, outside, record["format"])
+    return Decoded(objects, dropped, clipped, outside, content["format"])
 
 
 def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: str) -> np.ndarray:
@@ -181,7 +171,7 @@ def _area(value: Any, covered: float, where: str) -> float:
     if value is None:
         return covered
     if not are_numbers([value]) or value < 0:
-        raise UserError(f"{where}: has the area {value!r}, no number of pixels. Correct or remove it.")
+        raise UserError(f"{where}: has the area {value!r}, not a number of pixels. Correct or remove it.")
     return float(value)
 
 
@@ -200,23 +190,3 @@ def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
         return encode_segmentation(value, size)
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
-
-
-def encode_masks(masks: np.ndarray | Tensor) -> tuple[RLE, ...]:
-    """Encode masks, `(n, H, W) bool -> n RLEs`.
-
-    Raises:
-        TypeError: `masks` are not booleans: probabilities must be thresholded first.
-        ValueError: `masks` are not (n, H, W).
-    """
-    array = masks.detach().cpu().numpy() if isinstance(masks, Tensor) else masks
-    if array.dtype != bool:
-        raise TypeError(f"masks must be booleans, got {array.dtype}: pass masks > 0.5")
-    if array.ndim != 3:
-        raise ValueError(f"masks must have shape (n, H, W), got {array.shape}: pass one mask as mask[None]")
-    return tuple(mask_api.encode(np.asfortranarray(array.transpose(1, 2, 0), dtype=np.uint8)))
-
-
-def decode_mask(mask: RLE) -> np.ndarray:
-    """Decode one mask, `RLE -> (H, W) bool`."""
-    return np.asarray(mask_api.decode(dict(mask)), dtype=bool)

@@ -12,9 +12,12 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
 
+from e3va_peft.data.config import DataConfig, LabelKind
+from e3va_peft.data.examples import Split
+from e3va_peft.data.images import open_image, open_label_map
+from e3va_peft.data.load import load_splits
+from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError
-from e3va_peft.training.config import DataConfig, LabelKind
-from e3va_peft.training.data import Split, load_splits, missing_classes, open_image, open_label_map
 from e3va_peft.training.run import verify
 
 LABELS = ["wall", "sky", "tree"]
@@ -88,9 +91,9 @@ def refused(config: DataConfig, *parts: str, kind: LabelKind = "class") -> str:
 
 
 def broken(split: Split, *parts: str) -> str:
-    """Assert that `verify` finds the split broken and that its message holds each of these parts."""
+    """Assert that `verify_split` finds the split broken and that its message holds each of these parts."""
     with pytest.raises(UserError) as error:
-        split.verify()
+        verify_split(split)
     assert all(part in str(error.value) for part in parts), error.value
     return str(error.value)
 
@@ -119,7 +122,7 @@ def test_an_image_folder_has_a_class_per_sub_folder(tmp_path):
     assert (len(train), len(evaluation)) == (6, 6)
     image, label = train[4]
     assert label == 1 and np.array_equal(image, picture(seed=1))
-    assert train.verify().tolist() == [3, 3]
+    assert verify_split(train).tolist() == [3, 3]
 
 
 def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
@@ -188,7 +191,7 @@ def test_ade20k_folders_with_reduced_labels_and_the_names_of_object_info(tmp_pat
     expected = np.array([255, 0, 1])[label_map()]
     assert np.array_equal(train[0][1], expected) and np.array_equal(evaluation[2][1], expected)
     assert train[0][1].dtype == np.int64
-    assert train.verify().tolist() == [3 * 32, 3 * 32]
+    assert verify_split(train).tolist() == [3 * 32, 3 * 32]
 
 
 @pytest.mark.parametrize("text", ["wall\nsky\n\ntree\n", "\ufeffwall\r\nsky\r\ntree"])
@@ -394,14 +397,14 @@ def test_a_mask_value_out_of_range_is_named_as_it_is_in_the_file(tmp_path):
         single(config, kind="label-map"), path, "has the label 2", "for the values 0 to 1", "data.ignore_index is 255"
     )
     reduced = replace(config, reduce_labels=True)
-    single(reduced, kind="label-map").verify()
+    verify_split(single(reduced, kind="label-map"))
     Image.fromarray(label_map(count=4)).save(path)
     broken(single(reduced, kind="label-map"), path, "has the label 3", "for the values 1 to 2", "data.reduce_labels")
 
 
 def test_an_ignore_index_other_than_255_is_ignored_alone(tmp_path):
     config = replace(mask_folder(tmp_path), labels=["wall", "sky"], ignore_index=2)
-    assert single(config, kind="label-map").verify().tolist() == [96, 96]
+    assert verify_split(single(config, kind="label-map")).tolist() == [96, 96]
     Image.fromarray(np.full((12, 8), 255, np.uint8)).save(tmp_path / "annotations" / "training" / "scene" / "0.png")
     broken(single(config, kind="label-map"), "has the label 255", "data.ignore_index is 2")
 
@@ -420,13 +423,13 @@ def test_an_ignore_index_above_255_is_found_in_a_16_bit_mask(tmp_path):
     config = replace(mask_folder(tmp_path), ignore_index=65535)
     wide = np.array([65535, 1, 2], dtype=np.uint16)[label_map()]
     Image.fromarray(wide).save(tmp_path / "annotations" / "training" / "scene" / "0.png")
-    assert single(config, kind="label-map").verify().tolist() == [64, 96, 96]
+    assert verify_split(single(config, kind="label-map")).tolist() == [64, 96, 96]
 
 
 def test_an_ignore_index_that_reduced_labels_make_a_class_is_refused(tmp_path):
     config = replace(mask_folder(tmp_path), reduce_labels=True, ignore_index=0)
     refused(config, "data.ignore_index=0", "data.reduce_labels", kind="label-map")
-    assert single(replace(config, reduce_labels=False), kind="label-map").verify().tolist() == [0, 96, 96]
+    assert verify_split(single(replace(config, reduce_labels=False), kind="label-map")).tolist() == [0, 96, 96]
 
 
 @pytest.mark.parametrize("size", [(6, 4), (8, 12), (13, 8)], ids=["smaller", "turned", "one row more"])
@@ -524,7 +527,7 @@ def test_all_broken_files_are_named_at_once_up_to_ten(tmp_path):
 
 def test_classes_that_never_occur_are_warned_of(tmp_path):
     split = single(replace(mask_folder(tmp_path), labels=[*LABELS, "car"]), kind="label-map")
-    assert missing_classes(split.verify(), split.labels) == ["car"]
+    assert missing_classes(verify_split(split), split.labels) == ["car"]
     said = StringIO()
     verify((split, None), Console(file=said, width=500))
     assert "warning: the class 'car' never occurs in" in said.getvalue() and said.getvalue().count("warning") == 1
@@ -533,12 +536,12 @@ def test_classes_that_never_occur_are_warned_of(tmp_path):
 
 def test_class_255_of_many_is_counted(tmp_path):
     split = single(replace(parquet(tmp_path, train=table([0, 255, 256])), labels=300))
-    assert split.verify()[[0, 254, 255, 256]].tolist() == [1, 0, 1, 1]
+    assert verify_split(split)[[0, 254, 255, 256]].tolist() == [1, 0, 1, 1]
 
 
 def test_verify_reports_each_example(tmp_path):
     split, calls = single(mask_folder(tmp_path), kind="label-map"), []
-    split.verify(lambda: calls.append(1))
+    verify_split(split, lambda: calls.append(1))
     assert len(calls) == 3
 
 

@@ -1,0 +1,178 @@
+"""COCO's detection files: JSON of images, annotations and categories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from e3va_peft.data.config import DataConfig, LabelKind
+from e3va_peft.data.names import class_names, match_names, refuse_names
+from e3va_peft.data.records import Record, make_record, make_rows, shown
+from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
+from e3va_peft.errors import UserError, read_text, reason
+
+
+def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """Find the annotation file and the folder of images of each split.
+
+    Raises:
+        UserError: There are none.
+    """
+    annotations, images = str(config.annotations), str(config.images)
+    if "{split}" not in annotations:
+        if not Path(annotations).is_file():
+            raise UserError(f"data.annotations={annotations!r}: no such file (from {Path.cwd()}).")
+        return {"train": _coco_split(annotations, images)}
+    names = [name for name in (config.train_split, config.eval_split, *TRAIN, *EVAL) if name is not None]
+    found = {
+        name: _coco_split(annotations.replace("{split}", name), images.replace("{split}", name)) for name in names
+    }
+    there = {name: paths for name, paths in found.items() if paths[0].is_file()}
+    if not there:
+        raise UserError(
+            f"data.annotations={annotations!r}: there is no such file for any of the splits {list(found)} (from "
+            f"{Path.cwd()}). Correct it, or name the split with data.train_split."
+        )
+    return there
+
+
+def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
+    return Path(annotations), Path(images)
+
+
+def read_coco(
+    config: DataConfig, kind: LabelKind, chosen: Mapping[str, tuple[Path, Path]], model: Sequence[str] | None
+) -> tuple[dict[str, datasets.Dataset], list[str]]:
+    """Read COCO's detection files. Classes are numbered in the order of their ids, which may have gaps.
+
+    Raises:
+        UserError: A file is malformed, or its images are not there.
+    """
+    rows: dict[str, datasets.Dataset] = {}
+    known = list(model or ())
+    for name, (path, images) in chosen.items():
+        content = _load_coco(path)
+        categories = _categories(content["categories"], path)
+        known = known or list(categories.values())
+        if model is not None:
+            matched = match_names(config, list(categories.values()), model, str(path))
+            categories = dict(zip(categories, matched, strict=True))
+        elif set(categories.values()) != set(known):
+            odd = sorted(set(categories.values()) ^ set(known))
+            raise UserError(
+                f"{path}: has other categories than what is trained on; only one of the two has {odd[:10]}. Give "
+                "both files the same."
+            )
+        labels = {number: known.index(category) for number, category in categories.items()}
+        rows[name] = _coco_rows(content, labels, path, images, kind)
+        refuse_empty(config, name, rows[name])
+    names = known if model is not None else class_names(config, known) or known
+    refuse_names(names, 1)
+    return rows, names
+
+
+def _load_coco(path: Path) -> dict[str, list[Any]]:
+    try:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: is no valid JSON ({reason(error)}). Export it again.") from None
+    wanted = "images, annotations and categories, each a list"
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: is a {type(content).__name__}, not a COCO detection file, which has {wanted}.")
+    missing = [key for key in ("images", "annotations", "categories") if not isinstance(content.get(key), list)]
+    if missing:
+        raise UserError(f"{path}: has no {', '.join(missing)}; a COCO detection file has {wanted}.")
+    for key in ("images", "annotations", "categories"):
+        for i, item in enumerate(content[key]):
+            if not isinstance(item, dict):
+                raise UserError(f"{path}: {key}[{i}] is {item!r}; a COCO detection file has mappings there.")
+    if any("segments_info" in item for item in content["annotations"][:1]):
+        raise UserError(f"{path}: is a COCO panoptic file. Take a detection file, such as instances_train2017.json.")
+    return content
+
+
+def _categories(items: list[Record], path: Path) -> dict[int, str]:
+    """Read the class names by id, in the order of the ids."""
+    found: dict[int, str] = {}
+    for i, item in enumerate(items):
+        number, name = _whole(item, "id", f"{path}: categories[{i}]"), item.get("name")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: categories[{i}] has the name {name!r}, not text. Name it.")
+        if number in found or name in found.values():
+            raise UserError(f"{path}: has the category {name!r}, id {number}, twice. Rename or remove one.")
+        found[number] = name
+    return dict(sorted(found.items()))
+
+
+def _coco_rows(
+    content: dict[str, list[Any]], labels: Mapping[int, int], path: Path, folder: Path, kind: LabelKind
+) -> datasets.Dataset:
+    images = _coco_images(content["images"], path)
+    _refuse_absent([name for name, _ in images.values()], folder, path)
+    seen: set[str] = set()
+    for i, item in enumerate(content["annotations"]):
+        name = f"annotation {item['id']}" if "id" in item else f"annotations[{i}]"
+        where = f"{path}, {name}"
+        number, category = _whole(item, "image_id", where), _whole(item, "category_id", where)
+        if number not in images:
+            raise UserError(f"{where}: is of the image {number}, which is not in images. Add it, or remove this.")
+        if category not in labels:
+            raise UserError(f"{where}: has the category_id {category}, but there are only {list(labels)}. Add it.")
+        if name in seen:  # pycocotools would read the last of them twice
+            raise UserError(f"{where}: has an id that was there before. Renumber the annotations.")
+        seen.add(name)
+        images[number][1]["objects"].append(_coco_object(item, name, labels[category], kind))
+    files = [folder / name for name, _ in images.values()]
+    return make_rows(files, [record for _, record in images.values()])
+
+
+def _coco_images(items: list[Record], path: Path) -> dict[int, tuple[str, Record]]:
+    """Read the file names, and make records without objects, by the id of the image."""
+    found: dict[int, tuple[str, Record]] = {}
+    for i, item in enumerate(items):
+        number, name = _whole(item, "id", f"{path}: images[{i}]"), item.get("file_name")
+        if not isinstance(name, str):
+            raise UserError(f"{path}: images[{i}] has the file_name {name!r}, not text. Name its file.")
+        where = f"{path}, image {name!r}"
+        if number in found:
+            raise UserError(f"{where}: has the id {number}, as {found[number][0]!r} has. Renumber the images.")
+        sides = [side for side in ("height", "width") if item.get(side) is not None]
+        size = [_whole(item, side, where) for side in sides] if len(sides) == 2 else None
+        found[number] = (name, make_record(number, where, size, "xywh", []))
+    return found
+
+
+def _coco_object(item: Record, name: str, label: int, kind: LabelKind) -> Record:
+    found = {"name": name, "label": label, "box": item.get("bbox") or None}
+    found |= {new: item[old] for new, old in (("area", "area"), ("crowd", "iscrowd")) if item.get(old) is not None}
+    if kind == "instances" or found["box"] is None or "area" not in found:
+        found["mask"] = item.get("segmentation")
+    return found
+
+
+def _whole(item: Record, key: str, where: str) -> int:
+    value = item.get(key)
+    if not isinstance(value, int):
+        raise UserError(
+            f"{where}: has the {key} {value!r}, not a whole number, as COCO detection files have. Correct it."
+        )
+    return value
+
+
+def _refuse_absent(files: Sequence[str], folder: Path, path: Path) -> None:
+    """Raise a UserError if files are not in a folder."""
+    if not folder.is_dir():
+        raise UserError(f"data.images={str(folder)!r}: no such folder (from {Path.cwd()}).")
+    there = {entry.name for entry in folder.iterdir()}  # one look, not one for each of 118,000 files
+    absent = [name for name in files if name not in there and not (folder / name).is_file()]
+    if absent:
+        raise UserError(
+            f"{path}: {len(absent)} of its {len(files)} images are not in {folder}: {shown(absent)}. Set data.images "
+            "to where they are, or remove them from the file."
+        )

@@ -1,0 +1,75 @@
+"""Where the images and labels of a run are: the `data` section of its YAML file."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
+LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
+"""What is known of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
+
+
+@dataclass
+class DataConfig:
+    """Where images and labels are.
+
+    Attributes:
+        source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl, parquet
+            file or folder, or folder in the layout of Pascal VOC (also a VOCdevkit).
+        images: Folder of images, instead of `source`: with one sub-folder per split (ADE20K layout) and `masks`, or
+            with `annotations`.
+        masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.
+        annotations: COCO JSON of the objects in `images`. Both may hold {split}, e.g. instances_{split}2017.json;
+            without it, there is one split, train.
+        name: Configuration of a Hub dataset.
+        revision: Revision of a Hub dataset.
+        train_split: Split to train on. None: train or training.
+        eval_split: Split to evaluate on. None: validation, val, valid, test or testing, whichever comes first; without
+            any, no evaluation. Both may join splits of Pascal VOC: VOC2007/trainval+VOC2012/trainval.
+        eval_fraction: Evaluate on this share of the training split, set aside, e.g. 0.1, in place of an eval_split.
+        image_column: Column of the images. None: the only one with images.
+        label_column: Column of the classes or label maps. None: label, labels, fine_label, annotation, mask, ...
+        objects_column: Column of the objects. None: objects, or the only one with boxes and classes.
+        box_format: Of the boxes in `objects_column`: xywh (corner and size, as COCO), xyxy (two corners), or cxcywh
+            (centre and size as shares of the image, as YOLO).
+        labels: Class names in the order of their ids; or a text file of one name a line (also ADE20K's
+            objectInfo150.txt); or just their number. None: what the dataset says.
+        reduce_labels: Label maps count from 1 and 0 means "ignore", as in ADE20K: subtract one.
+        ignore_index: Value in label maps that no loss and no metric counts.
+        train_samples: Train on that many examples, drawn with `training.seed`.
+        eval_samples: Evaluate on that many examples.
+        verify: Decode every image and its labels once before training, so that a broken one stops no long run.
+    """
+
+    source: str | None = None
+    images: str | None = None
+    masks: str | None = None
+    annotations: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    eval_fraction: float | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    objects_column: str | None = None
+    box_format: str = "xywh"
+    labels: list[str] | str | int | None = None
+    reduce_labels: bool = False
+    ignore_index: int = 255
+    train_samples: int | None = None
+    eval_samples: int | None = None
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("source", "images", "masks", "annotations", "labels"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                setattr(self, name, os.path.expanduser(value))
+
+
+def source_of(config: DataConfig) -> str:
+    """Name the data in a message: by where its images are."""
+    return str(config.source if config.images is None else config.images)

@@ -1,0 +1,111 @@
+"""Images and label maps, opened by their content, each error naming its file."""
+
+from __future__ import annotations
+
+import contextlib
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from e3va_peft.errors import UserError
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What is opened, whatever a file is called. Of what Pillow knows besides, EPS would start Ghostscript."""
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def open_image(item: dict[str, Any], where: str) -> Image.Image:
+    """Open an image as 8-bit RGB, turned as its EXIF tag says.
+
+    Greyscale of 16 bits, and of 32, which must hold no more, is scaled from 0..65535 to 0..255, where PIL's own
+    conversion would clip it to white.
+
+    Args:
+        item: `{"path": ...}` or `{"bytes": ...}`.
+        where: What to call it in an error.
+
+    Raises:
+        UserError: It cannot be read as an image.
+    """
+    return open_upright(item, where)[0]
+
+
+def open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[int, int] | None]:
+    """Open an image as `open_image` does, with its height and width as stored if its EXIF tag turned it.
+
+    Raises:
+        UserError: It cannot be read as an image.
+    """
+    image, raw = _decoded(item, where), None
+    with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
+        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
+            image, raw = ImageOps.exif_transpose(image), image.size[::-1]
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserError(
+                f"{where}: has values from {values.min()} to {values.max()}, not 8 or 16 bits. Convert it to one."
+            )
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    if image.mode == "F":
+        raise UserError(f"{where}: has floating-point values, whose range is unknown. Convert it to 8 or 16 bits.")
+    return image.convert("RGB"), raw
+
+
+def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
+    """Open a label map: one class id per pixel, `(H, W)` int64, from an 8-bit, 16-bit or palette image.
+
+    Of a palette image the indices are the classes, as in Pascal VOC, not the colours.
+
+    Raises:
+        UserError: It cannot be read, or has colours.
+    """
+    image = _decoded(item, where)
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
+        raise UserError(
+            f"{where}: is a {image.mode} image; a label map has one number per pixel. Save class ids as an 8-bit "
+            "greyscale or palette PNG, not colours."
+        )
+    return np.asarray(image).astype(np.int64)
+
+
+def check_size(
+    image: Image.Image, raw: tuple[int, int] | None, where: str, size: tuple[int, ...], where_label: str, what: str
+) -> None:
+    """Raise a UserError if a label was made for an image of another size, or nobody can say for which way up."""
+    if size == image.size[::-1]:
+        if size == raw:
+            raise UserError(
+                f"{where_label}: its image {where} is turned by its EXIF tag, and nothing says whether the {what} is. "
+                "Turn the pixels to fit, and drop the tag."
+            )
+        return
+    why = f"Export the {what} in the size of its image."
+    if size == raw:
+        why = f"The image is rotated by its EXIF tag, the {what} is not: rotate the pixels, drop the tag."
+    raise UserError(
+        f"{where_label}: is {size[1]} x {size[0]} pixels, its image {where} {image.width} x {image.height}. {why}"
+    )
+
+
+def _open(item: dict[str, Any], where: str) -> Image.Image:
+    data = item.get("bytes")
+    try:
+        return Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)
+    except FileNotFoundError:
+        raise UserError(f"{where}: is not there any more. Restore it, or remove its row or label map.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        hint = f", save it as one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
+        raise UserError(f"{where}: cannot be read as an image ({error}). Replace it{hint}, or remove it.") from None
+
+
+def _decoded(item: dict[str, Any], where: str) -> Image.Image:
+    image = _open(item, where)
+    try:
+        image.load()
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        image.close()
+        raise UserError(f"{where}: is cut short or corrupt ({error}). Replace it, or remove it.") from None
+    return image

@@ -1,0 +1,159 @@
+"""Checks of a split before training: every example is decoded once, and what is odd is said or refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from e3va_peft.data.examples import Split
+from e3va_peft.data.records import Decoded
+from e3va_peft.errors import UserError
+
+_SHOWN = 10  # broken files to name at once
+_ENOUGH = 10  # boxes to judge their format by
+_BOXES = {
+    "xywh": "x, y of the upper left corner, width, height in pixels",
+    "xyxy": "x, y of the upper left and of the lower right corner in pixels",
+    "cxcywh": "x, y of the centre, width, height as shares of the image",
+    "voc": "xmin, ymin, xmax, ymax in pixels that count from 1",
+}
+
+
+@dataclass
+class _Seen:
+    """Examples of a split, added up.
+
+    Attributes:
+        counts: How often each class occurs, `(K,)` int64.
+        errors: Messages of the broken ones.
+        blank: Names of label maps that are ignored at every pixel.
+        dropped: See `Decoded`, as `clipped` and `outside`.
+        objects: Number of annotated objects, dropped ones included.
+        largest: Largest coordinate of a box in pixels.
+        box_format: How the boxes were read.
+    """
+
+    counts: np.ndarray
+    errors: list[str] = field(default_factory=list)
+    blank: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    clipped: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    objects: int = 0
+    largest: float = 0.0
+    box_format: str = ""
+
+
+def verify_split(
+    split: Split, report: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None
+) -> np.ndarray:
+    """Decode every example once and count how often each class occurs, `(K,)` int64.
+
+    Counted are images, pixels, or objects that are neither difficult nor a crowd.
+
+    Args:
+        split: The examples.
+        report: Called after each example.
+        note: Called with each finding that stops nothing.
+
+    Raises:
+        UserError: Some examples are broken; the message names the first ten. Or most boxes cannot be what they are
+            read as.
+    """
+    seen = _Seen(np.zeros(len(split.labels), dtype=np.int64))
+
+    def check(index: int) -> int | np.ndarray | Decoded | UserError:
+        try:
+            return split.read(index)[1]
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for index, found in enumerate(pool.map(check, range(len(split)))):
+            report()
+            _add(seen, split, index, found)
+    _refuse_broken(seen, len(split))
+    _refuse_other_boxes(seen, split.name)
+    for text in _notes(seen, split.name):
+        note(text)
+    return seen.counts
+
+
+def _add(seen: _Seen, split: Split, index: int, found: int | np.ndarray | Decoded | UserError) -> None:
+    if isinstance(found, UserError):
+        seen.errors.append(str(found))
+        return
+    counts = _count(split, found)
+    seen.counts += counts
+    if isinstance(found, np.ndarray) and not counts.any():
+        seen.blank.append(split.where(index, "label"))
+    if isinstance(found, Decoded):
+        seen.dropped += found.dropped
+        seen.clipped += found.clipped
+        seen.outside += found.outside
+        seen.objects += len(found.objects) + len(found.dropped)
+        seen.largest = max(seen.largest, found.objects.boxes.max(initial=0))
+        seen.box_format = found.box_format
+
+
+def _count(split: Split, label: int | np.ndarray | Decoded) -> np.ndarray:
+    if isinstance(label, int):
+        ids = np.array([label])
+    elif isinstance(label, Decoded):
+        ids = label.objects.labels[~(label.objects.crowd | label.objects.difficult)]
+    else:
+        ids = label[label != split.ignore_index]
+    return np.bincount(ids, minlength=len(split.labels))
+
+
+def _refuse_broken(seen: _Seen, total: int) -> None:
+    if seen.errors:
+        more = f"\n... and {len(seen.errors) - _SHOWN} more" if len(seen.errors) > _SHOWN else ""
+        raise UserError(f"{len(seen.errors)} of {total} examples:\n" + "\n".join(seen.errors[:_SHOWN]) + more)
+
+
+def _refuse_other_boxes(seen: _Seen, name: str) -> None:
+    """Raise a UserError if boxes look as if they had another format than they are read as."""
+    if seen.objects < _ENOUGH:
+        return
+    if len(seen.outside) > seen.objects / 2:
+        raise UserError(
+            f"{len(seen.outside)} of the {seen.objects} boxes of {name} leave their image or have no area in it: "
+            f"{_few(seen.outside)}. They are read as {_BOXES[seen.box_format]}. If they are something else, convert "
+            "them, or for a table set data.box_format; if the images were resized, resize the boxes too; if objects "
+            "do reach beyond their images, set data.verify: false."
+        )
+    if 0 < seen.largest <= 1 and seen.box_format != "cxcywh":
+        raise UserError(
+            f"the {seen.objects} boxes of {name} lie between 0 and 1. They are read as {_BOXES[seen.box_format]}. If "
+            "they are shares of the image, convert them to pixels, or for a table set data.box_format: cxcywh."
+        )
+
+
+def _notes(seen: _Seen, name: str) -> Iterable[str]:
+    if seen.blank:
+        yield (
+            f"{len(seen.blank)} label maps of {name} are ignored at every pixel and teach nothing: {_few(seen.blank)}"
+        )
+    if seen.dropped:
+        yield (
+            f"{len(seen.dropped)} objects of {name} have no area in their image and are left out: {_few(seen.dropped)}"
+        )
+    if seen.clipped:
+        yield (
+            f"{len(seen.clipped)} of the {seen.objects} boxes of {name} are clipped, for they leave their image by "
+            f"more than a pixel: {_few(seen.clipped)}"
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return names[0] + (", ..." if len(names) > 1 else "")
+
+
+def missing_classes(counts: np.ndarray, labels: Iterable[str]) -> list[str]:
+    """List the classes that occur nowhere."""
+    return [name for name, count in zip(labels, counts, strict=True) if count == 0]
