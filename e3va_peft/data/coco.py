@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import datasets
 
 from e3va_peft.data.config import DataConfig, LabelKind
+from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, make_record, make_rows, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
 from e3va_peft.errors import UserError, read_text, reason
 
+_ROBOFLOW = "_annotations.coco.json"
+
 
 def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
-    """Find the annotation file and the folder of images of each split.
+    """Find the file of `data.annotations` and the folder of `data.images` of each split.
 
     Raises:
         UserError: There are none.
@@ -44,19 +48,47 @@ def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
     return Path(annotations), Path(images)
 
 
+def find_coco_export(config: DataConfig) -> dict[str, tuple[Path, Path]]:
+    """Find the files that an annotation tool exported into `data.source`; nothing where there are none.
+
+    Roboflow: SPLIT/_annotations.coco.json beside its images. CVAT: annotations/instances_SPLIT.json, and images in
+    images/SPLIT, or images. Label Studio: result.json and images. A lone file is for training, unless its split has
+    the name of one to evaluate on or the config names it: CVAT calls it default.
+    """
+    root = Path(str(config.source))
+    found = {path.parent.name: (path, path.parent) for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
+    for path in sorted(root.glob("annotations/instances_*.json")):
+        split = path.stem.removeprefix("instances_")
+        folders = (root / "images" / split, root / split, root / "images", root)
+        found[split] = (path, next(folder for folder in folders if folder.is_dir()))
+    if not found and (root / _ROBOFLOW).is_file():
+        return {"train": (root / _ROBOFLOW, root)}
+    if not found and (root / "result.json").is_file() and (root / "images").is_dir():
+        return {"train": (root / "result.json", root)}
+    if len(found) == 1 and not set(found) & {*TRAIN, *EVAL, config.train_split, config.eval_split}:
+        return {"train": next(iter(found.values()))}
+    return found
+
+
 def read_coco(
     config: DataConfig, kind: LabelKind, chosen: Mapping[str, tuple[Path, Path]], model: Sequence[str] | None
 ) -> tuple[dict[str, datasets.Dataset], list[str]]:
     """Read COCO's detection files. Classes are numbered in the order of their ids, which may have gaps.
 
+    A category that is the supercategory of others and has no object in any of the files is not a class: Roboflow's
+    exports have one, of id 0.
+
     Raises:
         UserError: A file is malformed, or its images are not there.
     """
-    rows: dict[str, datasets.Dataset] = {}
+    contents = {name: _load_coco(path) for name, (path, _) in chosen.items()}
+    groups = _groups(list(contents.values()))
+    tables: dict[str, datasets.Dataset] = {}
     known = list(model or ())
     for name, (path, images) in chosen.items():
-        content = _load_coco(path)
-        categories = _categories(content["categories"], path)
+        content = contents.pop(name)
+        renamed = model is not None and config.labels is not None and len(content["categories"]) == len(model)
+        categories = _categories(content["categories"], set() if renamed else groups, path)
         known = known or list(categories.values())
         if model is not None:
             matched = match_names(config, list(categories.values()), model, str(path))
@@ -68,11 +100,28 @@ def read_coco(
                 "both files the same."
             )
         labels = {number: known.index(category) for number, category in categories.items()}
-        rows[name] = _coco_rows(content, labels, path, images, kind)
-        refuse_empty(config, name, rows[name])
+        tables[name] = _coco_rows(content, labels, path, images, kind)
+        refuse_empty(config, name, tables[name])
     names = known if model is not None else class_names(config, known) or known
     refuse_names(names, 1)
-    return rows, names
+    return tables, names
+
+
+def _groups(contents: Sequence[dict[str, list[Any]]]) -> set[tuple[int, str]]:
+    """Find the categories, as id and name, that are the supercategory of others and have no object."""
+    groups: set[tuple[int, str]] = set()
+    used: set[tuple[int, str]] = set()
+    for content in contents:
+        ids = {number for item in content["annotations"] if isinstance(number := item.get("category_id"), int)}
+        parents = {parent for item in content["categories"] if isinstance(parent := item.get("supercategory"), str)}
+        for item in content["categories"]:
+            number, name = item.get("id"), item.get("name")
+            if isinstance(number, int) and isinstance(name, str):
+                if name in parents and item.get("supercategory") != name:
+                    groups.add((number, name))
+                if number in ids:
+                    used.add((number, name))
+    return groups - used
 
 
 def _load_coco(path: Path) -> dict[str, list[Any]]:
@@ -97,13 +146,15 @@ def _load_coco(path: Path) -> dict[str, list[Any]]:
     return content
 
 
-def _categories(items: list[Record], path: Path) -> dict[int, str]:
-    """Read the class names by id, in the order of the ids."""
+def _categories(items: list[Record], groups: set[tuple[int, str]], path: Path) -> dict[int, str]:
+    """Read the class names by id, in the order of the ids, without those of groups."""
     found: dict[int, str] = {}
     for i, item in enumerate(items):
         number, name = _whole(item, "id", f"{path}: categories[{i}]"), item.get("name")
         if not isinstance(name, str):
             raise UserError(f"{path}: categories[{i}] has the name {name!r}, not text. Name it.")
+        if (number, name) in groups:
+            continue
         if number in found or name in found.values():
             raise UserError(f"{path}: has the category {name!r}, id {number}, twice. Rename or remove one.")
         found[number] = name
@@ -114,7 +165,7 @@ def _coco_rows(
     content: dict[str, list[Any]], labels: Mapping[int, int], path: Path, folder: Path, kind: LabelKind
 ) -> datasets.Dataset:
     images = _coco_images(content["images"], path)
-    _refuse_absent([name for name, _ in images.values()], folder, path)
+    files = _locate([name for name, _ in images.values()], folder, path)
     seen: set[str] = set()
     for i, item in enumerate(content["annotations"]):
         name = f"annotation {item['id']}" if "id" in item else f"annotations[{i}]"
@@ -128,7 +179,6 @@ def _coco_rows(
             raise UserError(f"{where}: has an id that was there before. Renumber the annotations.")
         seen.add(name)
         images[number][1]["objects"].append(_coco_object(item, name, labels[category], kind))
-    files = [folder / name for name, _ in images.values()]
     return make_rows(files, [record for _, record in images.values()])
 
 
@@ -165,14 +215,30 @@ def _whole(item: Record, key: str, where: str) -> int:
     return value
 
 
-def _refuse_absent(files: Sequence[str], folder: Path, path: Path) -> None:
-    """Raise a UserError if files are not in a folder."""
+def _locate(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
+    """Find the images of an annotation file: where it says, else by base name, where both it and the folder have one.
+
+    Label Studio writes the paths of its own server, such as ../../label-studio/data/media/upload/1/a.jpg.
+
+    Raises:
+        UserError: An image is not there, or several could be meant.
+    """
     if not folder.is_dir():
         raise UserError(f"data.images={str(folder)!r}: no such folder (from {Path.cwd()}).")
     there = {entry.name for entry in folder.iterdir()}  # one look, not one for each of 118,000 files
-    absent = [name for name in files if name not in there and not (folder / name).is_file()]
+    found = {name: folder / name for name in names if name in there or (folder / name).is_file()}
+    if len(found) < len(set(names)):
+        wanted = Counter(PureWindowsPath(name).name for name in set(names))  # which splits at / and \
+        below: dict[str, list[Path]] = {}
+        for file in folder.rglob("*"):
+            if file.suffix.lower() in IMAGE_SUFFIXES:
+                below.setdefault(file.name, []).append(file)
+        bases = {name: PureWindowsPath(name).name for name in names if name not in found}
+        found |= {name: below[b][0] for name, b in bases.items() if wanted[b] == 1 and len(below.get(b, ())) == 1}
+    absent = [name for name in names if name not in found]
     if absent:
         raise UserError(
-            f"{path}: {len(absent)} of its {len(files)} images are not in {folder}: {shown(absent)}. Set data.images "
+            f"{path}: {len(absent)} of its {len(names)} images are not in {folder}: {shown(absent)}. Set data.images "
             "to where they are, or remove them from the file."
         )
+    return [found[name] for name in names]

@@ -17,12 +17,14 @@ class DataConfig:
 
     Attributes:
         source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl, parquet
-            file or folder, or folder in the layout of Pascal VOC (also a VOCdevkit).
+            file or folder, folder in the layout of Pascal VOC (also a VOCdevkit), or folder that Roboflow, CVAT or
+            Label Studio exported as COCO.
         images: Folder of images, instead of `source`: with one sub-folder per split (ADE20K layout) and `masks`, or
             with `annotations`.
         masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.
         annotations: COCO JSON of the objects in `images`. Both may hold {split}, e.g. instances_{split}2017.json;
-            without it, there is one split, train.
+            without it, there is one split, train. An image that is not where the JSON says is taken from anywhere in
+            `images`, if one file alone has its name.
         name: Configuration of a Hub dataset.
         revision: Revision of a Hub dataset.
         train_split: Split to train on. None: train or training.

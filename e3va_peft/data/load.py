@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 
 from e3va_peft.data.classes import read_classes
-from e3va_peft.data.coco import find_coco, read_coco
+from e3va_peft.data.coco import find_coco, find_coco_export, read_coco
 from e3va_peft.data.config import DataConfig, LabelKind, source_of
 from e3va_peft.data.examples import Split
 from e3va_peft.data.hub import load_dataset
@@ -93,6 +93,9 @@ def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
         return find_label_maps(config), read_label_maps
     if config.annotations is not None:
         return find_coco(config), read_coco
+    exported = find_coco_export(config)
+    if exported:
+        return exported, read_coco
     folders = voc_folders(Path(str(config.source)))
     if folders:
         return find_voc(config, folders), read_voc
