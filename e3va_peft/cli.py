@@ -91,7 +91,7 @@ def train(
         task: image-classification        # or semantic-segmentation, object-detection, instance-segmentation
         model: facebook/dinov2-base       # Hub id or folder
         data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet;
-                                          # objects: Pascal VOC, or COCO of Roboflow, CVAT or Label Studio
+                                          # objects: YOLO's data.yaml, Pascal VOC, exported COCO
         method: e3va                      # or head-only, lora, full
         output: runs/first
         training: {num_train_epochs: 10}  # any field of transformers.TrainingArguments

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def save_discs(folder: Path, train: int = 6, val: int = 3) -> Path:
 
 
 def save_shapes(folder: Path, train: int = 6, val: int = 3) -> Path:
-    """Bright squares and dark discs on grey, in COCO's and in Pascal VOC's layout; the last image of each is empty."""
+    """Bright squares and dark discs on grey, as COCO, Pascal VOC and YOLO; the last image of each is empty."""
     generator = np.random.default_rng(0)
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / "voc" / name).mkdir(parents=True)
@@ -103,7 +104,25 @@ def save_shapes(folder: Path, train: int = 6, val: int = 3) -> Path:
         (folder / "coco" / f"{split}.json").write_text(
             json.dumps({"images": images, "annotations": annotations, "categories": categories})
         )
+        save_yolo(folder / "coco" / split, folder / "yolo")
     return folder
+
+
+def save_yolo(images: Path, folder: Path) -> None:
+    """A split of COCO's layout in YOLO's: the boxes as polygons of four points, in shares of their image."""
+    content = json.loads(images.with_suffix(".json").read_text())
+    (folder / "labels" / images.name).mkdir(parents=True)
+    shutil.copytree(images, folder / "images" / images.name)
+    for image in content["images"]:
+        width, height, lines = image["width"], image["height"], ""
+        for item in content["annotations"]:
+            if item["image_id"] == image["id"]:
+                left, top = item["bbox"][0] / width, item["bbox"][1] / height
+                right, bottom = left + item["bbox"][2] / width, top + item["bbox"][3] / height
+                number = [category["id"] for category in content["categories"]].index(item["category_id"])
+                lines += f"{number} {left} {top} {right} {top} {right} {bottom} {left} {bottom}\n"
+        (folder / "labels" / images.name / image["file_name"]).with_suffix(".txt").write_text(lines)
+    (folder / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [square, disc]\n")
 
 
 QUICK: dict[str, Any] = {
@@ -193,12 +212,16 @@ def detect(root: Path, head: str = "retinanet", layout: str = "voc", output: str
         save_swin(root / "model")
     if not (root / "shapes").exists():
         save_shapes(root / "shapes")
-    coco = {"images": str(root / "shapes/coco/{split}"), "annotations": str(root / "shapes/coco/{split}.json")}
+    data = {
+        "coco": {"images": str(root / "shapes/coco/{split}"), "annotations": str(root / "shapes/coco/{split}.json")},
+        "voc": {"source": str(root / "shapes/voc"), "labels": ["square", "disc"]},
+        "yolo": {"source": str(root / "shapes/yolo")},
+    }
     return {
         "task": "instance-segmentation" if "mask" in head else "object-detection",
         "model": str(root / "model"),
         "head": head,
-        "data": coco if layout == "coco" else {"source": str(root / "shapes/voc"), "labels": ["square", "disc"]},
+        "data": data[layout],
         "output": str(root / output),
         "image_size": 32,
         "model_options": small_head(head),

@@ -17,8 +17,8 @@ class DataConfig:
 
     Attributes:
         source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl, parquet
-            file or folder, folder in the layout of Pascal VOC (also a VOCdevkit), or folder that Roboflow, CVAT or
-            Label Studio exported as COCO.
+            file or folder, folder in the layout of Pascal VOC (also a VOCdevkit), a data.yaml of YOLO or its folder,
+            or folder that Roboflow, CVAT or Label Studio exported as COCO or YOLO.
         images: Folder of images, instead of `source`: with one sub-folder per split (ADE20K layout) and `masks`, or
             with `annotations`.
         masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.
@@ -30,7 +30,7 @@ class DataConfig:
         train_split: Split to train on. None: train or training.
         eval_split: Split to evaluate on. None: validation, val, valid, test or testing, whichever comes first; without
             any, no evaluation. Both may join splits of Pascal VOC: VOC2007/trainval+VOC2012/trainval.
-        eval_fraction: Evaluate on this share of the training split, set aside, e.g. 0.1, in place of an eval_split.
+        eval_fraction: Evaluate on this share of the training split, set aside, e.g. 0.1, instead of an eval_split.
         image_column: Column of the images. None: the only one with images.
         label_column: Column of the classes or label maps. None: label, labels, fine_label, annotation, mask, ...
         objects_column: Column of the objects. None: objects, or the only one with boxes and classes.

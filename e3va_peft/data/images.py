@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from e3va_peft.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What is opened, whatever a file is called. Of what Pillow knows besides, EPS would start Ghostscript."""
+"""Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 

@@ -18,6 +18,7 @@ from e3va_peft.data.label_maps import find_label_maps, read_label_maps
 from e3va_peft.data.splits import choose_eval_split, choose_splits
 from e3va_peft.data.tables import read_tables
 from e3va_peft.data.voc import find_voc, read_voc, voc_folders
+from e3va_peft.data.yolo import find_yolo, read_yolo
 from e3va_peft.errors import UserError
 
 Reader: TypeAlias = Callable[
@@ -99,6 +100,9 @@ def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
     folders = voc_folders(Path(str(config.source)))
     if folders:
         return find_voc(config, folders), read_voc
+    described = find_yolo(config)
+    if described:
+        return described, read_yolo
     return load_dataset(config), read_tables
 
 

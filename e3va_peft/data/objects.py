@@ -45,7 +45,7 @@ class Objects:
 
 @dataclass(frozen=True)
 class Detections:
-    """What a model found in one image, at the size of its file.
+    """The objects that a model found in one image, at the size of its file.
 
     Attributes:
         boxes: `(n, 4)` float64, x1 y1 x2 y2 in pixels.

@@ -20,8 +20,8 @@ Record: TypeAlias = dict[str, Any]
 """The annotations of one image, undecoded; kept as JSON in a table, of which worker processes need no copy.
 
 `id`: of the image. `where`: what to call it in an error. `size`: height and width for which it was annotated, or None.
-`format`: of the boxes. `objects`: one mapping each of `name`, `label` (class id), `box` and, where known, `area`,
-`crowd`, `difficult`, `mask` (COCO's `segmentation`).
+`format`: of the boxes; with yolo, masks are shares of the image too. `objects`: one mapping each of `name`, `label`
+(class id), `box` and, where known, `area`, `crowd`, `difficult`, `mask` (COCO's `segmentation`).
 """
 
 JSON = datasets.Value("large_string")
@@ -102,7 +102,7 @@ def decode(content: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
     limits = np.array([size[1], size[0]] * 2, dtype=np.float64)
     for item in content["objects"]:
         where = f"{content['where']}, {item['name']}"
-        mask = _mask(item.get("mask"), size, where)
+        mask = _mask(item.get("mask"), content["format"], size, where)
         if mask is None and with_masks:
             raise UserError(f"{where}: has no segmentation (polygons or RLE). Add it, or remove the annotation.")
         drawn = _drawn(item["box"], mask, content["format"], size, where)
@@ -135,7 +135,7 @@ def decode(content: Record, size: tuple[int, int], with_masks: bool) -> Decoded:
 
 
 def _drawn(box: Any, mask: RLE | None, form: str, size: tuple[int, int], where: str) -> np.ndarray:
-    """Return x1 y1 x2 y2 of a box as it is annotated, else of a mask."""
+    """Find x1 y1 x2 y2 of a box as it is annotated, else of a mask."""
     if box is not None:
         return _corners(box, form, size, where)
     if mask is None:
@@ -149,7 +149,7 @@ def _corners(box: Any, form: str, size: tuple[int, int], where: str) -> np.ndarr
     if not are_numbers(box) or len(box) != 4:
         raise UserError(f"{where}: has the box {box!r}, not four numbers. Correct or remove it.")
     a, b, c, d = box
-    if form == "cxcywh":
+    if form in ("cxcywh", "yolo"):
         if max(box) > 1 or min(box) < 0:
             raise UserError(
                 f"{where}: has the box {box!r}; centre, width and height are shares of the image, 0 to 1. Set "
@@ -182,10 +182,13 @@ def _flag(value: Any, what: str, where: str) -> bool:
         raise UserError(f"{where}: {error}") from None
 
 
-def _mask(value: Any, size: tuple[int, int], where: str) -> RLE | None:
-    """Turn COCO's `segmentation` into one compressed RLE; None where there is none."""
+def _mask(value: Any, form: str, size: tuple[int, int], where: str) -> RLE | None:
+    """Turn COCO's `segmentation`, or YOLO's polygon, into one compressed RLE; None where there is none."""
     if not value:
         return None
+    if form == "yolo":
+        sides = (size[1], size[0])
+        value = [[share * sides[i % 2] for i, share in enumerate(polygon)] for polygon in value]
     try:
         return encode_segmentation(value, size)
     except ValueError as error:

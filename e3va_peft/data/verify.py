@@ -19,6 +19,7 @@ _BOXES = {
     "xywh": "x, y of the upper left corner, width, height in pixels",
     "xyxy": "x, y of the upper left and of the lower right corner in pixels",
     "cxcywh": "x, y of the centre, width, height as shares of the image",
+    "yolo": "x, y of the centre, width, height as shares of the image",
     "voc": "xmin, ymin, xmax, ymax in pixels that count from 1",
 }
 
@@ -127,7 +128,7 @@ def _refuse_other_boxes(seen: _Seen, name: str) -> None:
             "them, or for a table set data.box_format; if the images were resized, resize the boxes too; if objects "
             "do reach beyond their images, set data.verify: false."
         )
-    if 0 < seen.largest <= 1 and seen.box_format != "cxcywh":
+    if 0 < seen.largest <= 1 and seen.box_format not in ("cxcywh", "yolo"):
         raise UserError(
             f"the {seen.objects} boxes of {name} lie between 0 and 1. They are read as {_BOXES[seen.box_format]}. If "
             "they are shares of the image, convert them to pixels, or for a table set data.box_format: cxcywh."

@@ -288,7 +288,7 @@ _REQUIRED = {
     "task": f"Write task: {TASKS[0]}, or one of {TASKS[1:]}.",
     "model": "Write model: a Hub id or a folder, e.g. model: microsoft/swin-base-patch4-window7-224.",
     "output": "Write output: the folder of this run, e.g. output: runs/first.",
-    "data": "Write data: with source: (Hub id, image folder, parquet, Pascal VOC, exported COCO), or images: "
+    "data": "Write data: with source: (Hub id, image folder, parquet, Pascal VOC, YOLO, exported COCO), or images: "
     "(folder) and masks: (folder) or annotations: (COCO JSON).",
 }
 
