@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -286,6 +287,13 @@ def test_a_split_without_any_label_file_is_refused(tmp_path):
     config = ultralytics(tmp_path)
     (tmp_path / "labels" / "train").rename(tmp_path / "labels" / "other")
     refused(config, "none of the 1 images of train has a label file", str(Path("labels", "train", "a.txt")))
+
+
+def test_a_folder_without_yaml_is_told_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    ultralytics(tmp_path / "set")
+    (tmp_path / "set" / "data.yaml").unlink()
+    refused(DataConfig(source=str(tmp_path / "set")), "data.objects_column", "YOLO's text files need a data.yaml")
 
 
 def test_two_images_do_not_share_a_label_file(tmp_path):

@@ -10,6 +10,11 @@ import datasets
 from e3va_peft.data.config import DataConfig
 from e3va_peft.errors import UserError, reason
 
+_HINTS = {
+    "label_column": " An image folder needs one sub-folder per class.",
+    "objects_column": " YOLO's text files need a data.yaml, COCO's JSON data.images and data.annotations.",
+}
+
 
 def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Load a Hub dataset, an image folder, parquet files or what `save_to_disk` wrote.
@@ -60,7 +65,7 @@ def column(field: str, wanted: str | None, found: Sequence[str], rows: datasets.
         return wanted
     if len(found) != 1:
         what = "none fits" if not found else f"{list(found)} all fit"
-        hint = " An image folder needs one sub-folder per class." if field == "label_column" and not found else ""
+        hint = _HINTS.get(field, "") if not found else ""
         raise UserError(f"data.{field}: of the columns {columns} of split {split!r} {what}. Name one.{hint}")
     return found[0]
 
