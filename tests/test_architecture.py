@@ -227,7 +227,7 @@ def test_the_core_adapts_trains_and_saves_without_the_extras(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("room", ["e3va_peft.training", "e3va_peft.detection"])
+@pytest.mark.parametrize("room", ["e3va_peft.data", "e3va_peft.training", "e3va_peft.detection"])
 def test_a_room_whose_packages_are_missing_names_the_install_line(room):
     code = WITHOUT_EXTRAS + f"import {room}\n"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
