@@ -53,10 +53,10 @@ from torch.utils._pytree import tree_map
 from transformers.utils import logging as transformers_logging
 
 from e3va_peft import check_backbone
-from e3va_peft.measure.baselines import adapt
 from e3va_peft.measure.cards import GIB
-from e3va_peft.measure.prediction import PRECISIONS, FakeStep, Method, optimizer_in_use
+from e3va_peft.measure.prediction import PRECISIONS, FakeStep, optimizer_in_use
 from e3va_peft.measure.step import MIB, _peak
+from e3va_peft.methods import adapt
 from e3va_peft.training.folder import write_whole
 from tests.models import BY_NAME, CASES, Case
 
@@ -193,7 +193,7 @@ def predict(setting: Setting, task: str | None, method: str, mixed: bool) -> Row
     """Predict the peak in bytes as `e3va plan` does; bf16 and fp16 are of one size."""
     if task is None:
         return {"predicted": None}
-    how = Method(method, "", lambda model: adapt(model, METHODS[method]))
+    how = partial(adapt, method=METHODS[method])
     step = FakeStep(setting.build, how, task, setting.size, torch.bfloat16 if mixed else None, DEVICE.type)
     return {"predicted": step.trace(setting.batch).peak}
 

@@ -12,9 +12,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from peft import get_peft_model
 from record import save
 from torch import nn
 from transformers import (
@@ -26,12 +26,11 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from e3va_peft import E3VAConfig
 from e3va_peft.exits import find_exits
 from e3va_peft.measure.blueprint import SHORT_NAMES
-from e3va_peft.measure.prediction import FakeStep, Method
+from e3va_peft.measure.prediction import FakeStep
 from e3va_peft.measure.step import MIB
-from e3va_peft.training.methods import checkpointed, head_only, lora_config
+from e3va_peft.methods import adapt
 
 SWIN_B = SHORT_NAMES["swin-b"]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -76,33 +75,31 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def by(name: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
+    """Return what makes a model trainable by a method."""
+    return lambda model: adapt(model, {"name": name, **options})
+
+
 METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
-    "full": lambda model: model,
-    "LoRA": lambda model: get_peft_model(model, lora_config(model, lora_alpha=8)),
-    "LoRA + checkpointing": lambda model: checkpointed(METHODS["LoRA"](model)),
+    "full": by("full"),
+    "LoRA": by("lora", lora_alpha=8),
+    "LoRA + checkpointing": by("lora-checkpointing", lora_alpha=8),
     "LoRA + checkpointing, blocks only": lambda model: blocks_only(METHODS["LoRA + checkpointing"](model)),
-    "E3VA": lambda model: get_peft_model(model, E3VAConfig()),
-    "E3VA, one tap a block": lambda model: get_peft_model(model, E3VAConfig(taps=("block",))),
-    "E3VA, int8": lambda model: get_peft_model(model, E3VAConfig(tap_storage="int8")),
-    "E3VA, int4": lambda model: get_peft_model(model, E3VAConfig(tap_storage="int4")),
-    "E3VA, one tap a block, int8": lambda model: get_peft_model(
-        model, E3VAConfig(taps=("block",), tap_storage="int8")
-    ),
-    "E3VA, recompute": lambda model: get_peft_model(model, E3VAConfig(tap_storage="recompute")),
-    "E3VA, 1 live": lambda model: live(model, 1),
-    "E3VA, 2 live": lambda model: live(model, 2),
-    "E3VA, 4 live": lambda model: live(model, 4),
-    "E3VA, half live": lambda model: live(model, blocks_of(model) // 2),
-    "E3VA, all live": lambda model: live(model, blocks_of(model)),
-    "E3VA, 2 live, int8": lambda model: live(model, 2, "int8"),
-    "E3VA, 2 live, recompute": lambda model: live(model, 2, "recompute"),
-    "head only": head_only,
+    "E3VA": by("e3va"),
+    "E3VA, one tap a block": by("e3va", taps=("block",)),
+    "E3VA, int8": by("e3va", tap_storage="int8"),
+    "E3VA, int4": by("e3va", tap_storage="int4"),
+    "E3VA, one tap a block, int8": by("e3va", taps=("block",), tap_storage="int8"),
+    "E3VA, recompute": by("e3va", tap_storage="recompute"),
+    "E3VA, 1 live": by("e3va", live_blocks=1),
+    "E3VA, 2 live": by("e3va", live_blocks=2),
+    "E3VA, 4 live": by("e3va", live_blocks=4),
+    "E3VA, half live": lambda model: by("e3va", live_blocks=blocks_of(model) // 2)(model),
+    "E3VA, all live": lambda model: by("e3va", live_blocks=blocks_of(model))(model),
+    "E3VA, 2 live, int8": by("e3va", live_blocks=2, tap_storage="int8"),
+    "E3VA, 2 live, recompute": by("e3va", live_blocks=2, tap_storage="recompute"),
+    "head only": by("head-only"),
 }
-
-
-def live(model: nn.Module, blocks: int, tap_storage: str = "exact") -> nn.Module:
-    """Adapt a model by E3VA with its last blocks live."""
-    return get_peft_model(model, E3VAConfig(live_blocks=blocks, tap_storage=tap_storage))
 
 
 def blocks_of(model: nn.Module) -> int:
@@ -127,7 +124,7 @@ def adamw(model: nn.Module) -> torch.optim.Optimizer:
 def count(setting: Setting, method: str) -> dict[str, int]:
     """Count the bytes of one training step."""
     task = "semantic-segmentation" if setting.dense else "image-classification"
-    step = FakeStep(setting.build, Method(method, "", METHODS[method]), task, setting.size, dtype=None, autocast="cpu")
+    step = FakeStep(setting.build, METHODS[method], task, setting.size, dtype=None, autocast="cpu")
     trace = step.trace(setting.batch)
     return {
         "saved_bytes": step.saved_bytes(setting.batch),

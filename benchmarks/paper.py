@@ -44,11 +44,11 @@ from torchvision.ops import box_convert
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from e3va_peft.detection import CascadeMaskRCNN, RetinaNet
-from e3va_peft.measure.baselines import adapt
 from e3va_peft.measure.blueprint import model_config
 from e3va_peft.measure.parameters import backbone_share
 from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use
 from e3va_peft.measure.step import MIB, _peak, _saved_bytes, _step
+from e3va_peft.methods import adapt
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.folder import write_whole
 from e3va_peft.training.tasks.base import name_classes

@@ -34,8 +34,9 @@ from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
 from e3va_peft.measure import Plan, plan  # noqa: E402
 from e3va_peft.measure.blueprint import model_builder  # noqa: E402
-from e3va_peft.measure.prediction import METHODS, PRECISIONS, optimizer_in_use  # noqa: E402
+from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use  # noqa: E402
 from e3va_peft.measure.step import MIB, _peak, _step  # noqa: E402
+from e3va_peft.methods import adapt, settings  # noqa: E402
 from e3va_peft.training.tasks.base import extras_at  # noqa: E402
 
 COMPARED = ("E3VA", "LoRA", "LoRA + checkpointing", "full", "head only")
@@ -109,14 +110,13 @@ def measure(setting: Setting, name: str) -> dict[str, int]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     warm_up(setting.precision)
-    method = next(method for method in METHODS if method.name == name)
     build: Callable[[], Any] = model_builder(setting.model, setting.task, setting.num_labels)
     gc.collect()
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     base = build()
     batch = setting.batch() | extras_at(base, setting.image_size)
-    model = method.adapt(base).train()
+    model = adapt(base, settings()[name]).train()
     optimizer = optimizer_in_use(model)
     parameters = list(model.parameters())
     step = partial(_step, lambda: forward(model, batch, setting.precision), optimizer, parameters, set())

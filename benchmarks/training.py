@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from record import save
 from transformers.utils import logging
 
 from e3va_peft.data.load import load_splits
-from e3va_peft.measure.baselines import adapt
 from e3va_peft.measure.compare import Comparison, measure_steps
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import finished
@@ -133,8 +132,7 @@ def configure(args: argparse.Namespace, method: str, rate: float, seed: int, sea
     common = overrides(f"{args.runs}/{args.setting}/{name}", args.model, rate, seed)
     verified = f"data.verify={str(not search).lower()}"
     changed = (*setting.overrides, *(setting.search if search else ()))
-    config = read_config(setting.recipe, [*data, *common, verified, *changed])
-    return replace(config, method={"name": method})  # which may be one that `e3va train` does not have
+    return read_config(setting.recipe, [*data, *common, verified, *changed, f"method={method}"])
 
 
 def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
@@ -154,7 +152,7 @@ def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
 
 def result(config: RunConfig) -> dict[str, Any]:
     """Train, or read what an earlier call trained."""
-    return finished(config) or train(config, adapt=adapt)
+    return finished(config) or train(config)
 
 
 def best_rate(args: argparse.Namespace, method: str) -> tuple[float, dict[str, float]]:

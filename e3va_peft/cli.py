@@ -82,9 +82,9 @@ def train(
 ) -> None:
     """Fine-tune a model on your images: one YAML file, one command.
 
-    Writes into the config's [bold]output[/bold]: the adapter (or, for head-only and full, the model) with its image
-    processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same command goes
-    on from it. A finished run is never overwritten unasked.
+    Writes into the config's [bold]output[/bold]: the adapter (or, of methods that are none of PEFT's, the model) with
+    its image processor, metrics.json, curves.png and the resolved config.yaml. Ctrl-C saves a checkpoint; the same
+    command continues from it. A finished run is never overwritten unasked.
 
     [bold]A config[/bold]
 
@@ -92,7 +92,7 @@ def train(
         model: facebook/dinov2-base       # Hub id or folder
         data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet;
                                           # objects: YOLO's data.yaml, Pascal VOC, exported COCO
-        method: e3va                      # or head-only, lora, full
+        method: e3va                      # or any other that e3va compare has
         output: runs/first
         training: {num_train_epochs: 10}  # any field of transformers.TrainingArguments
 
@@ -119,7 +119,7 @@ def compare(
     config: Config,
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
     methods: Annotated[
-        str | None, typer.Option(help="Methods to compare, separated by commas. Without it, all eleven.")
+        str | None, typer.Option(help="Methods to compare, separated by commas. Without it, all of them.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
     overrides: Overrides = None,
@@ -135,8 +135,8 @@ def compare(
     measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
     [bold]runs/[/bold]. The same command goes on after a stop; once all runs are finished, it measures again.
 
-    Methods: full, head-only, partial-1, bitfit, norm-tuning, adapter, adaptformer, lorand, lora, lora-checkpointing,
-    e3va. Each wants a learning rate of its own: the defaults are where a search begins.
+    Methods: full, head-only, partial-1, bitfit, norm-tuning, adapter, adaptformer, lorand, mona, lora,
+    lora-checkpointing, e3va. Each wants a learning rate of its own: the defaults are where a search begins.
 
     [bold]Examples[/bold]
 
@@ -265,7 +265,8 @@ def plan(
 ) -> None:
     """Predict whether a training step fits on your card, before anything is downloaded.
 
-    For each method: parameters trained, peak memory and what it consists of, and the largest batch that fits; also
+    For each method that e3va train has, and E3VA at some of its settings: parameters trained, peak memory and what it
+    consists of, and the largest batch that fits; also
     how many blocks of the backbone can be live under E3VA. Nothing is allocated: the step runs on tensors without
     memory. [bold]needs[/bold] adds what is no tensor, the CUDA context (0.6 GiB) and the allocator's gaps (5 %). With
     a card it also says which PyTorch still runs there.

@@ -40,7 +40,7 @@ ORDER = [
     {"loading", "check"},
     {""},
     {"detection"},
-    {"data"},
+    {"data", "methods"},
     {"training"},
     {"measure"},
     {"demo"},

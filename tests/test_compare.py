@@ -17,15 +17,15 @@ from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.measure import compare as module
 from e3va_peft.measure import plots
-from e3va_peft.measure.baselines import BASELINES, adapt
 from e3va_peft.measure.compare import Comparison, compare, read_comparison
 from e3va_peft.measure.plots import draw_tradeoff
+from e3va_peft.methods import METHODS
 from e3va_peft.training import trainer
 from e3va_peft.training.run import train
 from tests.inputs import classify, segment, write
 from tests.test_train_command import Stop, adapter_weights, stop_after
 
-METHODS = ("full", "head-only", "adapter")
+COMPARED = ("full", "head-only", "adapter")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ def config(root: Path, task: Any = classify, **training: Any) -> Path:
 
 
 def plan(root: Path, **kwargs: Any) -> Comparison:
-    return read_comparison(config(root), root / "out", **({"methods": ",".join(METHODS)} | kwargs))
+    return read_comparison(config(root), root / "out", **({"methods": ",".join(COMPARED)} | kwargs))
 
 
 @pytest.fixture
@@ -78,30 +78,30 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_goes_on(tmp_pa
         with pytest.raises(Stop):
             compare(plan(tmp_path, seeds="0,7"))
     # seeds outside, methods inside: every method has a run before any has two
-    assert trained == [f"{name}-seed0" for name in METHODS] + ["full-seed7"]
+    assert trained == [f"{name}-seed0" for name in COMPARED] + ["full-seed7"]
     rows = compare(plan(tmp_path, seeds="0,7"))
-    assert list(watched) == [f"{name}-seed{seed}" for seed in (0, 7) for name in METHODS]
+    assert list(watched) == [f"{name}-seed{seed}" for seed in (0, 7) for name in COMPARED]
     for seed in (0, 7):
-        runs = [watched[f"{name}-seed{seed}"] for name in METHODS]
+        runs = [watched[f"{name}-seed{seed}"] for name in COMPARED]
         for run in runs[1:]:
             torch.testing.assert_close(run["head"], runs[0]["head"], rtol=0, atol=0)
             torch.testing.assert_close(run["batches"], runs[0]["batches"], rtol=0, atol=0)
     assert not torch.equal(watched["full-seed0"]["head"], watched["full-seed7"]["head"])
 
     written = json.loads((tmp_path / "out" / "compare.json").read_text())
-    assert [row["method"] for row in written["rows"]] == list(METHODS)
+    assert [row["method"] for row in written["rows"]] == list(COMPARED)
     for row in written["rows"]:
         assert row["metric"] == "accuracy" and row["seeds"] == [0, 7] and len(row["scores"]) == 2
         metrics = json.loads((tmp_path / "out" / "runs" / f"{row['method']}-seed7" / "metrics.json").read_text())
         assert row["scores"][1] == metrics["metrics"]["accuracy"]
         assert row["mean"] == pytest.approx(sum(row["scores"]) / 2) and row["deviation"] >= 0
-        assert row["learning_rate"] == BASELINES[row["method"]].learning_rate
+        assert row["learning_rate"] == METHODS[row["method"]].learning_rate
         assert len(row["step_rounds"]) == module.ROUNDS and min(row["step_rounds"]) > 0
     full, head, adapter = written["rows"]
     assert full["backbone_share"] == 1 and head["backbone_share"] == 0 < adapter["backbone_share"]
     assert {"torch", "peft", "transformers"} <= written["versions"].keys()
     table = (tmp_path / "out" / "compare.md").read_text()
-    assert table.count("\n| ") == len(METHODS) + 1 and f"{rows[2].mean:.3f} ± {rows[2].deviation:.3f}" in table
+    assert table.count("\n| ") == len(COMPARED) + 1 and f"{rows[2].mean:.3f} ± {rows[2].deviation:.3f}" in table
     for name in ("metric-memory.png", "metric-time.png"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
     assert not list((tmp_path / "out" / "runs").glob("*/checkpoint-*"))
@@ -125,12 +125,12 @@ def test_a_run_that_is_cut_goes_on_with_the_modules_that_were_put_in(tmp_path, m
     whole, cut = (
         read_comparison(config(tmp_path), tmp_path / name, "lorand").run("lorand", 0) for name in ("whole", "cut")
     )
-    train(whole, adapt=adapt)
+    train(whole)
     with monkeypatch.context() as patch:
         stop_after(4, patch)
         with pytest.raises(Stop):
-            train(cut, adapt=adapt)
-    assert train(cut, adapt=adapt)["resumed"]
+            train(cut)
+    assert train(cut)["resumed"]
     first, second = adapter_weights(Path(whole.output)), adapter_weights(Path(cut.output))
     assert first.keys() == second.keys() and any("baseline_adapter" in name for name in first)
     for name, value in first.items():
@@ -149,10 +149,15 @@ def test_the_command_line_compares_segmenters(tmp_path):
     ]  # fmt: skip
 
 
+def test_the_help_lists_every_method():
+    listed = " ".join(CliRunner().invoke(app, ["compare", "--help"], env={"COLUMNS": "200"}).output.split())
+    assert f"Methods: {', '.join(METHODS)}." in listed.replace("│ ", "")
+
+
 def test_the_configs_own_method_keeps_its_options_and_its_rate(tmp_path):
     values = classify(tmp_path, learning_rate=0.5) | {"method": {"name": "lora", "r": 3}}
     comparison = read_comparison(write(tmp_path / "c.yaml", values), tmp_path / "out")
-    assert comparison.methods == tuple(BASELINES)
+    assert comparison.methods == tuple(METHODS)
     assert comparison.run("lora", 0).method == {"name": "lora", "r": 3}
     assert comparison.run("lora-checkpointing", 0).method == {"name": "lora-checkpointing", "r": 3}
     assert comparison.run("e3va", 0).method == {"name": "e3va"}
@@ -196,7 +201,7 @@ def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_
         with pytest.raises(UserError, match="runs in one process"):
             compare(read_comparison(config(tmp_path), tmp_path / "new"))
     with monkeypatch.context() as patch:
-        patch.setattr("e3va_peft.training.methods.find_exits", lambda model: [])
+        patch.setattr("e3va_peft.methods.base.find_exits", lambda model: [])
         with pytest.raises(UserError, match="holds no backbone"):
             compare(read_comparison(config(tmp_path), tmp_path / "new"))
     (tmp_path / "colors" / "test").rename(tmp_path / "colors" / "holiday")
@@ -206,7 +211,7 @@ def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_
 
 
 def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path, monkeypatch):
-    places = [(name, 0.5 + 0.002 * i, 0.01) for i, name in enumerate(BASELINES)]
+    places = [(name, 0.5 + 0.002 * i, 0.01) for i, name in enumerate(METHODS)]
     boxes = []
     place = plots._place
     monkeypatch.setattr(
@@ -214,7 +219,7 @@ def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path, monkeypatch):
     )
     draw_tradeoff(places, [100 + i for i in range(len(places))], tmp_path / "plot.png", "MiB", "accuracy")
     last = list({id(text): box for text, box in boxes}.values())  # where each name was put in the end
-    assert len(last) == len(BASELINES)
+    assert len(last) == len(METHODS)
     overlaps = [
         (i, j) for i, a in enumerate(last) for j, b in enumerate(last) if i < j and Bbox.intersection(a, b) is not None
     ]

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from e3va_peft import load_adapter
 from e3va_peft.cli import app
 from e3va_peft.demo import run as demo
+from e3va_peft.methods import adapt
 
 
 @pytest.fixture
@@ -48,14 +49,14 @@ def test_demo_runs_the_whole_road(tiny_vit, tmp_path):
 
 def test_methods_start_from_the_same_model_and_train_the_same_head(tiny_vit):
     heads = {}
-    for method in demo.METHODS:
+    for method, _ in demo.COMPARED:
         torch.manual_seed(0)
-        model = method.prepare(demo.build_base(tiny_vit))
+        model = adapt(demo.build_base(tiny_vit), method)
         trained = [p for n, p in model.named_parameters() if p.requires_grad and "decode_head" in n]
-        heads[method.name] = [p.detach().clone() for p in trained]
+        heads[method["name"]] = [p.detach().clone() for p in trained]
     for head in heads.values():
-        assert len(head) == len(heads["E3VA"])
-        assert all(torch.equal(a, b) for a, b in zip(head, heads["E3VA"], strict=True))
+        assert len(head) == len(heads["e3va"])
+        assert all(torch.equal(a, b) for a, b in zip(head, heads["e3va"], strict=True))
 
 
 def test_help_teaches():

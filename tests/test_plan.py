@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,20 +20,19 @@ from e3va_peft.measure import measure_step, plan
 from e3va_peft.measure.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
 from e3va_peft.measure.cards import GIB, find_card, parse_memory, runs_on, software_stack
 from e3va_peft.measure.prediction import (
-    METHODS,
     PRECISIONS,
     FakeStep,
-    Method,
     _CudaAutocast,
     largest_batch,
     most_live_blocks,
     needed_bytes,
 )
-from e3va_peft.training.methods import adapt
+from e3va_peft.measure.tables import plan_table
+from e3va_peft.methods import adapt, settings
 from tests.models import BY_NAME
 
 CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
-BY_METHOD = {method.name: method for method in METHODS}
+BY_METHOD = {title: partial(adapt, method=method) for title, method in settings().items()}
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def fake_step(model, method, task=CLASSIFY, size=None, precision="fp32", autocas
 def real_step(model, method, task=CLASSIFY, size=28, batch_size=2, precision="fp32"):
     """What `measure_step` sees of the same step with real tensors."""
     torch.manual_seed(0)
-    adapted = BY_METHOD[method].adapt(model_builder(str(model), task, 3)())
+    adapted = BY_METHOD[method](model_builder(str(model), task, 3)())
     batch = {name: torch.zeros_like(tensor) for name, tensor in make_batch(task, batch_size, size).items()}
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
     return measure_step(adapted, batch, optimizer, autocast_dtype=PRECISIONS[precision], repeats=1)
@@ -98,12 +98,13 @@ def test_checkpointing_keeps_less_than_lora_alone(configs):
 
 
 def test_the_most_live_blocks_fit_and_one_more_does_not(configs):
-    def steps(method: Method) -> FakeStep:
-        return FakeStep(model_builder(str(configs / "vit-classifier"), CLASSIFY, 3), method, CLASSIFY, 28, None, "cpu")
+    def steps(title: str, method: dict[str, Any]) -> FakeStep:
+        build = model_builder(str(configs / "vit-classifier"), CLASSIFY, 3)
+        return FakeStep(build, partial(adapt, method=method), CLASSIFY, 28, None, "cpu")
 
     def need(blocks: int) -> int:
         options = {"name": "e3va", "tap_storage": "recompute", "live_blocks": blocks}
-        return needed_bytes(steps(Method("", "", lambda model: adapt(model, options))).trace(64).peak)
+        return needed_bytes(steps("", options).trace(64).peak)
 
     assert need(1) < need(2) < need(3)
     for blocks in (1, 2, 3):
@@ -189,6 +190,17 @@ def test_a_model_without_a_known_backbone_or_of_another_task_is_refused(configs)
         model_config(str(configs))
 
 
+def test_methods_that_cannot_adapt_a_model_are_named_and_the_others_planned(tmp_path):
+    BY_NAME["swinv2-classifier"].base().config.save_pretrained(tmp_path)
+    found = plan(str(tmp_path), batch_size=2)
+    assert "has no gradient_checkpointing_enable" in found.refused.pop("LoRA + checkpointing")
+    assert "no one module of a swinv2 block is an MLP" in found.refused["AdaptFormer"]
+    assert [row.method for row in found.methods] == [
+        title for title in settings() if title not in ("AdaptFormer", "LoRA + checkpointing")
+    ]
+    assert str(plan_table(found).caption).endswith("cannot adapt this model: AdaptFormer")
+
+
 # Cards
 
 
@@ -246,7 +258,8 @@ def test_kernels_run_within_a_generation_and_ptx_on_newer_ones():
 
 
 def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_path, monkeypatch):
-    monkeypatch.setattr("e3va_peft.measure.prediction.METHODS", [BY_METHOD["E3VA"], BY_METHOD["full"]])
+    two = {title: settings()[title] for title in ("E3VA", "full")}
+    monkeypatch.setattr("e3va_peft.measure.prediction.settings", lambda: two)
     monkeypatch.setenv("COLUMNS", "160")
     output = tmp_path / "plan.json"
     command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]

@@ -24,8 +24,8 @@ from e3va_peft.cli import app
 from e3va_peft.data.images import open_label_map
 from e3va_peft.data.load import load_eval_split, load_splits
 from e3va_peft.errors import UserError
+from e3va_peft.methods import adapt
 from e3va_peft.training.config import parse_config
-from e3va_peft.training.methods import adapt
 from e3va_peft.training.predict import evaluate, load_trained, palette, predict
 from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.models import BY_NAME

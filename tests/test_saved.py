@@ -21,8 +21,8 @@ from torch import nn
 
 from e3va_peft import E3VAConfig
 from e3va_peft.measure import measure_step
+from e3va_peft.methods import adapt
 from e3va_peft.saved import FILE_FROM, SavedModule
-from e3va_peft.training.methods import head_only
 from tests.models import BY_NAME, every_model, train_steps
 from tests.test_laws import assert_same, outputs
 
@@ -82,9 +82,9 @@ def test_no_tensor_of_the_base_is_among_those_of_a_model_whose_adapter_trains_a_
 
 def test_the_peak_of_a_step_holds_one_head_as_that_of_the_head_alone():
     reports = []
-    for make in (lambda: get_peft_model(with_head(65536), E3VAConfig(r=4)), lambda: head_only(with_head(65536))):
+    for method in ({"name": "e3va", "r": 4}, {"name": "head-only"}):
         torch.manual_seed(0)
-        model = make()
+        model = adapt(with_head(65536), method)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         reports.append(measure_step(model, OWN.training_batch(), optimizer, repeats=1))
     ours, alone = reports

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import e3va_peft
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
+from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
 from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
@@ -56,7 +57,8 @@ def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(
     ("task", "method"),
-    [(segment, "e3va"), (segment, "head-only"), (segment, "lora"), (segment, "full"), (classify, "lora")],
+    [(segment, name) for name in ("e3va", "head-only", "lora", "full", "mona")]
+    + [(classify, name) for name in METHODS if name not in ("e3va", "head-only", "full")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, tmp_path):
@@ -70,7 +72,7 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
     name = "accuracy" if task is classify else "mean_iou"
     assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-6)
     assert labels == (("green", "red") if task is classify else ("ground", "disc"))
-    folder = tmp_path / "run" / ("adapter" if method in ("e3va", "lora") else "model")
+    folder = tmp_path / "run" / ("adapter" if METHODS[method].saves == "adapter" else "model")
     assert (folder / "preprocessor_config.json").is_file()
 
 
@@ -93,6 +95,22 @@ def test_a_head_only_model_loads_with_transformers_alone(tmp_path):
     train(parse_config(classify(tmp_path) | {"method": "head-only"}))
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.label2id == {"green": 0, "red": 1}
+
+
+def test_a_model_with_modules_put_in_is_loaded_from_its_run_and_refused_without_it(tmp_path):
+    train(parse_config(classify(tmp_path) | {"method": "mona"}))
+    run = tmp_path / "run"
+    saved = load_trained(str(run)).model.state_dict()
+    assert all(torch.equal(saved[name], value) for name, value in adapter_weights(run).items())
+    assert any("baseline_adapter" in name for name in saved)
+    with pytest.raises(UserError, match=r"model: holds modules that a method has put into the backbone.*of the run"):
+        load_trained(str(run / "model"))
+    weights = {name: value for name, value in adapter_weights(run).items() if "baseline_adapter" not in name}
+    save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"model: does not hold the weights of a model trained by method=mona.*Restore"
+    ):
+        load_trained(str(run))
 
 
 def test_a_finished_run_is_not_trained_again_unless_told(tmp_path):
@@ -155,7 +173,7 @@ def stop_after(step: int, monkeypatch, error: Exception | None = None) -> None:
     monkeypatch.setattr(VisionTrainer, "training_step", training_step)
 
 
-@pytest.mark.parametrize("method", ["e3va", "full"])
+@pytest.mark.parametrize("method", ["e3va", "full", "mona"])
 def test_the_same_command_goes_on_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
     arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
     options = {"method": method, "model_options": {"drop_path_rate": 0.0}}

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from e3va_peft.errors import UserError
+from e3va_peft.methods import METHODS
 from e3va_peft.training.config import (
     TASKS,
     RunConfig,
@@ -17,7 +18,6 @@ from e3va_peft.training.config import (
     recipe_text,
     recipes,
 )
-from e3va_peft.training.methods import LEARNING_RATES
 from e3va_peft.training.run import build_arguments
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.trainer import _stepped
@@ -85,6 +85,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(data, tmp_path, monkeypatch):
         ({"training": {"learning_rte": 1e-3}}, "training.learning_rte:", "learning_rate"),
         ({"task": "image-clasification"}, "task='image-clasification'", "image-classification"),
         ({"method": "lor"}, "method='lor'", "lora"),
+        ({"method": "adaptorformer"}, "method='adaptorformer'", "adaptformer"),
     ],
 )
 def test_a_mistyped_name_is_refused_and_the_nearest_one_offered(fields, named, nearest):
@@ -140,6 +141,7 @@ def test_a_missing_field_is_named_with_what_to_write(name, empty):
         ({"method": {"r": 8}}, "has no name"),
         ({"method": {"name": "head-only", "r": 8}}, "method.r: head-only has no options"),
         ({"method": {"name": "full", "r": 8}}, "method.r: full has no options"),
+        ({"method": {"name": "bitfit", "r": 8}}, "method.r: bitfit has no options"),
         ({"model": ["m"]}, "model=['m']: must be text"),
         ({"output": True}, "output=True: must be text"),
     ],
@@ -362,9 +364,9 @@ def test_lr_steps_that_cannot_work_are_refused(steps, training, parts):
 
 
 def test_a_method_brings_its_learning_rate_and_the_config_overrides_it():
-    for method, rate in LEARNING_RATES.items():
-        assert arguments(CLASSIFY | {"method": method}).learning_rate == rate
-        assert arguments(CLASSIFY | {"method": method}, learning_rate=0.5).learning_rate == 0.5
+    for name, method in METHODS.items():
+        assert arguments(CLASSIFY | {"method": name}).learning_rate == method.learning_rate
+        assert arguments(CLASSIFY | {"method": name}, learning_rate=0.5).learning_rate == 0.5
 
 
 def test_without_an_evaluation_split_nothing_is_evaluated_and_asking_for_it_is_refused():

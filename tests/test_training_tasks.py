@@ -16,9 +16,9 @@ from transformers import BitImageProcessor, ViTImageProcessor
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
 from e3va_peft.errors import UserError
+from e3va_peft.methods import adapt
 from e3va_peft.training.batchnorm import SingleValueBatchNorm2d
 from e3va_peft.training.config import parse_config
-from e3va_peft.training.methods import adapt
 from e3va_peft.training.metrics import MeanIoU, accuracy_scores
 from e3va_peft.training.tasks import ImageClassification, SemanticSegmentation, Task, task_of
 from e3va_peft.training.tasks.base import Collate, forward_extras, normalized, side

@@ -19,12 +19,11 @@ from transformers import TrainingArguments, set_seed
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.errors import UserError, nearest
-from e3va_peft.measure.baselines import BASELINES, adapt
 from e3va_peft.measure.report import Row, write_report
 from e3va_peft.measure.step import StepReport, measure_step
+from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import checkpoints, finished
-from e3va_peft.training.methods import trained_whole
 from e3va_peft.training.run import build_arguments, train, verify
 from e3va_peft.training.tasks import Task, task_of
 
@@ -46,7 +45,7 @@ class Comparison:
     Attributes:
         config: The task: data, model, epochs. Its own method's options and learning rate hold for that method.
         output: Folder of runs and report.
-        methods: Names in `BASELINES`.
+        methods: Names in `METHODS`.
         seeds: Each of them seeds head, data order and augmentation of one run of every method.
         rates: Learning rate of each method.
     """
@@ -99,8 +98,8 @@ def read_comparison(
         if own is not None and not key.startswith("method."):
             raise UserError(f"--set {override}: a comparison sets it for each run by itself. Use {own}.")
     config = read_config(source, overrides)
-    names = tuple(BASELINES) if methods is None else _names(methods)
-    learned = {name: BASELINES[name].learning_rate for name in names}
+    names = tuple(METHODS) if methods is None else _names(methods)
+    learned = {name: METHODS[name].learning_rate for name in names}
     if "learning_rate" in config.training and config.method_name in learned:
         learned[config.method_name] = config.training["learning_rate"]
     return Comparison(config, Path(output).expanduser(), names, _seeds(seeds), learned | _rates(rates, names))
@@ -138,7 +137,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         record = None if overwrite else finished(config)
         done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
         console.print(f"[bold][{number}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
-        records[name].append(record or train(config, overwrite, adapt))
+        records[name].append(record or train(config, overwrite))
         _drop_checkpoints(Path(config.output))
         gc.collect()  # the Trainer's cycles hold the model
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")
@@ -176,7 +175,7 @@ def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int)
     reports: dict[str, list[StepReport]] = {name: [] for name in models}
     for _ in range(rounds):
         for name, model in models.items():
-            model.to(arguments.device)  # one at a time: a small GPU holds no eleven models
+            model.to(arguments.device)  # one at a time: a small GPU does not hold them all
             reports[name].append(measure_step(model, batch, optimizers[name], autocast_dtype=dtype, repeats=1))
             model.to("cpu")
     return reports
@@ -265,12 +264,12 @@ def _options(method: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(_parts(text))
     for name in names:
-        if name not in BASELINES:
-            raise UserError(f"methods={name!r}: must be among {', '.join(BASELINES)}.{nearest(name, BASELINES)}")
+        if name not in METHODS:
+            raise UserError(f"methods={name!r}: must be among {', '.join(METHODS)}.{nearest(name, METHODS)}")
         if names.count(name) > 1:
             raise UserError(f"methods={text!r}: names {name} twice. Name each once.")
     if not names:
-        raise UserError(f"methods={text!r}: names none. Choose among {', '.join(BASELINES)}.")
+        raise UserError(f"methods={text!r}: names none. Choose among {', '.join(METHODS)}.")
     return names
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from e3va_peft.layer import E3VALayer
 from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.measure.cards import GIB
 from e3va_peft.measure.step import Kind, _peak, _saved_bytes, _step
-from e3va_peft.training.methods import adapt, checkpointed
+from e3va_peft.methods import METHODS, adapt, settings
 from e3va_peft.training.tasks.base import extras_at
 
 Rules = Literal["cuda", "cpu"]
@@ -43,35 +43,7 @@ CONTEXT_BYTES = int(0.6 * GIB)
 FRAGMENTATION = 0.05
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to train that a plan compares.
-
-    Attributes:
-        name: Its row.
-        trains: What is trained besides the head, in a word or two.
-        adapt: Makes a model trainable by it.
-    """
-
-    name: str
-    trains: str
-    adapt: Callable[[PreTrainedModel], nn.Module]
-
-
-def _e3va(**options: Any) -> Callable[[PreTrainedModel], nn.Module]:
-    return lambda model: adapt(model, {"name": "e3va", **options})
-
-
-METHODS = [
-    Method("E3VA", "highway", _e3va()),
-    Method("E3VA, block taps", "highway", _e3va(taps=("block",))),
-    Method("E3VA, block taps, int8", "highway", _e3va(taps=("block",), tap_storage="int8")),
-    Method("E3VA, recompute", "highway", _e3va(tap_storage="recompute")),
-    Method("LoRA", "low-rank", lambda model: adapt(model, {"name": "lora"})),
-    Method("LoRA + checkpointing", "low-rank", lambda model: checkpointed(adapt(model, {"name": "lora"}))),
-    Method("full", "everything", lambda model: adapt(model, {"name": "full"})),
-    Method("head only", "nothing", lambda model: adapt(model, {"name": "head-only"})),
-]
+Prepare = Callable[[PreTrainedModel], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -120,6 +92,7 @@ class Plan:
         methods: One entry per method.
         live_blocks: Most blocks that can be live, with tap_storage="recompute", so that a step fits; None where no
             memory was given, or none fits.
+        refused: Methods that cannot adapt this model, and what they say.
     """
 
     model: str
@@ -131,6 +104,7 @@ class Plan:
     memory: int | None
     methods: list[MethodPlan]
     live_blocks: int | None = None
+    refused: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
@@ -175,47 +149,53 @@ def plan(
     num_labels = num_labels or CLASSES.get(task, 1)
     build = model_builder(model, task, num_labels)
     size = image_size
-    rows = []
+    rows: list[MethodPlan] = []
+    refused: dict[str, str] = {}
 
-    def fake_step(method: Method) -> FakeStep:
+    def fake_step(title: str, method: Mapping[str, Any]) -> FakeStep:
         if progress is not None:
-            progress(method.name)
+            progress(title)
         with _explained(model, image_size):
-            return FakeStep(build, method, task, size, PRECISIONS[precision], autocast)
+            return FakeStep(build, partial(adapt, method=method), task, size, PRECISIONS[precision], autocast)
 
-    for method in METHODS:
-        step = fake_step(method)
-        size = step.image_size
+    def row(title: str, method: Mapping[str, Any], step: FakeStep) -> MethodPlan:
         with _explained(model, image_size):
-            rows.append(_row(step, batch_size, memory))
+            return _row(title, METHODS[method["name"]].trains, step, batch_size, memory)
+
+    for title, method in settings().items():
+        try:
+            step = fake_step(title, method)
+        except UserError as error:
+            if not rows:  # nothing can be planned for this model
+                raise
+            refused[title] = str(error)
+            continue
+        size = step.image_size
+        rows.append(row(title, method, step))
     assert size is not None  # every step says its size
-    found = Plan(model, task, size, batch_size, precision, num_labels, memory, rows)
+    found = Plan(model, task, size, batch_size, precision, num_labels, memory, rows, refused=refused)
     if memory is None:
         return found
     live = most_live_blocks(fake_step, batch_size, memory)
     if live is None:
         return found
-    blocks, step = live
-    rows.insert(sum(row.method.startswith("E3VA") for row in rows), _row(step, batch_size, memory))
-    return replace(found, live_blocks=blocks)
+    title, method = _live(live[0])
+    rows.insert(sum(row.method.startswith("E3VA") for row in rows), row(title, method, live[1]))
+    return replace(found, live_blocks=live[0])
 
 
 def most_live_blocks(
-    fake_step: Callable[[Method], FakeStep], batch_size: int, memory: int
+    fake_step: Callable[[str, Mapping[str, Any]], FakeStep], batch_size: int, memory: int
 ) -> tuple[int, FakeStep] | None:
     """Return how many blocks can be live so that a step fits, and that step; None where not even one can.
 
     More live blocks keep more: it is searched by halves.
 
     Args:
-        fake_step: Makes the step of a method.
+        fake_step: Makes the step of a method: its title, and what `adapt` takes.
         batch_size: Images per step.
         memory: Bytes of the card.
     """
-
-    def step(blocks: int) -> FakeStep:
-        options = {"tap_storage": "recompute", "live_blocks": blocks}
-        return fake_step(Method(f"E3VA, recompute, {blocks} live", "highway", _e3va(**options)))
 
     def fits(tried: FakeStep) -> bool:
         return needed_bytes(tried.trace(batch_size).peak) <= memory
@@ -223,7 +203,7 @@ def most_live_blocks(
     best, fewest, most = None, 1, None
     while most is None or fewest <= most:
         blocks = fewest if most is None else (fewest + most + 1) // 2
-        tried = step(blocks)
+        tried = fake_step(*_live(blocks))
         if most is None:  # the first also says how many blocks there are
             most = sum(sum(m.depth) for m in tried.model.modules() if isinstance(m, E3VALayer))
         if fits(tried):
@@ -231,6 +211,11 @@ def most_live_blocks(
         else:
             most = blocks - 1
     return best
+
+
+def _live(blocks: int) -> tuple[str, dict[str, Any]]:
+    """Title and method of E3VA with so many live blocks."""
+    return f"E3VA, recompute, {blocks} live", {"name": "e3va", "tap_storage": "recompute", "live_blocks": blocks}
 
 
 def _check(batch_size: int, image_size: int | None, num_labels: int | None, precision: str) -> None:
@@ -262,12 +247,12 @@ def _explained(model: str, size: int | None) -> Iterator[None]:
         ) from error
 
 
-def _row(step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
+def _row(title: str, trains: str, step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
     at = step.trace(batch_size)
     peak = sum(at.split.values())
     return MethodPlan(
-        method=step.method.name,
-        trains=step.method.trains,
+        method=title,
+        trains=trains,
         trainable_parameters=step.trainable_parameters,
         peak_bytes=peak,
         peak_parameters=at.split["parameters"],
@@ -308,7 +293,7 @@ class FakeStep:
 
     Args:
         build: Builds the model on the device of the context.
-        method: How it is trained.
+        prepare: Makes it trainable.
         task: image-classification or semantic-segmentation.
         image_size: Side of the square images in pixels; None for the model's own.
         dtype: Dtype of autocast, None for fp32.
@@ -318,7 +303,7 @@ class FakeStep:
     def __init__(
         self,
         build: Callable[[], PreTrainedModel],
-        method: Method,
+        prepare: Prepare,
         task: str,
         image_size: int | None,
         dtype: torch.dtype | None,
@@ -328,8 +313,7 @@ class FakeStep:
             base = build()
             self.image_size = image_size or image_size_of(base, task)
             self.extras = extras_at(base, self.image_size)
-            self.model = method.adapt(base)
-        self.method = method
+            self.model = prepare(base)
         self.task = task
         self.dtype = dtype
         self.autocast = autocast

@@ -20,6 +20,8 @@ def plan_table(plan: Plan) -> Table:
     if plan.memory is not None:
         title += f", on {plan.memory / GIB:.3g} GiB"
     caption = "in GiB: peak = weights + gradients + AdamW + activations; needs: with CUDA context and allocator"
+    if plan.refused:
+        caption += f"\ncannot adapt this model: {', '.join(plan.refused)}"
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     table.add_column("trains", no_wrap=True)

@@ -13,12 +13,11 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from peft import LoraConfig
 from transformers import TrainingArguments
 
-from e3va_peft.config import E3VAConfig
 from e3va_peft.data.config import BOX_FORMATS, DataConfig
 from e3va_peft.errors import UserError, nearest, read_text
+from e3va_peft.methods import METHODS
 
 TASKS = ("image-classification", "semantic-segmentation", "object-detection", "instance-segmentation")
 OBJECT_TASKS = TASKS[2:]
@@ -31,7 +30,6 @@ HEADS = {
 }
 """What may be put onto a backbone alone, for each task; the first is the default."""
 
-METHODS = ("e3va", "head-only", "lora", "full")
 RECIPES = resources.files("e3va_peft") / "recipes"
 
 RECIPE_EPOCHS = 10
@@ -79,7 +77,7 @@ class RunConfig:
         output: Folder of the run; `{method}` in it stands for the method's name. A `~` at the beginning of this and of
             every other path is the home folder.
         data: Where images and labels are.
-        method: `e3va`, `head-only`, `lora` or `full`; or a mapping with `name` and options of its PEFT config.
+        method: Name of one of `e3va_peft.methods.METHODS`; or a mapping with `name` and options of its PEFT config.
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
             None: what the model's image processor says.
         augment: How training images vary; false for not at all.
@@ -176,13 +174,12 @@ def recipe_text(name: str) -> str:
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def read_config(source: str | Path, overrides: Sequence[str] = (), methods: Sequence[str] = METHODS) -> RunConfig:
+def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a run's YAML file, or a recipe by name, apply `key=value` overrides and check every field.
 
     Args:
         source: YAML file, or the name of a recipe.
         overrides: `key=value` with dots into sections and values in YAML, e.g. `training.learning_rate=1e-3`.
-        methods: Names of the methods there are.
 
     Raises:
         UserError: File, field or value cannot work; the message says which and what to do.
@@ -202,7 +199,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = (), methods: Sequ
         raise UserError(f"{source}: is no mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
         _apply(values, override)
-    return parse_config(values, methods)
+    return parse_config(values)
 
 
 def _parse(text: str, where: str) -> Any:
@@ -232,7 +229,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place[last] = _parse(text, f"--set {override}")
 
 
-def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) -> RunConfig:
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
     """Check a run's fields and return them as a config. See `read_config`.
 
     Raises:
@@ -249,7 +246,7 @@ def parse_config(values: Mapping[str, Any], methods: Sequence[str] = METHODS) ->
     _choice("task", values["task"], TASKS)
     values["data"] = _section("data", values["data"], DataConfig)
     values["augment"] = _augment(values.get("augment", True))
-    values["method"] = _method(values.get("method", "e3va"), methods)
+    values["method"] = _method(values.get("method", "e3va"))
     for name in ("processor", "model_options", "training"):
         values[name] = dict(_mapping(name, values.get(name)))
     values["model"] = str(values["model"])
@@ -313,15 +310,13 @@ def _training(training: dict[str, Any]) -> dict[str, Any]:
     return training
 
 
-def _method(value: Any, methods: Sequence[str]) -> dict[str, Any]:
+def _method(value: Any) -> dict[str, Any]:
     method = {"name": value} if isinstance(value, str) else dict(_mapping("method", value))
     if "name" not in method:
         raise UserError(f"method={value!r}: has no name. Write method: e3va, or method: {{name: e3va, r: 8}}.")
-    _choice("method", method["name"], methods)
-    if method["name"] not in METHODS:
-        return method
+    _choice("method", method["name"], tuple(METHODS))
     options = [key for key in method if key != "name"]
-    known = {"e3va": E3VAConfig, "lora": LoraConfig}.get(method["name"])
+    known = METHODS[method["name"]].options
     if known is not None:
         _known("method", dict.fromkeys(options), (f.name for f in dataclasses.fields(known)))
     elif options:

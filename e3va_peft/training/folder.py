@@ -10,7 +10,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from e3va_peft.errors import UserError, read_text
-from e3va_peft.training.config import METHODS, RunConfig, read_config
+from e3va_peft.training.config import RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
 ADAPTER, MODEL = "adapter", "model"
@@ -31,19 +31,15 @@ _OLD = ".old-"
 _held: set[Path] = set()  # the locks of this process
 
 
-def read_run(run: Path, methods: Sequence[str] = METHODS) -> RunConfig:
+def read_run(run: Path) -> RunConfig:
     """Read the config of a run from its folder.
-
-    Args:
-        run: The folder.
-        methods: Names of the methods there are.
 
     Raises:
         UserError: It is no folder of a run.
     """
     if not (run / CONFIG).is_file():
         raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
-    return read_config(run / CONFIG, methods=methods)
+    return read_config(run / CONFIG)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
@@ -94,7 +90,7 @@ def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
             f"output={str(output)!r}: is not empty and holds no run: there is no {MARKER} with a {CONFIG}. Choose "
             f"another folder.{_hint(output)}"
         )
-    before = read_run(output, (*METHODS, config.method_name))
+    before = read_run(output)
     if overwrite:
         return
     if (output / METRICS).is_file() or checkpoints(output):
@@ -146,12 +142,12 @@ def protect_source(source: str | Path, config: RunConfig, overwrite: bool) -> No
 
 
 def _check_settings(output: Path, config: RunConfig) -> None:
-    _refuse_changes(output, read_run(output, (*METHODS, config.method_name)), config)
+    _refuse_changes(output, read_run(output), config)
 
 
 def _says(output: Path, config: RunConfig) -> bool:
     """Whether the config in a run's folder is this one."""
-    return read_run(output, (*METHODS, config.method_name)).to_dict() == config.to_dict()
+    return read_run(output).to_dict() == config.to_dict()
 
 
 def _refuse_changes(output: Path, before: RunConfig, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from peft import PeftConfig, PeftModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes
@@ -28,8 +30,9 @@ from e3va_peft.data.load import load_eval_split
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections, Objects, decode_mask
 from e3va_peft.detection import Detector
-from e3va_peft.errors import UserError
+from e3va_peft.errors import UserError, reason
 from e3va_peft.loading import load_adapter
+from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.run import build_arguments, plain
@@ -37,7 +40,7 @@ from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
-from e3va_peft.training.trainer import VisionTrainer, refuse_other_weights
+from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
 _OPACITY = 0.5
 _FONT = "DejaVu Sans"  # which matplotlib brings along
@@ -104,7 +107,7 @@ def load_trained(source: str) -> Trained:
     folder = Path(source).expanduser()
     config = read_run(folder) if (folder / CONFIG).is_file() else None
     if config is not None:
-        part = folder / (ADAPTER if config.method_name in ("e3va", "lora") else MODEL)
+        part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
         if not part.is_dir():
             raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config goes on.")
         folder = part
@@ -133,9 +136,12 @@ def _class_names(config: Any) -> tuple[str, ...]:
 
 
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
-    if folder is not None and config is not None and config.method_name == "lora":
+    saves = "" if config is None else METHODS[config.method_name].saves
+    if folder is not None and config is not None and saves == "adapter" and config.method_name != "e3va":
         base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
-        model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
+        with warnings.catch_warnings():  # as `norm_tuning` does
+            warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
+            model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
         refuse_other_weights(model, folder)
         model.load_adapter(str(folder), "default")
         return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
@@ -145,16 +151,32 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         raise UserError(
             f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
-    architecture = (AutoConfig.from_pretrained(folder, trust_remote_code=False).architectures or [""])[0]
+    architecture_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    architecture = (architecture_config.architectures or [""])[0]
     cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
     if cls is None:
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
+    if config is not None and saves == "inserted":
+        whole = adapt(cls(architecture_config), config.method)
+        try:
+            load_saved(whole, folder)
+        except (RuntimeError, SafetensorError) as error:
+            raise UserError(
+                f"{folder}: does not hold the weights of a model trained by method={config.method_name} "
+                f"({reason(error)}). Restore the files that were saved together."
+            ) from error
+        return whole, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _whole(cls: Any, folder: Path) -> Any:
     """Load a model of which every weight must be there."""
     model, report = cls.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    if any(f".{INSERTED}." in name for name in report["unexpected_keys"]):
+        raise UserError(
+            f"{folder}: holds modules that a method has put into the backbone, and the model by itself does not say "
+            "which method. Name the folder of the run, in which `e3va train` has written its config.yaml."
+        )
     absent = sorted(absent_weights(report))
     if absent:
         raise UserError(

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
+from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import (
     ADAPTER,
@@ -49,7 +50,6 @@ from e3va_peft.training.folder import (
     remove_replaced,
     write_whole,
 )
-from e3va_peft.training.methods import LEARNING_RATES, adapt, refuse_lost
 from e3va_peft.training.recipe import MetricsToCard, training_arguments
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
@@ -65,19 +65,16 @@ class Interrupted(Exception):
     """The run was stopped by Ctrl-C after a checkpoint."""
 
 
-def train(
-    config: RunConfig, overwrite: bool = False, adapt: Callable[[nn.Module, Mapping[str, Any]], nn.Module] = adapt
-) -> dict[str, Any]:
+def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     """Train as a config says, or go on where an earlier call stopped.
 
-    Writes into `config.output`: `config.yaml`, every field resolved; `adapter/` (e3va, lora) or `model/` (head-only,
-    full) with the image processor; `metrics.json`, last, which marks the run as finished; `curves.png`; checkpoints.
+    Writes into `config.output`: `config.yaml`, every field resolved; `adapter/` (PEFT's methods) or `model/` (the
+    others) with the image processor; `metrics.json`, last, which marks the run as finished; `curves.png`; checkpoints.
 
     Args:
         config: The run.
         overwrite: Replace what an earlier run left in `config.output`. It is put aside when all is ready to train, and
             removed when this run is saved.
-        adapt: Makes the model trainable by `config.method`, which may then be one that `e3va train` does not have.
 
     Returns:
         What is in `metrics.json`.
@@ -90,15 +87,13 @@ def train(
     # as TrainingArguments will set it up: a launcher's processes without accelerator find each other by gloo
     state = PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
     if not state.is_main_process:
-        return _train(config, overwrite, adapt, state)
+        return _train(config, overwrite, state)
     check_output(Path(config.output), config, overwrite)
     with locked(Path(config.output)):
-        return _train(config, overwrite, adapt, state)
+        return _train(config, overwrite, state)
 
 
-def _train(
-    config: RunConfig, overwrite: bool, adapt: Callable[[nn.Module, Mapping[str, Any]], nn.Module], state: PartialState
-) -> dict[str, Any]:
+def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str, Any]:
     """Train in a folder that is this run's alone. See `train`."""
     output = Path(config.output)
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
@@ -200,7 +195,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         **task.default_training,
     }
     if "learning_rate" not in given:
-        defaults["learning_rate"] = LEARNING_RATES[config.method_name]
+        defaults["learning_rate"] = METHODS[config.method_name].learning_rate
     if evaluation == save == "steps":
         defaults["save_steps"] = given.get("eval_steps", 500)
         defaults["eval_steps"] = given.get("save_steps", 500)
@@ -405,7 +400,9 @@ def _save(output: Path, model: Any, processor: Any, record: dict[str, Any], cons
         record_metrics(model, record["metrics"])
     elif adapter:
         model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
-    model.save_pretrained(str(draft))
+    # under its own key names where a method has put modules in: transformers' older ones know none of these
+    own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
+    model.save_pretrained(str(draft), **own)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
     write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
     remove_replaced(output)

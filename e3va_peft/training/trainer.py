@@ -131,7 +131,7 @@ class VisionTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         if isinstance(target, PreTrainedModel):
-            _load_saved(target, resume_from_checkpoint)
+            load_saved(target, resume_from_checkpoint)
         else:
             bare = self.accelerator.unwrap_model(target)
             if isinstance(bare, PeftModel):
@@ -140,7 +140,7 @@ class VisionTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         if isinstance(self.model, PreTrainedModel):
-            _load_saved(self.model, str(self.state.best_model_checkpoint))
+            load_saved(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
 
@@ -156,8 +156,8 @@ def _stepped(warmup: int, milestones: Sequence[int], step: int) -> float:
     return float(min(1.0, (step + 1) / (warmup + 1)) * 0.1 ** sum(step >= milestone for milestone in milestones))
 
 
-def _load_saved(model: PreTrainedModel, folder: str) -> None:
-    """Load a whole model's weights from a checkpoint. Every key must be there: Trainer lets missing ones pass."""
+def load_saved(model: nn.Module, folder: str | Path) -> None:
+    """Load a whole model's weights from a folder. Every key must be there: Trainer lets missing ones pass."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     model.load_state_dict({name: value for path in files for name, value in load_file(path).items()})
 

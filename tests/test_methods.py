@@ -1,4 +1,4 @@
-"""The methods that E3VA is compared with: what each trains, where it begins, and that it is what its source says."""
+"""The methods: what each trains, where it begins, and that it is what its source says."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from torch import nn
 from transformers import SwinBackbone, SwinConfig
 
 from e3va_peft.errors import UserError
-from e3va_peft.measure.baselines import BASELINES, Bottleneck, LoRand, adapt
-from e3va_peft.training.methods import trained_whole
+from e3va_peft.methods import METHODS, adapt, trained_whole
+from e3va_peft.methods.base import Bottleneck
+from e3va_peft.methods.lorand import LoRand
+from e3va_peft.methods.mona import Enter, Mona
 from tests.models import BY_NAME, every_model, loss_of, registered, train_steps
 from tests.test_counts import SWIN_B
 
-every_method = pytest.mark.parametrize("method", BASELINES)
+every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize(
     "case",
     [BY_NAME[name] for name in ("swin-upernet", "vit-classifier", "dinov2-classifier")],
     ids=lambda case: case.name,
 )
-inserting = pytest.mark.parametrize("method", ["adapter", "adaptformer", "lorand"])
+inserting = pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.saves == "inserted"])
 
 
 def adapted(case, method: str, seed: int = 0) -> nn.Module:
@@ -40,7 +42,7 @@ def wanting(model: nn.Module) -> set[str]:
 def test_what_is_trained_gets_a_gradient_and_nothing_else_does(case):
     # full and LoRA take blocks along that nobody reads; E3VA and the head alone have tests of their own
     mlp = registered(case.family).branches.get("mlp")
-    for method in ("partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand"):
+    for method in ("partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand", "mona"):
         if method == "adaptformer" and (mlp is None or mlp.computed_by is None):
             with pytest.raises(UserError, match="no one module of a"):
                 adapted(case, method)
@@ -73,6 +75,7 @@ def test_every_method_trains_head_and_output_norms_whole(method):
         ("adapter", r"(drop_path|mlp)\.baseline_adapter\.(down|up)\."),
         ("adaptformer", r"\.mlp\.baseline_adapter\.(down|up)\."),
         ("lorand", r"(drop_path|mlp)\.baseline_adapter\."),
+        ("mona", r"(drop_path|mlp)\.baseline_adapter\."),
         ("lora", r"(q|v)_proj\.lora_(A|B)\."),
         ("lora-checkpointing", r"(q|v)_proj\.lora_(A|B)\."),
         ("e3va", r"e3va_highway"),
@@ -101,8 +104,8 @@ def test_training_begins_at_the_pretrained_model(case, method):
     batch = case.batch()
     with torch.no_grad():
         expected, found = case.base()(**batch).logits, adapted(case, method).eval()(**batch).logits
-    if method == "lorand":  # as in its authors' code
-        assert not torch.allclose(found, expected, rtol=1e-2)
+    if method in ("lorand", "mona"):  # as in their authors' code
+        assert not torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
     else:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
@@ -128,9 +131,11 @@ def test_a_state_dict_and_a_copy_are_complete(case, method):
         ("bitfit", 203_576, 0.20),
         ("norm-tuning", 59_392, 0.06),
         ("adapter", 3_111_168, 3.11),
-        ("adaptformer", 1_557_504, None),  # 3.11 is published: see the module's docstring
+        ("adaptformer", 1_557_504, None),  # 3.11 is published: see its docstring
         ("lorand", 1_201_152, 1.20),
+        ("mona", 3_671_296, None),
         ("lora", 388_864, None),  # rank 8 here, 64 there
+        ("e3va", 1_195_008, 1.20),
     ],
 )
 def test_swin_b_has_the_published_number_of_trained_parameters(method, count, published):
@@ -140,6 +145,7 @@ def test_swin_b_has_the_published_number_of_trained_parameters(method, count, pu
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert trained == count
     if published is not None:
+        assert published == METHODS[method].published
         assert trained / 1e6 == pytest.approx(published, abs=0.0065)
 
 
@@ -164,6 +170,78 @@ def test_lorand_matches_its_formula():
     up = sum(p["p2"][i] @ p["kernel"][i] @ p["q2"][i] for i in range(2))
     assert down.shape == (8, 4) and up.shape == (4, 8)
     torch.testing.assert_close(module(x), F.gelu(x @ down + p["down_bias"]) @ up + p["up_bias"])
+
+
+def test_mona_matches_its_formula_and_mixes_no_token_in_front_of_the_image():
+    module, x = Mona(8).eval(), torch.randn(2, 1 + 12, 8)
+    assert sum(q.numel() for q in module.parameters()) == 133 * 8 + 64 * (1 + 9 + 25 + 49 + 3 + 64 + 1)
+    p = randomized(module)
+    s = F.layer_norm(x, (8,), p["norm.weight"], p["norm.bias"]) * p["gamma"] + x * p["gammax"]
+    y = s @ p["down.weight"].T + p["down.bias"]
+    image = y[:, 1:].reshape(2, 3, 4, 64).permute(0, 3, 1, 2)
+    convolved = [
+        F.conv2d(image, p[f"depthwise.{i}.weight"], p[f"depthwise.{i}.bias"], padding=k // 2, groups=64)
+        for i, k in enumerate((3, 5, 7))
+    ]
+    image = image + sum(convolved) / 3
+    image = image + F.conv2d(image, p["pointwise.weight"], p["pointwise.bias"])
+    y = torch.cat((y[:, :1], image.permute(0, 2, 3, 1).reshape(2, 12, 64)), 1)
+    torch.testing.assert_close(module(x, (3, 4), 1), F.gelu(y) @ p["up.weight"].T + p["up.bias"])
+    other = x.clone()
+    other[:, 0] += 1
+    changed = module(other, (3, 4), 1) != module(x, (3, 4), 1)
+    assert changed[:, 0].any() and not changed[:, 1:].any()
+
+
+@every_model
+def test_mona_sees_the_grid_of_every_family_and_changes_no_shape(case):
+    seen = []
+    model = adapted(case, "mona").eval()
+    for module in model.modules():
+        if isinstance(module, Mona):
+            module.register_forward_hook(lambda module, args, output: seen.append((args, output.shape)))
+    for size in case.sizes or (case.size,):
+        with torch.no_grad():
+            model(**case.batch(size=size))
+        for (x, grid, prefix), shape in seen:
+            assert x.shape == shape and x.shape[1] == prefix + grid[0] * grid[1]
+            assert grid[0] == grid[1] or (grid[0] > grid[1]) == (size[0] > size[1])
+        assert seen
+        seen.clear()
+
+
+def test_mona_is_placed_on_the_stream_behind_each_residual_add():
+    case, x = BY_NAME["swin-classifier"], torch.randn(2, 16 * 8, 8)
+    model = adapted(case, "mona").eval()
+    block, plain = model.swin.encoder.layers[0].blocks[0], case.base().swin.encoder.layers[0].blocks[0]
+    seen = []
+    plain.drop_path.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain(x, (16, 8))
+    first, second = block.drop_path.baseline_adapter, block.mlp.baseline_adapter
+    middle = x + seen[0]
+    middle = middle + first(middle, (16, 8))
+    expected = middle + plain.mlp(plain.layernorm_after(middle))
+    expected = expected + second(expected, (16, 8))
+    found = block(x, (16, 8))
+    torch.testing.assert_close(found[0] if isinstance(found, tuple) else found, expected)
+
+
+def test_mona_refuses_tokens_that_lie_in_no_grid():
+    enter = Enter(registered("swin"), nn.Identity())
+    with pytest.raises(UserError, match="method=mona: the 100 tokens of Identity are not 0 and a grid of 16 x 8, as "):
+        enter(nn.Identity(), (torch.zeros(2, 100, 8), (16, 8)))
+
+
+@every_method
+def test_every_method_trains(method):
+    for name in ("swin-upernet", "vit-classifier", "dinov2-classifier"):
+        case = BY_NAME[name]
+        model = adapted(case, method)
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in wanted]
+        train_steps(model, case.training_batch())
+        assert any(not torch.equal(a, b) for a, b in zip(before, wanted, strict=True))
+        assert torch.isfinite(loss_of(model(**case.training_batch())))
 
 
 def test_adapters_sit_behind_both_branches_and_adaptformer_beside_the_mlp():
@@ -210,7 +288,7 @@ def test_options_reach_the_methods_that_have_some():
     case = BY_NAME["vit-classifier"]
     ranks = [adapt(case.base(), {"name": name, "r": 3}).peft_config["default"].r for name in ("lora", "e3va")]
     assert ranks == [3, 3]
-    with pytest.raises(UserError, match=r"method=lora: .*rank"):
+    with pytest.raises(UserError, match=r"method=lora-checkpointing: .*rank"):
         adapt(case.base(), {"name": "lora-checkpointing", "rank": 3})
 
 
