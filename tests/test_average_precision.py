@@ -1,4 +1,4 @@
-"""COCO's and Pascal VOC's average precision against their reference evaluators, as metrics, and packed in tensors."""
+"""COCO's and Pascal VOC's average precision against their reference evaluators."""
 
 from __future__ import annotations
 
@@ -6,35 +6,23 @@ import contextlib
 import dataclasses
 import io
 import math
+import pickle
 
-import evaluate
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import operations
 from pycocotools import mask as reference_masks
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from transformers import DetrImageProcessor
-from transformers.models.detr.modeling_detr import DetrObjectDetectionOutput
-from transformers.trainer_pt_utils import nested_concat, nested_numpify
 
 from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
-from e3va_peft.training.average_precision import CocoAP, VocAP50, coco_scores, voc_scores
-from e3va_peft.training.packing import pack, unpack
+from e3va_peft.training.average_precision import coco_scores, voc_scores
 
 K = 5
 SIZE = 160, 200
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    """Keep `evaluate` out of the home folder, and off the network."""
-    monkeypatch.setattr(evaluate.config, "HF_METRICS_CACHE", str(tmp_path))
-    monkeypatch.setattr(evaluate, "load", None)
-
-
-def assert_equal(scores, expected, tolerance=1e-12):
+def assert_equal(scores, expected, tolerance=1e-7):  # torchmetrics rounds to float32
     assert scores.keys() == expected.keys()
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, rel=0, abs=tolerance, nan_ok=True), name
@@ -153,13 +141,7 @@ def reference_coco(predictions, references, kind, num_labels=K):
     }
 
 
-def girshick_ap(recall, precision, use_07_metric):
-    if use_07_metric:
-        ap = 0.0
-        for t in np.arange(11) / 10:  # his np.arange(0, 1.1, 0.1) is above 0.3, 0.6 and 0.7
-            p = 0 if np.sum(recall >= t) == 0 else np.max(precision[recall >= t])
-            ap = ap + p / 11.0
-        return ap
+def girshick_ap(recall, precision):
     mrec, mpre = np.concatenate(([0.0], recall, [1.0])), np.concatenate(([0.0], precision, [0.0]))
     for i in range(mpre.size - 1, 0, -1):
         mpre[i - 1] = np.maximum(mpre[i - 1], mpre[i])
@@ -167,7 +149,7 @@ def girshick_ap(recall, precision, use_07_metric):
     return np.sum((mrec[i + 1] - mrec[i]) * mpre[i + 1])
 
 
-def girshick_eval(predictions, references, label, use_07_metric):
+def girshick_eval(predictions, references, label):
     """`voc_eval` of py-faster-rcnn for one class, in continuous coordinates."""
     records, npos = {}, 0
     for image, truth in enumerate(references):
@@ -205,12 +187,11 @@ def girshick_eval(predictions, references, label, use_07_metric):
         else:
             fp[d] = 1.0
     fp, tp = np.cumsum(fp), np.cumsum(tp)
-    return float(girshick_ap(tp / npos, tp / np.maximum(tp + fp, np.finfo(np.float64).eps), use_07_metric))
+    return float(girshick_ap(tp / npos, tp / np.maximum(tp + fp, np.finfo(np.float64).eps)))
 
 
-def reference_voc(predictions, references, interpolation="area", num_labels=K):
-    old = interpolation == "11-point"
-    values = [girshick_eval(predictions, references, label, old) for label in range(num_labels)]
+def reference_voc(predictions, references, num_labels=K):
+    values = [girshick_eval(predictions, references, label) for label in range(num_labels)]
     return {"voc_ap50": mean(values), "per_class_voc_ap50": values}
 
 
@@ -267,9 +248,10 @@ def test_difficult_objects_are_neither_found_nor_missed():
         assert scores["box_ap"] == scores["mask_ap"] == pytest.approx(1)
 
 
-def test_areas_of_the_annotation_say_how_large_an_object_is():
+@pytest.mark.parametrize("area", [100.0, 0.0])
+def test_areas_of_the_annotation_say_how_large_an_object_is(area):
     box = [[10, 10, 60, 60]]
-    references = [dataclasses.replace(objects_of(box, [0]), areas=np.array([100.0]))]
+    references = [dataclasses.replace(objects_of(box, [0]), areas=np.array([area]))]
     scores = coco_scores([detections_of(box, [0.9], [0])], references, 1, masks=True)
     assert scores["box_ap_small"] == scores["mask_ap_small"] == pytest.approx(1)
     assert math.isnan(scores["box_ap_medium"]) and math.isnan(scores["mask_ap_medium"])
@@ -282,66 +264,66 @@ def test_nothing_is_printed(capfd):
 
 def test_what_is_scored_is_left_as_it_is():
     predictions, references = images()
-    before = pack(predictions), pack(references)
+    before = pickle.dumps((predictions, references))
     coco_scores(predictions, references, K, masks=True)
-    assert torch.equal(pack(predictions), before[0]) and torch.equal(pack(references), before[1])
+    assert pickle.dumps((predictions, references)) == before
 
 
 # Pascal VOC
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("interpolation", ["area", "11-point"])
-def test_voc_scores_equal_those_of_girshick(seed, interpolation):
+def test_voc_scores_equal_those_of_girshick(seed):
     predictions, references = images(seed, count=30, masks=False)
-    expected = reference_voc(predictions, references, interpolation)
+    expected = reference_voc(predictions, references)
     assert 0 < expected["voc_ap50"] < 1 and math.isnan(expected["per_class_voc_ap50"][3])
-    assert_equal(voc_scores(predictions, references, K, interpolation), expected)
+    assert_equal(voc_scores(predictions, references, K), expected, tolerance=1e-12)
 
 
 def voc_of(found, scores, truth, **kwargs):
     prediction = detections_of(found, scores, [0] * len(found), masks=False)
     reference = objects_of(truth, [0] * len(truth), masks=False, **kwargs)
-    return [voc_scores([prediction], [reference], 1, name)["voc_ap50"] for name in ("area", "11-point")]
+    return voc_scores([prediction], [reference], 1)["voc_ap50"]
 
 
 A, B, FAR = [0, 0, 10, 10], [50, 50, 70, 70], [100, 100, 120, 120]
 
 
 def test_voc_ap_by_hand():
-    assert voc_of([A, B], [0.9, 0.8], [A, B]) == pytest.approx([1, 1])
-    assert voc_of([A], [0.9], [A, B]) == pytest.approx([1 / 2, 6 / 11])  # recalls 0 to 0.5 are reached
-    assert voc_of([FAR, A], [0.9, 0.8], [A]) == pytest.approx([1 / 2, 1 / 2])
-    assert voc_of([A, FAR, B], [0.9, 0.8, 0.7], [A, B]) == pytest.approx([1 / 2 + 1 / 3, (6 + 5 * 2 / 3) / 11])
-    assert voc_of([], [], [A]) == [0, 0]
+    assert voc_of([A, B], [0.9, 0.8], [A, B]) == pytest.approx(1)
+    assert voc_of([A], [0.9], [A, B]) == pytest.approx(1 / 2)
+    assert voc_of([FAR, A], [0.9, 0.8], [A]) == pytest.approx(1 / 2)
+    assert voc_of([A, FAR, B], [0.9, 0.8, 0.7], [A, B]) == pytest.approx(1 / 2 + 1 / 3)
+    assert voc_of([], [], [A]) == 0
 
 
 def test_a_second_detection_of_an_object_is_false():
-    assert voc_of([A, A, B], [0.9, 0.8, 0.7], [A, B])[0] == pytest.approx(1 / 2 + 1 / 3)
+    assert voc_of([A, A, B], [0.9, 0.8, 0.7], [A, B]) == pytest.approx(1 / 2 + 1 / 3)
     # Also where it would be near enough to another object: the one that it overlaps most is taken.
     other = [0, 0, 10, 7]
-    assert voc_of([A, [0, 0, 10, 9.5]], [0.9, 0.8], [A, other])[0] == pytest.approx(1 / 2)
+    assert voc_of([A, [0, 0, 10, 9.5]], [0.9, 0.8], [A, other]) == pytest.approx(1 / 2)
 
 
 def test_the_best_detection_of_an_object_is_the_one_with_the_highest_score():
-    assert voc_of([[0, 0, 10, 8], A], [0.8, 0.9], [A])[0] == pytest.approx(1)
+    assert voc_of([[0, 0, 10, 8], A], [0.8, 0.9], [A]) == pytest.approx(1)
 
 
 def test_an_iou_of_one_half_is_enough():
-    assert voc_of([[0, 0, 10, 5]], [0.9], [A])[0] == 1
-    assert voc_of([[0, 0, 10, 4.99]], [0.9], [A])[0] == 0
+    assert voc_of([[0, 0, 10, 5]], [0.9], [A]) == 1
+    assert voc_of([[0, 0, 10, 4.99]], [0.9], [A]) == 0
 
 
 @pytest.mark.parametrize("flag", ["difficult", "crowd"])
 def test_voc_does_not_count_difficult_objects_nor_detections_of_them(flag):
-    assert voc_of([B, B, A], [0.9, 0.8, 0.7], [A, B], **{flag: [1]}) == pytest.approx([1, 1])
-    assert voc_of([A], [0.7], [A, B], **{flag: [1]}) == pytest.approx([1, 1])
-    assert all(math.isnan(value) for value in voc_of([B], [0.7], [B], **{flag: [0]}))
+    assert voc_of([B, B, A], [0.9, 0.8, 0.7], [A, B], **{flag: [1]}) == pytest.approx(1)
+    assert voc_of([A], [0.7], [A, B], **{flag: [1]}) == pytest.approx(1)
+    assert math.isnan(voc_of([B], [0.7], [B], **{flag: [0]}))
 
 
 def test_three_of_ten_objects_are_a_recall_of_three_tenths():
     truth = [[20 * i, 0, 20 * i + 10, 10] for i in range(10)]
-    assert voc_of(truth[:3], [0.9, 0.8, 0.7], truth)[1] == pytest.approx(4 / 11)
+    pair = [detections_of(truth[:3], [0.9, 0.8, 0.7], [0] * 3)], [objects_of(truth, [0] * 10)]
+    assert coco_scores(*pair, 1)["box_ap50"] == pytest.approx(31 / 101)  # of the recalls 0, 0.01, ..., 1
 
 
 def test_detections_of_another_class_do_not_hit():
@@ -353,19 +335,9 @@ def test_detections_of_another_class_do_not_hit():
 # Laws of all scores
 
 
-def coco_case(**kwargs):
-    return CocoAP(K, masks=True, **kwargs), lambda p, r: coco_scores(p, r, K, masks=True)
-
-
-def voc_case(**kwargs):
-    return VocAP50(K, **kwargs), lambda p, r: voc_scores(p, r, K)
-
-
-def old_voc_case(**kwargs):
-    return VocAP50(K, "11-point", **kwargs), lambda p, r: voc_scores(p, r, K, "11-point")
-
-
-every_score = pytest.mark.parametrize("case", [coco_case, voc_case, old_voc_case])
+every_score = pytest.mark.parametrize(
+    "score", [lambda p, r: coco_scores(p, r, K, masks=True), lambda p, r: voc_scores(p, r, K)], ids=["coco", "voc"]
+)
 
 
 def all_nan(scores):
@@ -373,8 +345,7 @@ def all_nan(scores):
 
 
 @every_score
-def test_the_order_of_images_and_of_objects_does_not_matter(case):
-    _, score = case()
+def test_the_order_of_images_and_of_objects_does_not_matter(score):
     predictions, references = images()
     random = np.random.default_rng(0)
 
@@ -389,8 +360,7 @@ def test_the_order_of_images_and_of_objects_does_not_matter(case):
 
 
 @every_score
-def test_without_any_object_there_is_no_score(case):
-    _, score = case()
+def test_without_any_object_there_is_no_score(score):
     found, nothing_found = detections_of([A], [0.9], [0]), detections_of([], [], [])
     nothing = objects_of([], [])
     assert all_nan(score([found, nothing_found], [nothing, nothing]))
@@ -399,96 +369,18 @@ def test_without_any_object_there_is_no_score(case):
 
 
 @every_score
-def test_objects_that_are_not_found_score_zero(case):
-    _, score = case()
+def test_objects_that_are_not_found_score_zero(score):
     scores = score([detections_of([], [], [])] * 2, [objects_of([A], [1]), objects_of([], [])])
     assert [scores.get("box_ap", 0), scores.get("mask_ar100", 0), scores.get("voc_ap50", 0)] == [0, 0, 0]
 
 
 @every_score
-def test_perfect_detections_score_one(case):
-    _, score = case()
+def test_perfect_detections_score_one(score):
     _, references = images()
     found = [detections_of(truth.boxes, np.full(len(truth), 0.9), truth.labels) for truth in references]
     scores = score(found, references)
     assert all(v == pytest.approx(1) for v in scores.values() if isinstance(v, float))
     assert all(v == pytest.approx([1, 1, 1, math.nan, 1], nan_ok=True) for v in scores.values() if type(v) is list)
-
-
-# As `evaluate` metrics
-
-
-@every_score
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_a_metric_scores_batches_as_its_function_does_all_at_once(case, in_memory):
-    metric, score = case(keep_in_memory=in_memory)
-    predictions, references = images()
-    expected = score(predictions, references)
-    for _ in range(2):  # compute starts afresh
-        metric.add_batch(predictions=predictions[:5], references=references[:5])
-        metric.add(prediction=predictions[5], reference=references[5])
-        metric.add_batch(predictions=[], references=[])
-        assert len(metric) == 6
-        assert_equal(metric.compute(predictions=predictions[6:], references=references[6:]), expected)
-    assert_equal(metric.compute(predictions=predictions, references=references), expected)
-
-
-@every_score
-def test_nothing_is_written_to_disk(case, tmp_path):
-    metric, _ = case()
-    predictions, references = images()
-    metric.compute(predictions=predictions, references=references)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def as_dicts(predictions, references):
-    found = [
-        {"boxes": torch.tensor(p.boxes), "scores": torch.tensor(p.scores), "labels": torch.tensor(p.labels)}
-        | {"masks": torch.tensor(np.array([decode_mask(mask) for mask in p.masks]).reshape(-1, *SIZE)).bool()}
-        for p in predictions
-    ]
-    truth = [
-        {"boxes": r.boxes.tolist(), "labels": r.labels.tolist(), "area": r.areas, "masks": list(r.masks)}
-        | {"iscrowd": r.crowd.astype(int).tolist(), "difficult": torch.tensor(r.difficult)}
-        for r in references
-    ]
-    return found, truth
-
-
-@every_score
-def test_dicts_score_as_detections_and_objects(case):
-    metric, score = case()
-    predictions, references = images()
-    found, truth = as_dicts(predictions, references)
-    assert_equal(metric.compute(predictions=found, references=truth), score(predictions, references))
-
-
-def test_of_a_dict_without_areas_the_mask_or_else_the_box_has_the_area():
-    prediction = {"boxes": [[0, 0, 35, 35]], "scores": [0.9], "labels": [0]}
-    reference = {"boxes": [[0, 0, 35, 35]], "labels": [0]}
-    metric = CocoAP(1)
-    assert metric.compute(predictions=[prediction], references=[reference])["box_ap_medium"] == pytest.approx(1)
-    masks = np.zeros((1, 35, 35), dtype=bool)
-    masks[:, :20] = True
-    reference["masks"] = masks
-    assert metric.compute(predictions=[prediction], references=[reference])["box_ap_small"] == pytest.approx(1)
-
-
-def test_dicts_of_images_without_objects_are_taken():
-    nothing = {"boxes": [], "scores": [], "labels": []}
-    found = {"boxes": [A], "scores": [0.9], "labels": [0], "masks": np.ones((1, 16, 16), dtype=bool)}
-    scores = CocoAP(1, masks=True).compute(predictions=[found, nothing, found], references=[nothing, found, found])
-    assert scores["box_ap50"] == scores["mask_ap50"] and 0 < scores["box_ap50"] < 1
-
-
-def test_what_hugging_face_makes_of_a_models_output_can_be_scored():
-    centre = torch.tensor([[[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]]], dtype=torch.bfloat16)
-    logits = torch.tensor([[[9.0, 0.0, 0.0], [0.0, 8.0, 0.0]]])  # the last class is "no object"
-    output = DetrObjectDetectionOutput(logits=logits, pred_boxes=centre)
-    found = DetrImageProcessor().post_process_object_detection(output, threshold=0.5, target_sizes=[(50, 80)])
-    truth = [{"boxes": torch.tensor([[0.0, 0, 40, 50], [40, 0, 80, 50]]), "labels": torch.tensor([0, 1])}]
-    assert CocoAP(2).compute(predictions=found, references=truth)["per_class_box_ap"] == pytest.approx([1, 1])
-    assert VocAP50(2).compute(predictions=found, references=truth)["per_class_voc_ap50"] == [1, 1]
 
 
 # Masks
@@ -510,78 +402,6 @@ def test_masks_that_are_no_masks_are_refused():
         encode_masks(np.zeros((4, 4), dtype=bool))
 
 
-# Packed in tensors
-
-
-def assert_same(examples, expected):
-    assert len(examples) == len(expected)
-    for one, other in zip(examples, expected, strict=True):
-        assert type(one) is type(other)
-        for name, value in vars(other).items():
-            got = getattr(one, name)
-            if isinstance(value, np.ndarray):
-                assert got.dtype == value.dtype and np.array_equal(got, value) and got.shape == value.shape, name
-            else:
-                assert got == value, name
-
-
-def test_what_is_packed_comes_back_to_the_last_bit():
-    for masks in (True, False):
-        for examples in images(masks=masks):
-            rows = pack(examples)
-            assert rows.dtype == torch.int8 and rows.dim() == 2
-            assert_same(unpack(rows), examples)
-            assert_same(unpack(rows.numpy()), examples)
-    assert unpack(pack([])) == []
-
-
-def test_rows_survive_the_trainers_padding_and_concatenation():
-    examples = [example for pair in zip(*images(), strict=True) for example in pair]
-    batches = [pack(examples[start : start + 5]) for start in range(0, len(examples), 5)]
-    assert len({batch.shape[1] for batch in batches}) > 1
-    gathered, on_cpu = batches[0], nested_numpify(batches[0])
-    for batch in batches[1:]:
-        gathered, on_cpu = nested_concat(gathered, batch), nested_concat(on_cpu, nested_numpify(batch))
-    assert gathered.dtype == torch.int8
-    assert_same(unpack(gathered), examples)
-    assert_same(unpack(on_cpu), examples)
-    assert_same(unpack(gathered[:7]), examples[:7])  # without the last batch's duplicates
-
-
-def test_rows_survive_padding_across_processes(monkeypatch):
-    _, references = images()
-    rows = pack(references)
-    longer = torch.tensor([[len(rows), rows.shape[1]], [len(rows), rows.shape[1] + 50]])
-    monkeypatch.setattr(operations, "gather", lambda size: longer)
-    pad = operations.pad_across_processes.__wrapped__  # as if there were two processes
-    padded = pad(rows, dim=1, pad_index=-100)
-    assert padded.shape[1] == rows.shape[1] + 50 and padded.dtype == torch.int8
-    assert_same(unpack(padded), references)
-
-
-def test_rows_are_gathered_over_processes(tmp_path):
-    rows = pack(images()[1])
-    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        gathered = [torch.empty_like(rows)]
-        torch.distributed.all_gather(gathered, rows)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert torch.equal(gathered[0], rows)
-
-
-def test_rows_that_are_not_packed_are_refused():
-    rows = pack([objects_of([A], [0])])
-    with pytest.raises(ValueError, match=r"rows must be \(B, L\) int8, got \(1, \d+\) int64: pass what pack returned"):
-        unpack(rows.long())
-    with pytest.raises(ValueError, match=r"rows must be \(B, L\) int8, got \(\d+,\) int8"):
-        unpack(rows[0])
-    with pytest.raises(ValueError, match=r"rows\[1\] does not come from pack"):
-        unpack(torch.cat([rows, rows.roll(1)]))
-    with pytest.raises(ValueError, match=r"rows\[0\] does not come from pack"):
-        unpack(rows[:, :20])
-
-
 # Errors
 
 
@@ -589,82 +409,14 @@ FOUND, TRUTH = detections_of([A, B], [0.9, 0.8], [0, 1]), objects_of([A, B], [0,
 
 
 @every_score
-@pytest.mark.parametrize(
-    ("side", "changes", "error", "message"),
-    [
-        ("p", {"labels": np.array([0, 9])}, ValueError, r"labels with 9 at 1; they must be 0\.\.4: relabel"),
-        ("r", {"labels": np.array([-1, 0])}, ValueError, r"labels with -1 at 0; they must be 0\.\.4: relabel"),
-        ("r", {"labels": np.array([0.0, 1.0])}, TypeError, "labels in float64: pass class ids in integers"),
-        ("p", {"scores": np.array([0.1, 7.5])}, ValueError, "scores with 7.5 at 1; .* pass probabilities, not logits"),
-        ("p", {"scores": np.array([math.nan, 0.5])}, ValueError, "scores with nan at 0; they must be 0 to 1"),
-        ("p", {"scores": np.array([0.5])}, ValueError, r"scores of shape \(1,\), not \(2,\): pass one for each"),
-        ("p", {"boxes": np.zeros((2, 5))}, ValueError, r"boxes of shape \(2, 5\), not \(2, 4\): pass one for each"),
-        ("r", {"boxes": np.zeros(4)}, ValueError, r"boxes of shape \(4,\), not \(2, 4\): pass one for each"),
-        ("p", {"boxes": np.array([A, [9, 9, 2, 2]])}, ValueError, r"boxes with \[9, 9, 2, 2\] at 1; .* x1 y1 x2 y2"),
-        ("p", {"boxes": np.full((2, 4), math.nan)}, ValueError, r"boxes with \[nan, .* at 0; .* x1 y1 x2 y2"),
-        ("r", {"crowd": np.array([False])}, ValueError, r"crowd of shape \(1,\), not \(2,\): pass one for each"),
-        ("r", {"masks": TRUTH.masks[:1]}, ValueError, "1 masks: pass one for each of its 2 labels"),
-    ],
-)
-def test_what_is_wrong_is_refused_with_its_place(case, side, changes, error, message):
-    metric, score = case()
-    found = dataclasses.replace(FOUND, **changes) if side == "p" else FOUND
-    truth = dataclasses.replace(TRUTH, **changes) if side == "r" else TRUTH
-    where = rf"{'predictions' if side == 'p' else 'references'}\[1\] has "
-    with pytest.raises(error, match=where + message):
-        score([FOUND, found], [TRUTH, truth])
-    with pytest.raises(error, match=where + message):
-        metric.compute(predictions=[FOUND, found], references=[TRUTH, truth])
-
-
-@every_score
-def test_numbers_of_images_that_differ_are_refused(case):
-    metric, score = case()
-    with pytest.raises(ValueError, match="predictions are 1 images, references 2: pass one prediction and one"):
+def test_numbers_of_images_that_differ_are_refused(score):
+    with pytest.raises(ValueError, match="zip"):
         score([FOUND], [TRUTH, TRUTH])
-    with pytest.raises(ValueError, match="predictions are 1 images, references 0: pass one prediction and one"):
-        metric.compute(predictions=[FOUND])
-
-
-@every_score
-def test_no_images_are_refused(case):
-    metric, score = case()
-    with pytest.raises(ValueError, match="references are 0 images: pass at least one image"):
-        score([], [])
-    with pytest.raises(ValueError, match="there is nothing to score: call add or add_batch"):
-        metric.compute()
 
 
 def test_masks_that_are_missing_are_refused():
     without = dataclasses.replace(FOUND, masks=None), dataclasses.replace(TRUTH, masks=None)
-    with pytest.raises(ValueError, match=r"predictions\[0\] has 2 objects and no masks: pass masks, or masks=False"):
-        coco_scores([without[0]], [TRUTH], 2, masks=True)
-    with pytest.raises(ValueError, match=r"references\[0\] has 2 objects and no masks"):
-        CocoAP(2, masks=True).add(prediction=FOUND, reference=without[1])
+    for found, truth in ((without[0], TRUTH), (FOUND, without[1])):
+        with pytest.raises(ValueError, match="an image has 2 labels and 0 masks: pass one each, or masks=False"):
+            coco_scores([found], [truth], 2, masks=True)
     assert coco_scores([without[0]], [without[1]], 2)["box_ap"] == pytest.approx(1)
-
-
-def test_masks_of_several_sizes_are_refused():
-    small = dataclasses.replace(FOUND, masks=encode_masks(np.ones((2, 8, 8), dtype=bool)))
-    with pytest.raises(ValueError, match=r"masks of several sizes \[\(8, 8\), \(160, 200\)\]: resize the predicted"):
-        coco_scores([small], [TRUTH], 2, masks=True)
-
-
-def test_dicts_that_lack_something_are_refused():
-    metric, truth = VocAP50(2), {"boxes": [A], "labels": [0]}
-    with pytest.raises(
-        ValueError, match=r"predictions\[0\] has no 'scores', only \['boxes', 'labels'\]: pass 'scores'"
-    ):
-        metric.add(prediction=truth, reference=truth)
-    with pytest.raises(TypeError, match=r"references\[0\] has masks that are no RLEs: pass RLEs, or booleans as one"):
-        metric.add(prediction=FOUND, reference=truth | {"masks": [np.ones((4, 4), dtype=bool)]})
-    with pytest.raises(TypeError, match=r"references\[0\] must be a dict, Detections or Objects, got str: pass one"):
-        metric.add(prediction=FOUND, reference="boxes")
-
-
-def test_settings_that_are_none_are_refused():
-    for build in (lambda: VocAP50(2, "10-point"), lambda: voc_scores([FOUND], [TRUTH], 2, "10-point")):
-        with pytest.raises(ValueError, match=r"interpolation is '10-point': pass 'area' .* or '11-point'"):
-            build()
-    with pytest.raises(ValueError, match="num_labels must be at least 1, got 0: pass the number of classes"):
-        coco_scores([FOUND], [TRUTH], 0)

@@ -20,7 +20,6 @@ from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import HEADS, parse_config
-from e3va_peft.training.packing import unpack
 from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of
@@ -378,13 +377,12 @@ def test_evidence_of_a_batch_is_that_of_each_image(root):
         inputs = run.collator(model, processor)(batch)
         truth = inputs.pop("truth")
         with torch.no_grad():
-            found, true = run.evidence(model(**inputs), inputs | {"truth": truth}, processor)
-        rows.append((unpack(found), unpack(true)))
-    together, alone = rows[0], [rows[1], rows[2]]
+            rows += run.evidence(model(**inputs), inputs | {"truth": truth}, processor)
     for i in (0, 1):
-        np.testing.assert_allclose(together[0][i].boxes, alone[i][0][0].boxes, atol=1e-2)
-        np.testing.assert_array_equal(together[1][i].boxes, split[2 * i][1].boxes)
-        assert together[0][i].masks is not None and decode_mask(together[1][i].masks[0]).shape == split[2 * i][1].size
+        (together, truth), (alone, _) = rows[i], rows[2 + i]
+        np.testing.assert_allclose(together.boxes, alone.boxes, atol=1e-2)
+        np.testing.assert_array_equal(truth.boxes, split[2 * i][1].boxes)
+        assert together.masks is not None and decode_mask(truth.masks[0]).shape == split[2 * i][1].size
 
 
 def test_mask2former_segments_semantically(tmp_path):

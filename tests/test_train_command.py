@@ -6,9 +6,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import multiprocessing
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -29,7 +32,7 @@ from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer
-from tests.inputs import classify, segment, write
+from tests.inputs import classify, detect, segment, write
 
 
 @pytest.fixture(autouse=True)
@@ -77,9 +80,14 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
 
 
 def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
-    record = train(parse_config(classify(tmp_path, num_train_epochs=15)))
+    values = classify(tmp_path, num_train_epochs=15, eval_on_start=True)
+    record = train(parse_config(values))
     assert record["metrics"]["accuracy"] == 1.0
     assert record["per_class"]["accuracy"] == {"green": 1.0, "red": 1.0}
+    first = next(entry for entry in record["history"] if "eval_accuracy" in entry)
+    assert first["step"] == 0 and first["eval_accuracy"] < 1
+    values["training"]["batch_eval_metrics"] = False
+    assert evaluate(str(tmp_path / "run"), parse_config(values))[0]["accuracy"] == 1.0
 
 
 def test_an_e3va_adapter_is_complete_by_itself(tmp_path):
@@ -374,6 +382,38 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
     first, second = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
+    """Run in a process of its own."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for name in names:
+        scores, _ = evaluate(f"{folder}/{name}")
+        assert torch.distributed.get_world_size() == 2
+        Path(folder, f"{name}-{rank}.json").write_text(json.dumps(scores))
+
+
+def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypatch):
+    common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
+    tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
+    for name, task in tasks.items():
+        train(parse_config(task(tmp_path, output=f"run-{name}", **common)))
+    for extra in (tmp_path / "colors" / "test" / "red").glob("*0*"):
+        extra.unlink()  # an odd number of images, as the others have
+    runs = tuple(f"run-{name}" for name in tasks)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(evaluate_as_one_of_two, (str(tmp_path), port, runs), nprocs=2)
+    for name in runs:
+        expected, _ = evaluate(str(tmp_path / name))
+        expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
+        for rank in (0, 1):
+            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            for metric, value in expected.items():
+                assert found[metric] == pytest.approx(value, abs=1e-6, nan_ok=True), (name, metric)
 
 
 def test_the_command_line_trains_scores_and_predicts(tmp_path):

@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from e3va_peft.errors import UserError
 from e3va_peft.training.curves import draw_curves
@@ -39,7 +39,7 @@ from e3va_peft.training.tasks import Task
 
 
 class VisionTrainer(Trainer):
-    """`Trainer` that scores a task's evidence in place of keeping all logits, and stops at a loss that is no number.
+    """`Trainer` that scores a task's evidence instead of keeping all logits, and stops at a loss that is not a number.
 
     Args:
         task: What to score.
@@ -55,6 +55,7 @@ class VisionTrainer(Trainer):
         self.task = task
         self.processor = processor
         self.scores: dict[str, Any] = {}
+        self._evidence: Any = None
         super().__init__(compute_metrics=self._score, **kwargs)
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
         # loss by it, and would neither divide by the accumulation steps nor average over processes.
@@ -108,14 +109,25 @@ class VisionTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, Any]:
-        """Return the loss of a batch and what `Task.scores` needs of it."""
+        """Add the evidence of a batch, of all processes and without the last batch's duplicates; return the loss.
+
+        What `Trainer` calls logits and labels is a placeholder: without both it asks for no metrics.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**{name: value for name, value in inputs.items() if name != "truth"})
         if prediction_loss_only:
             return outputs.loss.detach(), None, None
-        predictions, references = self.task.evidence(outputs, inputs, self.processor)
-        return outputs.loss.detach(), predictions, references
+        items = self.task.evidence(outputs, inputs, self.processor)
+        gathered = self.accelerator.gather_for_metrics(items, use_gather_object=True)
+        self._evidence = self.task.add(self._evidence, gathered)
+        loss = outputs.loss.detach()
+        return loss, loss.reshape(1), loss.reshape(1)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Start without evidence, which an evaluation that was interrupted may have left."""
+        self._evidence = None
+        return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if isinstance(self.model, PreTrainedModel):
@@ -144,10 +156,13 @@ class VisionTrainer(Trainer):
         else:
             super()._load_best_model()
 
-    def _score(self, evidence: EvalPrediction) -> dict[str, float]:
-        predictions, references = torch.as_tensor(evidence.predictions), torch.as_tensor(evidence.label_ids)
+    def _score(self, batch: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        """Score the evidence of all batches behind the last one."""
+        if not compute_result:
+            return {}
         num_labels = self.accelerator.unwrap_model(self.model).config.num_labels
-        self.scores = self.task.scores(predictions, references, num_labels)
+        self.scores = self.task.scores(self._evidence, num_labels)
+        self._evidence = None
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
 
 

@@ -73,11 +73,17 @@ class Task(ABC):
         """Return the transform of an evaluation example: what the image processor does."""
 
     @abstractmethod
-    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
-        """Reduce what the model says of a batch to what `scores` needs, one row per image."""
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[Any]:
+        """Reduce outputs and truth to what `scores` needs: an item per image, on the CPU, that can be pickled."""
+
+    def add(self, evidence: Any, items: list[Any]) -> Any:
+        """Add the items of a batch to the evidence of the batches before, which is None at first."""
+        evidence = [] if evidence is None else evidence
+        evidence += items
+        return evidence
 
     @abstractmethod
-    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
+    def scores(self, evidence: Any, num_labels: int) -> dict[str, Any]:
         """Score the evidence of a whole split: metrics by name, per-class ones as lists."""
 
     def collator(

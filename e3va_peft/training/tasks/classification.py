@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -70,13 +71,15 @@ class ImageClassification(Task):
         """Return what the image processor does."""
         return _EvaluationView(processor)
 
-    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
-        """Return logits `(B, K)` and classes `(B,)`."""
-        return outputs.logits.float(), inputs["labels"]
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[np.ndarray, int]]:
+        """Logits `(K,)` and class of each image."""
+        logits = outputs.logits.float().cpu().numpy()  # of a tensor's row, pickle takes the whole batch along
+        return list(zip(logits, inputs["labels"].tolist(), strict=True))
 
-    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
-        """Return accuracy, top-5 accuracy, and accuracy per class."""
-        return accuracy_scores(predictions, references)
+    def scores(self, evidence: list[tuple[np.ndarray, int]], num_labels: int) -> dict[str, Any]:
+        """Accuracy, top-5 accuracy, and accuracy per class."""
+        logits, classes = zip(*evidence, strict=True)
+        return accuracy_scores(torch.from_numpy(np.stack(logits)), torch.tensor(classes))
 
 
 class _TrainingView:

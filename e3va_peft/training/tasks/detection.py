@@ -32,7 +32,6 @@ from e3va_peft.detection.pyramid import is_plain, stage_names
 from e3va_peft.errors import UserError
 from e3va_peft.training.average_precision import coco_scores, voc_scores
 from e3va_peft.training.config import HEADS
-from e3va_peft.training.packing import pack, unpack
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
     PaddingCollate,
@@ -68,7 +67,6 @@ class ObjectDetection(Task):
     default_training: ClassVar = {
         "per_device_train_batch_size": 2,
         "per_device_eval_batch_size": 1,
-        "eval_accumulation_steps": 50,  # what was found is moved off the GPU
     }
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
@@ -136,19 +134,17 @@ class ObjectDetection(Task):
         """Return what pads images to a batch."""
         return PaddingCollate()
 
-    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
-        """Return detections and objects at the images' own sizes, packed."""
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[Detections, Objects]]:
+        """Detections and objects of each image, at its own size."""
         truth: list[Objects] = inputs["truth"]
         if mask2former.owns(processor):
             mask2former.refuse_padding(inputs)
         found = detections(outputs, processor, [objects.size for objects in truth])
-        device = inputs["pixel_values"].device
-        return pack(found).to(device), pack(truth).to(device)
+        return list(zip(found, truth, strict=True))
 
-    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
-        """Return COCO's AP of boxes, and Pascal VOC's."""
-        found: Any = unpack(predictions)
-        truth: Any = unpack(references)
+    def scores(self, evidence: list[tuple[Detections, Objects]], num_labels: int) -> dict[str, Any]:
+        """COCO's AP of boxes, and Pascal VOC's; of instances COCO's AP of boxes and masks."""
+        found, truth = zip(*evidence, strict=True)
         if self.label_kind == "instances":
             return coco_scores(found, truth, num_labels, masks=True)
         return coco_scores(found, truth, num_labels) | voc_scores(found, truth, num_labels)

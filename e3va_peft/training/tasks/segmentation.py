@@ -125,28 +125,27 @@ class SemanticSegmentation(Task):
         """Return what the image processor does, and the label map in that size and in its own."""
         return _EvaluationView(processor, self.config.data.ignore_index, mask2former.owns(processor))
 
-    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> tuple[Tensor, Tensor]:
-        """Return confusion matrices `(B, K, K)` at the size of each label map, twice.
-
-        Counts have one shape whatever the images' sizes, so they gather over processes and need little memory.
-        """
+    def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[Tensor]:
+        """Confusion matrix `(K, K)` of each image, at the size of its label map."""
         sizes = [tuple(truth.shape) for truth in inputs["truth"]]
         if mask2former.owns(processor):
             mask2former.refuse_padding(inputs)
             num_labels = outputs.class_queries_logits.shape[-1] - 1
         else:
             num_labels = outputs.logits.shape[1]
-        counts = torch.stack(
-            [
-                confusion_matrix(found, truth.to(found.device), num_labels, self.config.data.ignore_index)
-                for found, truth in zip(label_maps(outputs, processor, sizes), inputs["truth"], strict=True)
-            ]
-        )
-        return counts, counts
+        return [
+            confusion_matrix(found, truth.to(found.device), num_labels, self.config.data.ignore_index).cpu()
+            for found, truth in zip(label_maps(outputs, processor, sizes), inputs["truth"], strict=True)
+        ]
 
-    def scores(self, predictions: Tensor, references: Tensor, num_labels: int) -> dict[str, Any]:
-        """Return mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
-        return segmentation_scores(predictions.sum(0))
+    def add(self, evidence: Tensor | None, items: list[Tensor]) -> Tensor:
+        """Sum the matrices: one is held, `(K, K)`, however many images there are."""
+        total = torch.stack(items).sum(0)
+        return total if evidence is None else evidence + total
+
+    def scores(self, evidence: Tensor, num_labels: int) -> dict[str, Any]:
+        """Mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
+        return segmentation_scores(evidence)
 
 
 def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
