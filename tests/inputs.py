@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from transformers import BitImageProcessor, SwinForImageClassification
 
@@ -231,5 +230,5 @@ def detect(root: Path, head: str = "retinanet", layout: str = "voc", output: str
 
 def write(path: Path, values: dict[str, Any]) -> Path:
     """Write a config as YAML."""
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(json.dumps(values))  # which is YAML, too
     return path

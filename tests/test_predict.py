@@ -375,7 +375,7 @@ def test_an_adapter_and_a_base_model_that_lack_weights_are_refused_when_they_sha
 def test_a_run_whose_config_is_broken_is_named(tmp_path):
     run = run_folder(tmp_path)
     (run / "config.yaml").write_text("task: [")
-    with pytest.raises(UserError, match=r"config\.yaml: is no valid YAML"):
+    with pytest.raises(UserError, match=r"config\.yaml: is not valid YAML"):
         load_trained(str(run))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import datasets
 import pytest
-import yaml
+from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
@@ -113,7 +113,7 @@ def test_a_run_that_is_replaced_is_kept_until_the_new_one_is_saved(tmp_path, mon
     assert f"is in {aside} until" in capsys.readouterr().out
     train(other)
     assert not old(tmp_path / "run")
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["training"]["learning_rate"] == 1e-3
+    assert YAML(typ="safe").load(tmp_path / "run" / "config.yaml")["training"]["learning_rate"] == 1e-3
 
 
 def test_overwriting_leaves_folders_beside_the_runs_own_where_they_are(tmp_path):

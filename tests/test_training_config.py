@@ -221,7 +221,7 @@ def test_later_sets_win(tmp_path):
     [
         ("training.seed", "write key=value"),
         ("=3", "write key=value"),
-        ("training.learning_rate=[1", "no valid YAML"),
+        ("training.learning_rate=[1", "not valid YAML"),
         ("model.name=x", "model holds 'm', no section"),
         ("training.learning_rte=1", "Did you mean learning_rate"),
         ("trainnig.seed=1", "Did you mean training"),
@@ -233,8 +233,8 @@ def test_a_set_that_cannot_work_is_refused(override, part, tmp_path):
         read_config(file(tmp_path), [override])
 
 
-@pytest.mark.parametrize("strategy", ["no", '"no"', "off", "false"])
-def test_a_strategy_of_no_stays_text(strategy, tmp_path):
+@pytest.mark.parametrize("strategy", ["no", '"no"'])
+def test_a_strategy_of_no_is_text(strategy, tmp_path):
     config = read_config(file(tmp_path, f"training: {{eval_strategy: {strategy}, save_strategy: no}}\n"))
     assert config.training == {"eval_strategy": "no", "save_strategy": "no"}
     built = build_arguments(config, task_of(config), has_eval=True)
@@ -244,17 +244,34 @@ def test_a_strategy_of_no_stays_text(strategy, tmp_path):
 def test_yaml_anchors_and_merges_work(tmp_path):
     more = "training: &t {seed: 1}\nmodel_options: {<<: *t, hidden_size: 8}\n"
     assert read_config(file(tmp_path, more)).model_options == {"seed": 1, "hidden_size": 8}
+    assert read_config(file(tmp_path, more.replace("hidden_size", "seed"))).model_options == {"seed": 8}
+
+
+def test_aliases_of_aliases_that_stand_for_billions_of_values_are_refused_at_once(tmp_path):
+    levels = "".join(f"  a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+    path = file(tmp_path, f"model_options:\n  a0: &a0 [{'x' * 9}]\n{levels}")
+    with pytest.raises(UserError, match=r"run\.yaml: has 99 aliases \(\*name\), and at most 10 are read"):
+        read_config(path)
+
+
+def test_a_file_that_is_nested_without_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"run\.yaml: is not valid YAML: .*recursion"):
+        read_config(file(tmp_path, "model_options: " + "[" * 5000))
+
+
+def test_a_key_that_is_not_a_word_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"\('a',\): no such field"):
+        read_config(file(tmp_path, "? [a]\n: b\n"))
 
 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (TEXT + "model: again\n", ["'model' is given twice", "line 5"]),
-        (TEXT + "training: {seed: 1, seed: 2}\n", ["'seed' is given twice", "line 5"]),
-        (TEXT + "training:\n\tseed: 1\n", ["no valid YAML", "line 6"]),
-        (TEXT + "training: {seed: 1\n", ["no valid YAML"]),
-        (TEXT + "? [a]\n: b\n", ["no valid YAML", "key"]),
-        (TEXT + "training: !!python/object/apply:os.getcwd []\n", ["no valid YAML"]),
+        (TEXT + "model: again\n", ['duplicate key "model"', "line 5"]),
+        (TEXT + "training: {seed: 1, seed: 2}\n", ['duplicate key "seed"', "line 5"]),
+        (TEXT + "training:\n\tseed: 1\n", ["not valid YAML", "line 6"]),
+        (TEXT + "training: {seed: 1\n", ["not valid YAML"]),
+        (TEXT + "training: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
         ("", ["is no mapping", "e3va recipes"]),
         ("# only a comment\n", ["is no mapping"]),
         ("- task\n", ["is no mapping"]),
@@ -410,6 +427,7 @@ def test_the_best_checkpoint_is_kept_by_the_metric_of_the_task():
         {"logging_steps": 0},
         {"eval_strategy": "sometimes"},
         {"eval_strategy": True},
+        {"eval_strategy": False},
         {"save_strategy": "sometimes"},
         {"optim": "magic"},
         {"lr_scheduler_type": "magic"},

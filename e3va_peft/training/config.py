@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
-import yaml
+from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
 from e3va_peft.data.config import BOX_FORMATS, DataConfig
@@ -36,6 +36,7 @@ RECIPE_EPOCHS = 10
 """Epochs of a run that does not say."""
 
 _LISTED = 30  # fields of a section that a message may list
+_ALIASES = 10  # of a file: each may stand for others, so that a few dozen of them stand for billions of values
 
 _RESERVED = {
     "output_dir": "write output: at the top of the file",
@@ -121,41 +122,14 @@ class RunConfig:
         return values | {"augment": False if self.augment is None else values["augment"]}
 
     def to_yaml(self) -> str:
-        """Return the config as YAML that `read_config` reads back to an equal config."""
-        return yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads `1e-3` as a number (YAML 1.1 wants `1.0e-3`) and refuses a key given twice."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """YAML that quotes the text `1e3`, which `_Loader` would read as a number."""
-
-
-for _yaml in (_Loader, _Dumper):
-    _yaml.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def _mapping_without_duplicates(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping_without_duplicates)
+        """YAML that `read_config` reads back to an equal config; words like `no` are quoted, as YAML 1.1 wants it."""
+        writer = YAML(typ="safe", pure=True)
+        writer.version, writer.width = (1, 1), 110
+        writer.default_flow_style = False
+        writer.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # typed as None
+        text = io.StringIO()
+        writer.dump(self.to_dict(), text)
+        return text.getvalue().partition("---\n")[2]  # behind the line that says 1.1
 
 
 def recipes() -> list[str]:
@@ -203,10 +177,18 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _parse(text: str, where: str) -> Any:
+    """Read YAML 1.2."""
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: see its class
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: is no valid YAML: {error}") from None
+        aliases = sum(isinstance(token, AliasToken) for token in YAML(typ="safe", pure=True).scan(text))
+        if aliases > _ALIASES:
+            raise UserError(
+                f"{where}: has {aliases} aliases (*name), and at most {_ALIASES} are read. Write them out."
+            )
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, RecursionError) as error:
+        if hasattr(error, "note"):
+            error.note = None  # how to allow keys that are given twice
+        raise UserError(f"{where}: is not valid YAML: {error}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -291,16 +273,13 @@ _REQUIRED = {
 
 
 def _training(training: dict[str, Any]) -> dict[str, Any]:
-    """Check names and simple types of training arguments; turn what YAML made of `no` back into text."""
+    """Check names and simple types of training arguments."""
     types = {f.name: set(get_args(f.type) or (f.type,)) for f in dataclasses.fields(TrainingArguments) if f.init}
     for name in training:
         if name in _RESERVED:
             raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
     _known("training", training, types)
     for name, value in training.items():
-        if name.endswith("_strategy") and value is False:
-            training[name] = "no"  # YAML 1.1 reads a bare `no` as false
-            continue
         kinds = types[name]
         if kinds <= {int, float, str, bool, NoneType} and not any(_is(value, kind.__name__) for kind in kinds):
             wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
@@ -354,7 +333,9 @@ def _check_data(config: RunConfig) -> None:
     if "{split}" in (data.images or "") and "{split}" not in (data.annotations or ""):
         raise UserError(f"data.annotations={data.annotations!r}: needs {{split}}, which data.images has.")
     if isinstance(data.labels, list) and not all(_is(name, "str") or _is(name, "int") for name in data.labels):
-        raise UserError(f"data.labels={data.labels!r}: holds what is no name. Quote it: YAML reads no as false.")
+        raise UserError(
+            f"data.labels={data.labels!r}: holds what is not a name. Quote it: YAML reads true and 1.5 as values."
+        )
     if not 0 <= data.ignore_index <= 65535:
         raise UserError(f"data.ignore_index={data.ignore_index}: must be a value that a mask can hold, 0 to 65535.")
     if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
