@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from peft import PeftModel
 
 BASE_CONFIG = "base_config.json"
 PROCESSOR = "preprocessor_config.json"
 GENERATED = "<!-- written by e3va_peft at each save; delete this line to keep your own edits -->"
+_CARD = Path(__file__).with_name("card.md.jinja")
+_DATASET = "unknown"  # of results: the Hub wants a name, and an adapter knows none
 
 # What transformers' push_to_hub puts into its template.
 _TEMPLATE = (
@@ -136,72 +139,36 @@ def _copy_processor(folder: Path, sources: list[str | None]) -> None:
 
 
 def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None:
-    kept: dict[str, Any] = {}
+    """Write the card, over an earlier one that nobody has made his own; what else its metadata said is kept."""
+    data = ModelCardData()
     if path.exists():
         old = ModelCard.load(path, ignore_metadata_errors=True)
-        text, kept = old.text, old.data.to_dict()
         templates = (
             ModelCard.from_template(ModelCardData(), **values) for values in ({}, {"model_description": _TEMPLATE})
         )
-        if GENERATED not in text and not any(template.text.strip() in text for template in templates):
+        if GENERATED not in old.text and not any(template.text.strip() in old.text for template in templates):
             return  # somebody's own words
+        data = old.data
+    sources = [source for source in (adapter.get("base_model_name_or_path"), *base.backbones.values()) if source]
     name = adapter.get("base_model_name_or_path") or ", ".join(base.backbones.values()) or base.class_name
+    title = f"E3VA adapter for {Path(name).name if Path(name).exists() else name}"
     task = next((task for ending, task in _PIPELINES.items() if base.class_name.endswith(ending)), None)
-    on_hub = [source for source in (adapter.get("base_model_name_or_path"), *base.backbones.values()) if source]
-    on_hub = [source for source in on_hub if not Path(source).exists()]
-    own = {
-        "library_name": "peft",
-        "tags": sorted({"e3va", "e3va_peft", "parameter-efficient-fine-tuning", *(kept.get("tags") or ())}),
-        "pipeline_tag": task,
-        "base_model": on_hub or None,
-    }
-    data = ModelCardData(**(kept | {key: value for key, value in own.items() if value is not None}))
-    labels = base.labels
-    lines = [
-        "```python",
-        "import e3va_peft  # registers E3VA with PEFT: import it before loading",
-        "",
-        'model, processor = e3va_peft.load_adapter("this repository\'s id, or its folder")',
-        "```",
-        "",
-        f"# E3VA adapter for {Path(name).name if Path(name).exists() else name}",
-        "",
-        f"- Base model: `{name}` ({base.class_name})",
-        f"- Task: {task or 'see the base model'}",
-        f"- Highway: r={adapter['r']}, bottleneck_ratio={adapter['bottleneck_ratio']}, "
-        f"taps={', '.join(adapter['taps'] or ['all branches'])}",
-        f"- Trained and saved whole: {', '.join(adapter['modules_to_save'] or []) or 'nothing'}",
+    data.library_name = "peft"
+    data.tags = sorted({"e3va", "e3va_peft", "parameter-efficient-fine-tuning", *(data.tags or ())})
+    data.pipeline_tag = task or data.pipeline_tag
+    data.base_model = [source for source in sources if not Path(source).exists()] or data.base_model
+    others = [result for result in data.eval_results or () if result.dataset_type != _DATASET]
+    data.eval_results = others + (_results(task, base.metrics) if task else []) or None
+    data.model_name = (data.model_name or title) if data.eval_results else None
+    ModelCard.from_template(
+        data, str(_CARD), title=title, name=name, task=task, adapter=adapter, base=base, generated=f"{GENERATED}\n"
+    ).save(path)
+
+
+def _results(task: str, metrics: Mapping[str, float]) -> list[EvalResult]:
+    """Metrics as the Hub renders them; it takes no nan."""
+    return [
+        EvalResult(task, _DATASET, _DATASET, metric_type=name.removeprefix("eval_"), metric_value=value)
+        for name, value in metrics.items()
+        if math.isfinite(value)
     ]
-    if base.quantized_by:
-        lines += [
-            f"- Trained over weights that {base.quantized_by} quantised while loading: pass the same "
-            "`quantization_config` to `load_adapter`, or leave it out for full precision"
-        ]
-    if labels:
-        shown = ", ".join(labels[:50]) + (", ..." if len(labels) > 50 else "")
-        lines += [f"- Labels ({len(labels)}): {shown}"]
-    lines += ["", "## Metrics", ""]
-    if base.metrics:
-        lines += ["| metric | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.4g} |" for key, value in base.metrics.items()]
-    else:
-        lines += ["None recorded. `e3va_peft.record_metrics(model, {...})` before saving writes them here."]
-    lines += [
-        "",
-        "## How to load",
-        "",
-        "The call above rebuilds base model, head and image processor. Onto a base model of your own:",
-        "",
-        "```python",
-        "import e3va_peft",
-        "from peft import PeftModel",
-        "",
-        'model = PeftModel.from_pretrained(base, "this repository\'s id, or its folder")',
-        "```",
-        "",
-        "Method: [E3VA](https://arxiv.org/abs/2306.09729). The backbone runs frozen, as inference; a highway of "
-        "low-rank adapters beside it is what was trained. It cannot be merged into the backbone.",
-        "",
-        GENERATED,
-    ]
-    ModelCard(f"---\n{data.to_yaml()}\n---\n" + "\n".join(lines) + "\n").save(path)

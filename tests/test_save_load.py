@@ -11,6 +11,7 @@ from collections import OrderedDict
 import peft
 import pytest
 import torch
+from huggingface_hub import EvalResult, ModelCard
 from packaging.version import Version
 from peft import AutoPeftModel, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -420,6 +421,25 @@ def test_metrics_and_metadata_of_a_card_survive_loading_and_saving(pretrained, t
     again, _ = e3va_peft.load_adapter(tmp_path / "adapter")
     again.save_pretrained(tmp_path / "adapter")
     assert "| accuracy | 0.875 |" in path.read_text() and "license: mit" in path.read_text()
+
+
+def test_the_hub_can_render_the_metrics_beside_results_of_the_users_own(pretrained, tmp_path):
+    model = get_peft_model(SwinForImageClassification.from_pretrained(pretrained), E3VAConfig(r=4))
+    path = tmp_path / "README.md"
+    model.save_pretrained(tmp_path)
+    assert "model-index" not in path.read_text()
+    e3va_peft.record_metrics(model, {"eval_accuracy": 0.5, "mean_class_accuracy": float("nan")})
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(path)
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == ("image-classification", "accuracy", 0.5)
+    own = EvalResult("image-classification", "beans", "Beans", "f1", 0.75)
+    card.data.eval_results += [own]
+    card.save(path)
+    e3va_peft.record_metrics(model, {"eval_accuracy": 0.625})
+    model.save_pretrained(tmp_path)
+    found = {result.metric_type: result.metric_value for result in ModelCard.load(path).data.eval_results}
+    assert found == {"f1": 0.75, "accuracy": 0.625}
 
 
 def test_a_model_card_of_the_users_own_is_not_overwritten(pretrained, tmp_path):
