@@ -269,6 +269,16 @@ def test_what_is_scored_is_left_as_it_is():
     assert pickle.dumps((predictions, references)) == before
 
 
+def test_a_process_scores_what_it_is_given_and_waits_for_no_other(tmp_path, monkeypatch):
+    expected = coco_scores(*images(), K, masks=True)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "barrier", None)
+        assert_equal(coco_scores(*images(), K, masks=True), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # Pascal VOC
 
 

@@ -65,6 +65,7 @@ def coco_scores(
         rec_thresholds=np.linspace(0, 1, 101).tolist(),  # recall is 0.3, would not reach 0.3
         class_metrics=True,
         backend="faster_coco_eval",
+        sync_on_compute=False,  # every process has all images
     )
     metric.warn_on_many_detections = False
     for found, truth in zip(predictions, references, strict=True):

@@ -189,7 +189,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         "save_total_limit": 2,
         "logging_steps": 0.01,
         "disable_tqdm": not sys.stderr.isatty(),
-        "batch_eval_metrics": True,  # no batch is kept: what is held of it says `Task.add`
+        "batch_eval_metrics": True,  # batches are not kept: `Task.add` keeps what scores need
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
