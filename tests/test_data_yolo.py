@@ -258,7 +258,7 @@ def test_boxes_are_refused_where_masks_are_needed(labels, tmp_path):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("train: [", ["cannot be read as YAML"]),
+        ("train: [", ["data.yaml: is not valid YAML"]),
         ("- train", ["is a list", "names:"]),
         ("names: [cat, dog]", ["neither train nor val"]),
         ("train: images/train\nnc: 3\nnames: [cat, dog]", ["nc is 3", "names has 2"]),

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import yaml
 
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, make_record, make_rows, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
-from e3va_peft.errors import UserError, read_text, reason
+from e3va_peft.data.yaml import parse_yaml
+from e3va_peft.errors import UserError, read_text
 
 _YAML = ("data.yaml", "data.yml")
 _CLASSES = "classes.txt"  # of Label Studio, which writes no data.yaml
@@ -92,10 +92,7 @@ def read_yolo(
 
 def _described(file: Path, config: DataConfig) -> dict[str, YoloSplit]:
     """Read a data.yaml."""
-    try:
-        content = yaml.safe_load(read_text(file))
-    except yaml.YAMLError as error:
-        raise UserError(f"{file}: cannot be read as YAML ({reason(error)}). Correct it.") from None
+    content = parse_yaml(read_text(file), str(file))
     if not isinstance(content, dict):
         raise UserError(f"{file}: is a {type(content).__name__}. Write train:, val: and names:, as Ultralytics does.")
     if "kpt_shape" in content:

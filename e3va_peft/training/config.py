@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
 from e3va_peft.data.config import BOX_FORMATS, DataConfig
+from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import UserError, nearest, read_text
 from e3va_peft.methods import METHODS
 
@@ -36,7 +37,6 @@ RECIPE_EPOCHS = 10
 """Epochs of a run that does not say."""
 
 _LISTED = 30  # fields of a section that a message may list
-_ALIASES = 10  # of a file: each may stand for others, so that a few dozen of them stand for billions of values
 
 _RESERVED = {
     "output_dir": "write output: at the top of the file",
@@ -168,27 +168,12 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             f"config={str(source)!r}: no such file, and no recipe of that name.{nearest(str(source), recipes())} "
             f"Recipes: {', '.join(recipes())}. `e3va recipes NAME > my.yaml` gives you one to edit."
         )
-    values = _parse(text, str(source))
+    values = parse_yaml(text, str(source))
     if not isinstance(values, dict):
         raise UserError(f"{source}: is no mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
         _apply(values, override)
     return parse_config(values)
-
-
-def _parse(text: str, where: str) -> Any:
-    """Read YAML 1.2."""
-    try:
-        aliases = sum(isinstance(token, AliasToken) for token in YAML(typ="safe", pure=True).scan(text))
-        if aliases > _ALIASES:
-            raise UserError(
-                f"{where}: has {aliases} aliases (*name), and at most {_ALIASES} are read. Write them out."
-            )
-        return YAML(typ="safe", pure=True).load(text)
-    except (YAMLError, RecursionError) as error:
-        if hasattr(error, "note"):
-            error.note = None  # how to allow keys that are given twice
-        raise UserError(f"{where}: is not valid YAML: {error}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -208,7 +193,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
             raise UserError(f"--set {override}: {'.'.join(sections[: i + 1])} holds {inner!r}, no section.")
         place[section] = inner
         place = inner
-    place[last] = _parse(text, f"--set {override}")
+    place[last] = parse_yaml(text, f"--set {override}")
 
 
 def parse_config(values: Mapping[str, Any]) -> RunConfig:
