@@ -53,10 +53,10 @@ from torch.utils._pytree import tree_map
 from transformers.utils import logging as transformers_logging
 
 from e3va_peft import check_backbone
-from e3va_peft.measure.cards import GIB
-from e3va_peft.measure.prediction import PRECISIONS, FakeStep, optimizer_in_use
-from e3va_peft.measure.step import MIB, _peak
+from e3va_peft.meter.step import MIB, count_peak
 from e3va_peft.methods import adapt
+from e3va_peft.plan.cards import GIB
+from e3va_peft.plan.estimate import PRECISIONS, FakeStep, optimizer_in_use
 from e3va_peft.training.folder import write_whole
 from tests.models import BY_NAME, CASES, Case
 
@@ -150,7 +150,7 @@ class Training:
         if DEVICE.type == "cpu":
             parameters = list(self.model.parameters())
             fixed = [*parameters, *self.model.buffers()]
-            meter = _peak(partial(self.step, model), parameters, fixed, self.optimizer, self.batch)
+            meter = count_peak(partial(self.step, model), parameters, fixed, self.optimizer, self.batch)
             return {"counted": sum(meter.split().values()), "allocated": None, "reserved": None}
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

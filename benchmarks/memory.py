@@ -27,10 +27,10 @@ from transformers import (
 )
 
 from e3va_peft.exits import find_exits
-from e3va_peft.measure.blueprint import SHORT_NAMES
-from e3va_peft.measure.prediction import FakeStep
-from e3va_peft.measure.step import MIB
+from e3va_peft.meter.step import MIB
 from e3va_peft.methods import adapt
+from e3va_peft.plan.blueprint import SHORT_NAMES
+from e3va_peft.plan.estimate import FakeStep
 
 SWIN_B = SHORT_NAMES["swin-b"]
 STAGES = ["stage1", "stage2", "stage3", "stage4"]

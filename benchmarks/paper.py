@@ -44,11 +44,11 @@ from torchvision.ops import box_convert
 from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
 
 from e3va_peft.detection import CascadeMaskRCNN, RetinaNet
-from e3va_peft.measure.blueprint import model_config
-from e3va_peft.measure.parameters import backbone_share
-from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use
-from e3va_peft.measure.step import MIB, _peak, _saved_bytes, _step
+from e3va_peft.meter.parameters import backbone_share
+from e3va_peft.meter.step import MIB, count_peak, count_saved, take_step
 from e3va_peft.methods import adapt
+from e3va_peft.plan.blueprint import model_config
+from e3va_peft.plan.estimate import PRECISIONS, optimizer_in_use
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.folder import write_whole
 from e3va_peft.training.tasks.base import name_classes
@@ -191,11 +191,11 @@ def memory_row(setting: Setting, backbone: str, size: Size, method: str, precisi
     milliseconds: list[float] = []
 
     def whole_step() -> None:
-        milliseconds.extend(_step(forward, optimizer, parameters, set()))
+        milliseconds.extend(take_step(forward, optimizer, parameters, set()))
 
     with WideProducts():
-        saved_bytes = _saved_bytes(forward, fixed)
-        peak = _peak(whole_step, parameters, fixed, optimizer, batch).split()
+        saved_bytes = count_saved(forward, fixed)
+        peak = count_peak(whole_step, parameters, fixed, optimizer, batch).split()
     row = {
         "saved_bytes": saved_bytes,
         "peak_bytes": sum(peak.values()),

@@ -32,11 +32,11 @@ from record import save  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import ViTConfig, ViTForImageClassification  # noqa: E402
 
-from e3va_peft.measure import Plan, plan  # noqa: E402
-from e3va_peft.measure.blueprint import model_builder  # noqa: E402
-from e3va_peft.measure.prediction import PRECISIONS, optimizer_in_use  # noqa: E402
-from e3va_peft.measure.step import MIB, _peak, _step  # noqa: E402
+from e3va_peft.meter.step import MIB, count_peak, take_step  # noqa: E402
 from e3va_peft.methods import adapt, settings  # noqa: E402
+from e3va_peft.plan import Plan, plan  # noqa: E402
+from e3va_peft.plan.blueprint import model_builder  # noqa: E402
+from e3va_peft.plan.estimate import PRECISIONS, optimizer_in_use  # noqa: E402
 from e3va_peft.training.tasks.base import extras_at  # noqa: E402
 
 COMPARED = ("E3VA", "LoRA", "LoRA + checkpointing", "full", "head only")
@@ -96,7 +96,7 @@ def warm_up(precision: str) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     model = ViTForImageClassification(ViTConfig(**sizes, image_size=64, num_labels=2))
     batch = {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.tensor([0, 1])}
-    _step(lambda: forward(model, batch, precision), optimizer_in_use(model), list(model.parameters()), set())
+    take_step(lambda: forward(model, batch, precision), optimizer_in_use(model), list(model.parameters()), set())
 
 
 def predict(setting: Setting) -> Plan:
@@ -119,10 +119,10 @@ def measure(setting: Setting, name: str) -> dict[str, int]:
     model = adapt(base, settings()[name]).train()
     optimizer = optimizer_in_use(model)
     parameters = list(model.parameters())
-    step = partial(_step, lambda: forward(model, batch, setting.precision), optimizer, parameters, set())
+    step = partial(take_step, lambda: forward(model, batch, setting.precision), optimizer, parameters, set())
     step()
     resident = status("VmHWM") - before
-    meter = _peak(step, parameters, [*parameters, *model.buffers()], optimizer, batch)
+    meter = count_peak(step, parameters, [*parameters, *model.buffers()], optimizer, batch)
     return {"measured": sum(meter.split().values()), "resident": resident}
 
 

@@ -27,8 +27,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, TorchAoConfig
 
 from e3va_peft import E3VAConfig
-from e3va_peft.measure import measure_step
-from e3va_peft.measure.step import MIB
+from e3va_peft.meter import measure_step
+from e3va_peft.meter.step import MIB
 
 HEAD = ["classifier"]
 BASES: dict[str, Callable[[], dict[str, Any]]] = {

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from e3va_peft.measure.report import machine
+from e3va_peft.compare.report import machine
 from e3va_peft.training.folder import write_whole
 from e3va_peft.training.run import versions
 

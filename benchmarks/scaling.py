@@ -26,8 +26,8 @@ from speed import interleaved, step
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification
 
-from e3va_peft.measure import measure_step
-from e3va_peft.measure.blueprint import SHORT_NAMES
+from e3va_peft.meter import measure_step
+from e3va_peft.plan.blueprint import SHORT_NAMES
 
 GIB = 2**30
 COMPARED = ("full", "LoRA + checkpointing", "E3VA", "E3VA, one tap a block, int8", "head only")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
 from e3va_peft import E3VAConfig
-from e3va_peft.measure import live_bytes
+from e3va_peft.meter import live_bytes
 
 ROUNDS = 5
 BATCHES = (1, 2, 4, 8, 16, 32)

@@ -28,8 +28,8 @@ import torch
 from record import save
 from transformers.utils import logging
 
+from e3va_peft.compare.run import Comparison, measure_steps
 from e3va_peft.data.load import load_splits
-from e3va_peft.measure.compare import Comparison, measure_steps
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import finished
 from e3va_peft.training.run import train

@@ -145,8 +145,8 @@ def compare(
         e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
     """
     with _errors_in_plain_words():
-        from e3va_peft.measure.compare import compare as run
-        from e3va_peft.measure.compare import read_comparison
+        from e3va_peft.compare.run import compare as run
+        from e3va_peft.compare.run import read_comparison
 
         run(read_comparison(config, output, methods, seeds, overrides or (), rates or ()), overwrite=overwrite)
 
@@ -281,9 +281,9 @@ def plan(
     with _errors_in_plain_words():
         from rich.console import Console
 
-        from e3va_peft.measure.cards import find_card, parse_memory, software_stack, this_card
-        from e3va_peft.measure.prediction import plan as predict_memory
-        from e3va_peft.measure.tables import plan_table, stack_text
+        from e3va_peft.plan.cards import find_card, parse_memory, software_stack, this_card
+        from e3va_peft.plan.estimate import plan as predict_memory
+        from e3va_peft.plan.show import plan_table, stack_text
 
         _check_new_file(output)
         card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()

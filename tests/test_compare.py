@@ -14,11 +14,11 @@ from matplotlib.transforms import Bbox
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
+from e3va_peft.compare import plots
+from e3va_peft.compare import run as module
+from e3va_peft.compare.plots import draw_tradeoff
+from e3va_peft.compare.run import Comparison, compare, read_comparison
 from e3va_peft.errors import UserError
-from e3va_peft.measure import compare as module
-from e3va_peft.measure import plots
-from e3va_peft.measure.compare import Comparison, compare, read_comparison
-from e3va_peft.measure.plots import draw_tradeoff
 from e3va_peft.methods import METHODS
 from e3va_peft.training import trainer
 from e3va_peft.training.run import train

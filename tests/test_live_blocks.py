@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import E3VAConfig, E3VALayer
-from e3va_peft.measure import measure_step
+from e3va_peft.meter import measure_step
 from e3va_peft.storage import NORMS
 from tests.models import BY_NAME, Case, every_model_but, loss_of, tensors
 from tests.test_highway import written_out

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from e3va_peft.measure import StepReport, live_bytes, measure_step
+from e3va_peft.meter import StepReport, live_bytes, measure_step
 
 # Sizes of every test: a batch of 32 rows of 8 features, 16 hidden, 4 out, in float32.
 X = 32 * 8 * 4
@@ -301,7 +301,7 @@ def test_the_peak_agrees_with_the_growth_of_the_process():
     code = """
 import psutil, torch
 from torch import nn
-from e3va_peft.measure import measure_step
+from e3va_peft.meter import measure_step
 torch.set_num_threads(1)
 def highest():  # getrusage's would begin at that of the process that started this one
     with open("/proc/self/status") as status:
@@ -471,7 +471,7 @@ def test_cuda_reports_its_own_peak_of_the_timed_steps(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append("reset"))
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: calls.append("read") or 12345678)
-    monkeypatch.setattr("e3va_peft.measure.step._cuda_devices", lambda parameters: {torch.device("cuda", 0)})
+    monkeypatch.setattr("e3va_peft.meter.step._cuda_devices", lambda parameters: {torch.device("cuda", 0)})
     monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
     report = measure(mlp())
     assert report.cuda_peak_bytes == 12345678 and calls == ["reset", "read"]

@@ -16,10 +16,12 @@ from typer.testing import CliRunner
 
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
-from e3va_peft.measure import measure_step, plan
-from e3va_peft.measure.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
-from e3va_peft.measure.cards import GIB, find_card, parse_memory, runs_on, software_stack
-from e3va_peft.measure.prediction import (
+from e3va_peft.meter import measure_step
+from e3va_peft.methods import adapt, settings
+from e3va_peft.plan import plan
+from e3va_peft.plan.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
+from e3va_peft.plan.cards import GIB, find_card, parse_memory, runs_on, software_stack
+from e3va_peft.plan.estimate import (
     PRECISIONS,
     FakeStep,
     _CudaAutocast,
@@ -27,8 +29,7 @@ from e3va_peft.measure.prediction import (
     most_live_blocks,
     needed_bytes,
 )
-from e3va_peft.measure.tables import plan_table
-from e3va_peft.methods import adapt, settings
+from e3va_peft.plan.show import plan_table
 from tests.models import BY_NAME
 
 CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
@@ -259,7 +260,7 @@ def test_kernels_run_within_a_generation_and_ptx_on_newer_ones():
 
 def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_path, monkeypatch):
     two = {title: settings()[title] for title in ("E3VA", "full")}
-    monkeypatch.setattr("e3va_peft.measure.prediction.settings", lambda: two)
+    monkeypatch.setattr("e3va_peft.plan.estimate.settings", lambda: two)
     monkeypatch.setenv("COLUMNS", "160")
     output = tmp_path / "plan.json"
     command = ["plan", "--model", str(configs / "vit-classifier"), "--gpu", "gtx 1080 ti", "--output", str(output)]

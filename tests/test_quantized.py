@@ -17,7 +17,7 @@ from transformers import BitsAndBytesConfig, TorchAoConfig, Trainer
 
 import e3va_peft
 from e3va_peft import E3VAConfig, E3VALayer
-from e3va_peft.measure import backbone_share, measure_step
+from e3va_peft.meter import backbone_share, measure_step
 from e3va_peft.training import training_arguments
 from tests.models import BY_NAME, Case, loss_of, train_steps
 from tests.test_laws import assert_same, outputs

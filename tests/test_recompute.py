@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import recompute
 from e3va_peft.backbones import registered_backbones
-from e3va_peft.measure import measure_step
+from e3va_peft.meter import measure_step
 from e3va_peft.recompute import Recompute
 from tests.models import BY_NAME, Case, every_model, every_model_but, loss_of
 from tests.test_laws import adapted, assert_same, blocks, layers

@@ -20,7 +20,7 @@ from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_s
 from torch import nn
 
 from e3va_peft import E3VAConfig
-from e3va_peft.measure import measure_step
+from e3va_peft.meter import measure_step
 from e3va_peft.methods import adapt
 from e3va_peft.saved import FILE_FROM, SavedModule
 from tests.models import BY_NAME, every_model, train_steps

@@ -11,7 +11,7 @@ from e3va_peft import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
-from e3va_peft.measure import measure_step
+from e3va_peft.meter import measure_step
 from e3va_peft.storage import STORAGES, pack, unpack
 from tests.models import BY_NAME, every_model, loss_of, tensors
 from tests.test_highway import lane_of

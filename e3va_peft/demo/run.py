@@ -28,8 +28,8 @@ from e3va_peft import record_metrics
 from e3va_peft.demo.data import CLASSES, MNI152Slices, mni152_slices
 from e3va_peft.demo.segmenter import Dinov2ForSemanticSegmentation
 from e3va_peft.demo.weights import focus_vit
-from e3va_peft.measure import measure_step
-from e3va_peft.measure.step import MIB
+from e3va_peft.meter import measure_step
+from e3va_peft.meter.step import MIB
 from e3va_peft.methods import METHODS, adapt
 from e3va_peft.training import training_arguments
 

@@ -35,6 +35,7 @@ from e3va_peft.data.load import load_splits
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.methods import METHODS, adapt, refuse_lost
+from e3va_peft.training.arguments import MetricsToCard, training_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import (
     ADAPTER,
@@ -50,7 +51,6 @@ from e3va_peft.training.folder import (
     remove_replaced,
     write_whole,
 )
-from e3va_peft.training.recipe import MetricsToCard, training_arguments
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters

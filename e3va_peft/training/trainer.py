@@ -33,8 +33,8 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
 
 from e3va_peft.errors import UserError
+from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import draw_curves
-from e3va_peft.training.recipe import without_timings
 from e3va_peft.training.tasks import Task
 
 

@@ -7,8 +7,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from e3va_peft.measure.cards import GIB, Card, Stack
-from e3va_peft.measure.prediction import MethodPlan, Plan
+from e3va_peft.plan.cards import GIB, Card, Stack
+from e3va_peft.plan.estimate import MethodPlan, Plan
 
 
 def plan_table(plan: Plan) -> Table:

@@ -135,7 +135,7 @@ def measure_step(
             outputs = model(*args, **kwargs)
             return _loss(outputs) if loss_fn is None else loss_fn(outputs)
 
-    step = partial(_step, forward, optimizer, parameters, devices)
+    step = partial(take_step, forward, optimizer, parameters, devices)
     set_aside = [*(p.grad for p in parameters), *tree_leaves(list(optimizer.state.values()))]
     storages = _storages(t for t in set_aside if isinstance(t, Tensor) and t.is_cuda)
     aside = sum(storage.nbytes() for storage in storages.values())
@@ -144,8 +144,8 @@ def measure_step(
         for _ in range(warmup):
             step()
         fixed = [*parameters, *model.buffers()]
-        saved_bytes = _saved_bytes(forward, fixed)
-        peak = _peak(step, parameters, fixed, optimizer, (args, kwargs)).split()
+        saved_bytes = count_saved(forward, fixed)
+        peak = count_peak(step, parameters, fixed, optimizer, (args, kwargs)).split()
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         times = [step() for _ in range(repeats)]
@@ -237,7 +237,7 @@ def _check_loss(loss: Tensor) -> None:
         )
 
 
-def _step(
+def take_step(
     forward: Callable[[], Tensor],
     optimizer: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
@@ -331,7 +331,7 @@ class _Saved:
     tensor: Tensor
 
 
-def _saved_bytes(forward: Callable[[], Tensor], fixed: list[Tensor]) -> int:
+def count_saved(forward: Callable[[], Tensor], fixed: list[Tensor]) -> int:
     """Count the bytes that autograd holds at the end of a forward, without the storages of `fixed`."""
     alive: weakref.WeakSet[_Saved] = weakref.WeakSet()
 
@@ -378,7 +378,7 @@ def _collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _peak(
+def count_peak(
     step: Callable[[], object],
     parameters: list[nn.Parameter],
     fixed: list[Tensor],

@@ -26,10 +26,10 @@ from transformers import PreTrainedModel
 
 from e3va_peft.errors import UserError, nearest, reason
 from e3va_peft.layer import E3VALayer
-from e3va_peft.measure.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
-from e3va_peft.measure.cards import GIB
-from e3va_peft.measure.step import Kind, _peak, _saved_bytes, _step
+from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
+from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
+from e3va_peft.plan.cards import GIB
 from e3va_peft.training.tasks.base import extras_at
 
 Rules = Literal["cuda", "cpu"]
@@ -239,7 +239,7 @@ def _explained(model: str, size: int | None) -> Iterator[None]:
         if size is None:
             raise UserError(
                 f"model={model!r}: its training step cannot be predicted ({reason(error)}). Measure a real one with "
-                "e3va_peft.measure.measure_step."
+                "e3va_peft.meter.measure_step."
             ) from error
         raise UserError(
             f"image_size={size}: {model} does not take images of that size ({reason(error)}). Leave --image-size out "
@@ -332,7 +332,7 @@ class FakeStep:
         """Run a forward and return the bytes that autograd keeps for backward."""
         with self._faking():
             forward = partial(self._loss, make_batch(self.task, batch_size, self.image_size))
-            return _saved_bytes(forward, [*self.model.parameters(), *self.model.buffers()])
+            return count_saved(forward, [*self.model.parameters(), *self.model.buffers()])
 
     def _trace(self, batch_size: int) -> Trace:
         """Run a step and return what it held."""
@@ -340,8 +340,8 @@ class FakeStep:
             optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
             parameters = list(self.model.parameters())
-            meter = _peak(
-                lambda: _step(partial(self._loss, batch), optimizer, parameters, set()),
+            meter = count_peak(
+                lambda: take_step(partial(self._loss, batch), optimizer, parameters, set()),
                 parameters,
                 [*parameters, *self.model.buffers()],
                 optimizer,

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from e3va_peft.measure.plots import draw_tradeoff
-from e3va_peft.measure.step import MIB
+from e3va_peft.compare.plots import draw_tradeoff
+from e3va_peft.meter.step import MIB
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import write_whole
 from e3va_peft.training.run import plain, versions

@@ -16,11 +16,11 @@ from accelerate.utils import send_to_device
 from rich.console import Console
 from transformers import TrainingArguments, set_seed
 
+from e3va_peft.compare.report import Row, write_report
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.errors import UserError, nearest
-from e3va_peft.measure.report import Row, write_report
-from e3va_peft.measure.step import StepReport, measure_step
+from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import checkpoints, finished
