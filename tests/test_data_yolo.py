@@ -263,7 +263,7 @@ def test_boxes_are_refused_where_masks_are_needed(labels, tmp_path):
         ("names: [cat, dog]", ["neither train nor val"]),
         ("train: images/train\nnc: 3\nnames: [cat, dog]", ["nc is 3", "names has 2"]),
         ("train: images/train\nnames: {0: cat, 2: dog}", ["ids [0, 2]", "0 to 1"]),
-        ("train: images/train\nnames: [yes, no]", ["[True, False]", "quoted"]),
+        ("train: images/train\nnames: [true, false]", ["[True, False]", "quoted"]),
         ("train: images/train\nnames: cat", ["names 'cat'"]),
         ("train: images/train\nnames: [cat, cat]", ["all different"]),
         ("train: 7\nnames: [cat, dog]", ["has 7 for train"]),

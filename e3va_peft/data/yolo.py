@@ -127,7 +127,7 @@ def _names(content: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
         given = [name for _, name in sorted(zip(numbers, given.values(), strict=True), key=lambda item: item[0])]
     plain = isinstance(given, list) and all(isinstance(name, str | int | float) for name in given)
     if not plain or any(isinstance(name, bool) for name in given):
-        raise UserError(f"{file}: has the names {given!r}. Write a list of texts, quoted: YAML reads no as false.")
+        raise UserError(f"{file}: has the names {given!r}. Write a list of texts, quoted: YAML reads true as a value.")
     if count is not None and count != len(given):
         raise UserError(f"{file}: nc is {count!r}, and names has {len(given)}. Correct one.")
     return tuple(map(str, given))
