@@ -76,7 +76,7 @@ SETTINGS = {
 
 
 def by(name: str, **options: Any) -> Callable[[nn.Module], nn.Module]:
-    """Return what makes a model trainable by a method."""
+    """The function that makes a model trainable by a method."""
     return lambda model: adapt(model, {"name": name, **options})
 
 

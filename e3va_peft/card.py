@@ -36,7 +36,7 @@ _PIPELINES = {
 
 @dataclass
 class BaseModel:
-    """What has to be known of a base model to build it again.
+    """Facts about a base model that are needed to build it again.
 
     Attributes:
         config: The live transformers config, so that label names set after injection are saved too. None for a plain
@@ -62,7 +62,7 @@ class BaseModel:
         return getattr(self.config, "num_labels", None)
 
     def mapping(self) -> dict[str, Any]:
-        """Return what `adapter_config.json` keeps of the base model, under `auto_mapping`."""
+        """The part of the base model that `adapter_config.json` keeps, under `auto_mapping`."""
         return {
             "base_model_class": self.class_name,
             "parent_library": self.library,
@@ -116,7 +116,7 @@ def record_metrics(model: PeftModel, metrics: Mapping[str, float], adapter_name:
 
     Args:
         model: The model.
-        metrics: Name -> value, e.g. `{"mean_iou": 0.75}`; what is no number is left out.
+        metrics: Name -> value, e.g. `{"mean_iou": 0.75}`; what is not a number is left out.
         adapter_name: The adapter; the active one by default.
     """
     active = model.active_adapters() if callable(model.active_adapters) else model.active_adapters

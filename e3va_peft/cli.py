@@ -30,7 +30,7 @@ def about() -> None:
 
 @contextmanager
 def _errors_in_plain_words() -> Iterator[None]:
-    """Print what a user can mend without a traceback; keep the libraries' loading reports out of it."""
+    """Print errors that a user can fix without a traceback; keep the libraries' loading reports out of it."""
     import warnings
 
     from transformers.utils import logging
@@ -133,7 +133,7 @@ def compare(
 
     All get the same head, data order and epochs, and are scored once, at the end. Then one training step of each is
     measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
-    [bold]runs/[/bold]. The same command goes on after a stop; once all runs are finished, it measures again.
+    [bold]runs/[/bold]. The same command resumes after a stop; once all runs are finished, it measures again.
 
     Methods: full, head-only, partial-1, bitfit, norm-tuning, adapter, adaptformer, lorand, mona, lora,
     lora-checkpointing, e3va. Each wants a learning rate of its own: the defaults are where a search begins.
@@ -225,7 +225,7 @@ def predict(
 
 
 def _in_a_line(entry: dict[str, Any]) -> str:
-    """Return what was found in an image: its best classes, the shares of its regions, or why it was not read."""
+    """Findings in an image: its best classes, the shares of its regions, or why it was not read."""
     from rich.markup import escape
 
     if "error" in entry:
@@ -266,10 +266,9 @@ def plan(
     """Predict whether a training step fits on your card, before anything is downloaded.
 
     For each method that e3va train has, and E3VA at some of its settings: parameters trained, peak memory and what it
-    consists of, and the largest batch that fits; also
-    how many blocks of the backbone can be live under E3VA. Nothing is allocated: the step runs on tensors without
-    memory. [bold]needs[/bold] adds what is no tensor, the CUDA context (0.6 GiB) and the allocator's gaps (5 %). With
-    a card it also says which PyTorch still runs there.
+    consists of, and the largest batch that fits; also how many blocks of the backbone can be live under E3VA. Nothing
+    is allocated: the step runs on tensors without memory. [bold]needs[/bold] adds what is not a tensor, the CUDA
+    context (0.6 GiB) and the allocator's gaps (5 %). With a card it also says which PyTorch still runs there.
 
     [bold]Examples[/bold]
 

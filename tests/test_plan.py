@@ -167,7 +167,7 @@ def test_norms_and_softmax_run_in_fp32_as_on_cuda_and_interpolation_as_it_comes(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "vit-x"}, r"model='vit-x': is no folder.*Did you mean vit-s or vit-l"),
+        ({"model": "vit-x"}, r"model='vit-x': is not a folder.*Did you mean vit-s or vit-l"),
         ({"model": "vit-b", "task": SEGMENT}, "model='vit-b': is a vit, which is neither a segmenter nor a backbone"),
         ({"model": "vit-b", "task": "classification"}, "task='classification'.*Did you mean image-classification"),
         ({"model": "vit-b", "image_size": 8}, "image_size=8: vit-b does not take images of that size.*Leave"),

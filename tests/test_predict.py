@@ -223,7 +223,7 @@ def test_the_folder_of_a_whole_model_works_like_an_adapter(name, adapters, pictu
 
 def test_a_folder_without_anything_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is no run, adapter or model"):
+    with pytest.raises(UserError, match="is not a run, adapter or model"):
         load_trained(str(tmp_path / "empty"))
     with pytest.raises(UserError, match="no such folder"):
         load_trained(str(tmp_path / "nowhere"))

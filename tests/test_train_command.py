@@ -1,4 +1,4 @@
-"""`e3va train` from config to adapter: what it writes, how it stops and goes on, and what it says when it cannot."""
+"""`e3va train` from config to adapter: what it writes, how it stops and resumes, and what it says when it cannot."""
 
 from __future__ import annotations
 
@@ -324,7 +324,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 1
-    assert "the disk is full" in done.stderr and "same command goes on" in done.stderr, done.stderr
+    assert "the disk is full" in done.stderr and "same command resumes" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     assert train(parse_config(classify(tmp_path)))["resumed"]

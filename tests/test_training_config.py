@@ -272,10 +272,10 @@ def test_a_key_that_is_not_a_word_is_named(tmp_path):
         (TEXT + "training:\n\tseed: 1\n", ["not valid YAML", "line 6"]),
         (TEXT + "training: {seed: 1\n", ["not valid YAML"]),
         (TEXT + "training: !!python/object/apply:os.getcwd []\n", ["not valid YAML"]),
-        ("", ["is no mapping", "e3va recipes"]),
-        ("# only a comment\n", ["is no mapping"]),
-        ("- task\n", ["is no mapping"]),
-        ("task\n", ["is no mapping"]),
+        ("", ["is not a mapping", "e3va recipes"]),
+        ("# only a comment\n", ["is not a mapping"]),
+        ("- task\n", ["is not a mapping"]),
+        ("task\n", ["is not a mapping"]),
     ],
 )
 def test_a_file_that_is_no_config_is_named_with_the_line(text, parts, tmp_path):

@@ -1,4 +1,4 @@
-"""What a comparison found, as a table for the terminal, Markdown, JSON and plots."""
+"""Findings of a comparison, as a table for the terminal, Markdown, JSON and plots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HEADER = ("method", "score", "trained", "kept for backward", "backbone share", "
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What was found for a method.
+    """Findings for a method.
 
     Attributes:
         method: Its name.
@@ -115,7 +115,7 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
 
 
 def machine() -> dict[str, Any]:
-    """Return what a result was measured on: kind of CPU, threads, GPU."""
+    """The machine that a result was measured on: kind of CPU, threads, GPU."""
     return {
         "cpu": platform.machine(),
         "threads": torch.get_num_threads(),

@@ -40,7 +40,7 @@ _OWN_OPTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """A comparison: its config, methods and seeds.
 
     Attributes:
         config: The task: data, model, epochs. Its own method's options and learning rate hold for that method.
@@ -109,9 +109,9 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     """Train every method with every seed, measure a training step of each, and write table, JSON and plots.
 
     Seeds are the outer loop, so that a comparison that is cut short has whole rounds. A run that is finished is not
-    trained again; the measurement and the report are made anew by every call.
+    trained again; the measurement and the report are made again by every call.
 
-    Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn anew:
+    Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn again:
     they come from the random state that dropout and drop-path use, too.
 
     Args:
@@ -122,9 +122,9 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         One row per method.
 
     Raises:
-        UserError: Something must be mended first; the message says what.
+        UserError: Something must be fixed first; the message says what.
         FileExistsError: The folder holds something else, or runs with other settings.
-        Interrupted: Ctrl-C was pressed; the same call goes on.
+        Interrupted: Ctrl-C was pressed; the same call resumes.
     """
     console = Console(highlight=False, soft_wrap=True)
     _check_place(comparison.output)
@@ -277,7 +277,7 @@ def _seeds(text: str) -> tuple[int, ...]:
     seeds = tuple(_parts(text))
     for seed in seeds:
         if not seed.isdecimal():
-            raise UserError(f"seeds={text!r}: {seed!r} is no whole number from 0. Write --seeds 0,1,2.")
+            raise UserError(f"seeds={text!r}: {seed!r} is not a whole number from 0. Write --seeds 0,1,2.")
     numbers = tuple(int(seed) for seed in seeds)
     if not numbers or len(set(numbers)) != len(numbers):
         raise UserError(f"seeds={text!r}: must be one or more numbers, all different. Write --seeds 0,1,2.")

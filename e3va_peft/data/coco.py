@@ -130,7 +130,7 @@ def _load_coco(path: Path) -> dict[str, list[Any]]:
     except (ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: is no valid JSON ({reason(error)}). Export it again.") from None
+        raise UserError(f"{path}: is not valid JSON ({reason(error)}). Export it again.") from None
     wanted = "images, annotations and categories, each a list"
     if not isinstance(content, dict):
         raise UserError(f"{path}: is a {type(content).__name__}, not a COCO detection file, which has {wanted}.")

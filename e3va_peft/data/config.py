@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
 LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
-"""What is known of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
+"""Labels of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
 
 
 @dataclass

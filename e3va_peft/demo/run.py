@@ -47,7 +47,7 @@ COMPARED: tuple[tuple[dict[str, Any], float], ...] = (
 
 @dataclass
 class Result:
-    """What a method gave and what it took: bytes and seconds of one training step, mIoU on the test slices."""
+    """Score and cost of a method: bytes and seconds of one training step, mIoU on the test slices."""
 
     method: str
     trainable: int

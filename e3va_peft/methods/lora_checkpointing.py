@@ -14,7 +14,7 @@ from e3va_peft.methods.lora import LORA, lora
 
 
 def lora_checkpointing(model: nn.Module, **options: Any) -> nn.Module:
-    """Train LoRA, and run every block of the backbone again in backward in place of keeping its activations."""
+    """Train LoRA, and run every block of the backbone again in backward instead of keeping its activations."""
     return checkpointed(lora(model, **options))
 
 

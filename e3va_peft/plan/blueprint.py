@@ -56,7 +56,7 @@ def model_config(model: str) -> Any:
     folder = Path(model).expanduser()
     if "/" not in model and not folder.is_dir():
         raise UserError(
-            f"model={model!r}: is no folder, no Hub id (owner/name), and none of {', '.join(SHORT_NAMES)}."
+            f"model={model!r}: is not a folder, a Hub id (owner/name), or one of {', '.join(SHORT_NAMES)}."
             + nearest(model.lower(), SHORT_NAMES)
         )
     return find_config(str(folder) if folder.is_dir() else model)

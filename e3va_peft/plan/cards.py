@@ -72,7 +72,7 @@ def parse_memory(text: str) -> int:
     """Return the bytes of a size such as 8GiB, 11GB or 8192MiB.
 
     Raises:
-        UserError: It is no such size.
+        UserError: It is not such a size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
     if match is None or match[2] not in _UNITS or float(match[1]) == 0:

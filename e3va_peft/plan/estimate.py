@@ -1,4 +1,4 @@
-"""What a training step would need, before anything is downloaded or allocated.
+"""Needs of a training step, before anything is downloaded or allocated.
 
 A step of each method runs on fake tensors: they have shapes, dtypes and storages with sizes, but no memory. The meter
 is the one of `measure_step`, so a plan is what `measure_step` would report, without weights, images and minutes.
@@ -36,7 +36,7 @@ Rules = Literal["cuda", "cpu"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# What a card gives to things that are no tensors. The CUDA context with its kernels and the workspaces of cuBLAS and
+# What a card gives to things that are not tensors. The CUDA context with its kernels and the workspaces of cuBLAS and
 # cuDNN take 0.3 to 0.7 GiB, by card and driver (forum reports); a desktop on the same card takes its own besides.
 CONTEXT_BYTES = int(0.6 * GIB)
 # The allocator rounds blocks up and cannot always reuse the gaps between them.
@@ -48,7 +48,7 @@ Prepare = Callable[[PreTrainedModel], nn.Module]
 
 @dataclass(frozen=True)
 class MethodPlan:
-    """What one method needs. Memory in bytes.
+    """Needs of one method. Memory in bytes.
 
     Attributes:
         method: Name of the method.
@@ -79,7 +79,7 @@ class MethodPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What each method needs for a step of one model at one size.
+    """Needs of each method for a step of one model at one size.
 
     Attributes:
         model: Short name, folder or Hub id.

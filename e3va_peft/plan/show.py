@@ -1,4 +1,4 @@
-"""What `e3va plan` prints."""
+"""The tables that `e3va plan` prints."""
 
 from __future__ import annotations
 

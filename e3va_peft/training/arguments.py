@@ -36,7 +36,7 @@ def training_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> 
 
 
 def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an evaluation measured, without how long it took and when."""
+    """The measurements of an evaluation, without how long it took and when."""
     return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "epoch"))}
 
 

@@ -1,4 +1,4 @@
-"""What a run is: the YAML file of `e3va train`, checked field by field before anything is loaded."""
+"""`RunConfig`: the YAML file of `e3va train`, checked field by field before anything is loaded."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HEADS = {
     "object-detection": ("retinanet", "faster-rcnn", "cascade-rcnn"),
     "instance-segmentation": ("cascade-mask-rcnn", "mask-rcnn", "mask2former"),
 }
-"""What may be put onto a backbone alone, for each task; the first is the default."""
+"""Heads that may be put onto a backbone alone, for each task; the first is the default."""
 
 RECIPES = resources.files("e3va_peft") / "recipes"
 
@@ -170,7 +170,7 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         )
     values = parse_yaml(text, str(source))
     if not isinstance(values, dict):
-        raise UserError(f"{source}: is no mapping of fields to values. `e3va recipes NAME` prints one that works.")
+        raise UserError(f"{source}: is not a mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
         _apply(values, override)
     return parse_config(values)

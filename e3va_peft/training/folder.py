@@ -35,15 +35,15 @@ def read_run(run: Path) -> RunConfig:
     """Read the config of a run from its folder.
 
     Raises:
-        UserError: It is no folder of a run.
+        UserError: It is not the folder of a run.
     """
     if not (run / CONFIG).is_file():
-        raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is no folder that `e3va train` wrote.")
+        raise UserError(f"run={str(run)!r}: has no {CONFIG}; it is not a folder that `e3va train` wrote.")
     return read_config(run / CONFIG)
 
 
 def finished(config: RunConfig) -> dict[str, Any] | None:
-    """Return what is in `metrics.json` of a run that is finished; None where it is not.
+    """The content of `metrics.json` of a run that is finished; None where it is not.
 
     Raises:
         FileExistsError: `config.output` holds a run with other settings.
@@ -67,7 +67,7 @@ def _numbered(output: Path, name: re.Pattern[str]) -> dict[int, Path]:
 
 
 def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
-    """Refuse a folder that is no run's, or that holds another or a finished run. Nothing is changed.
+    """Refuse a folder that is not a run's, or that holds another or a finished run. Nothing is changed.
 
     A run's folder has the marker that only `e3va train` writes, and a config that it can read. A `config.yaml` alone,
     a name that many programs use, says nothing.
@@ -156,7 +156,7 @@ def _refuse_changes(output: Path, before: RunConfig, config: RunConfig) -> None:
         raise FileExistsError(
             f"output={str(output)!r}: holds a run with other settings:\n  "
             + "\n  ".join(changed)
-            + "\nChoose another output, take the settings back to go on, or --overwrite."
+            + "\nChoose another output, take the settings back to resume, or --overwrite."
         )
 
 

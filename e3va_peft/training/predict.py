@@ -1,4 +1,4 @@
-"""What a trained adapter or model says: on a labelled split (`e3va eval`), on images (`e3va predict`)."""
+"""Predictions of a trained adapter or model: on a labelled split (`e3va eval`), on images (`e3va predict`)."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def load_trained(source: str) -> Trained:
     if config is not None:
         part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
         if not part.is_dir():
-            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config goes on.")
+            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config resumes it.")
         folder = part
     try:
         model, processor = _load(folder if folder.is_dir() else None, source, config)
@@ -149,7 +149,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{source}: is no run, adapter or model: neither config.yaml nor adapter_config.json is there."
+            f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
         )
     architecture_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (architecture_config.architectures or [""])[0]

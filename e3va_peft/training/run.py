@@ -1,4 +1,4 @@
-"""`e3va train`: from a config to an adapter, its metrics and its curves; stop and go on at any time."""
+"""`e3va train`: from a config to an adapter, its metrics and its curves; stop and resume at any time."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Interrupted(Exception):
 
 
 def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
-    """Train as a config says, or go on where an earlier call stopped.
+    """Train as a config says, or resume where an earlier call stopped.
 
     Writes into `config.output`: `config.yaml`, every field resolved; `adapter/` (PEFT's methods) or `model/` (the
     others) with the image processor; `metrics.json`, last, which marks the run as finished; `curves.png`; checkpoints.
@@ -80,7 +80,7 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         What is in `metrics.json`.
 
     Raises:
-        UserError: Something in config, data or machine must be mended first; the message says what.
+        UserError: Something in config, data or machine must be fixed first; the message says what.
         FileExistsError: `config.output` holds a finished or another run, one that is training, or something else.
         Interrupted: Ctrl-C was pressed; the checkpoint is saved.
     """
@@ -148,7 +148,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     if interrupt.interrupted:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in {output}. The same "
-            f"command{' without --overwrite' if overwrite else ''} goes on from there."
+            f"command{' without --overwrite' if overwrite else ''} resumes from there."
         )
     seconds = time.perf_counter() - start
     last = trainer.state.log_history[-2:]  # an evaluation's entry, and the summary of the training
@@ -346,7 +346,7 @@ def _full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
         free = shutil.disk_usage(output).free / 1e6
         raise UserError(
             f"output={str(output)!r}: the disk is full ({reason(error)}; {free:.0f} MB free now). Free some; the "
-            "same command goes on from the last whole checkpoint."
+            "same command resumes from the last whole checkpoint."
         ) from error
 
 

@@ -189,7 +189,7 @@ def refuse_other_weights(model: PeftModel, folder: Path) -> None:
         if names:
             raise UserError(
                 f"{folder}: the adapter there {what} {len(names)} weights, {min(names)!r} among them. Restore the "
-                "file that was saved; a checkpoint may be removed, and the run goes on from the one before."
+                "file that was saved; a checkpoint may be removed, and the run resumes from the one before."
             )
 
 

@@ -1,4 +1,4 @@
-"""What differs between tasks: model, views of an image, and scores. One task, one file."""
+"""Tasks, by what differs between them: model, views of an image, and scores. One task, one file."""
 
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.tasks.base import Task

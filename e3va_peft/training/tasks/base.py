@@ -1,4 +1,4 @@
-"""What a task has to say for itself, and what all tasks share."""
+"""`Task`: the interface of a task, and the parts that all tasks share."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ABSENT = "_e3va_absent"  # attribute of a model: the weights that its checkpoin
 
 View = Callable[[Image.Image, Any], dict[str, Tensor]]
 
-_DECIDED = {  # options of a model's config that are no free choice
+_DECIDED = {  # options of a model's config that are not a free choice
     **dict.fromkeys(("num_labels", "id2label", "label2id"), "the classes of the data"),
     "backbone_config": "model",
     "masks": "task and head",
@@ -89,7 +89,7 @@ class Task(ABC):
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-        """Return what makes a batch of examples, with all that the model's forward needs."""
+        """The collator that makes a batch of examples, with all that the model's forward needs."""
         return Collate(forward_extras(model, processor))
 
     def scale(self) -> tuple[float, float]:
@@ -169,7 +169,7 @@ class Collate:
     """Stacks examples to a batch and adds what a model's forward needs besides.
 
     Args:
-        extra: Arguments of the forward that are no tensors.
+        extra: Arguments of the forward that are not tensors.
     """
 
     def __init__(self, extra: Mapping[str, Any]) -> None:

@@ -68,7 +68,7 @@ class ImageClassification(Task):
         return _TrainingView(v2.Compose([crop, *self.flips(), *self.colors(), *normalized(processor)]))
 
     def evaluation_view(self, processor: Any) -> View:
-        """Return what the image processor does."""
+        """The view of the image processor."""
         return _EvaluationView(processor)
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[np.ndarray, int]]:

@@ -125,13 +125,13 @@ class ObjectDetection(Task):
         return _TrainingView(transform, cropped, _labels_for(processor))
 
     def evaluation_view(self, processor: Any) -> View:
-        """Return what the image processor does, and the objects at the image's own size."""
+        """The image processor's view, and the objects at the image's own size."""
         return _EvaluationView(processor, _labels_for(processor))
 
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-        """Return what pads images to a batch."""
+        """The collator that pads images to a batch."""
         return PaddingCollate()
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[Detections, Objects]]:
@@ -255,7 +255,7 @@ def _of_segments(result: Mapping[str, Any]) -> Detections:
 
 
 def _classes(sample: Mapping[str, Any]) -> Tensor:
-    """Return what is dropped along with a box that a crop cut away."""
+    """The fields that are dropped along with a box that a crop cut away."""
     return sample["labels"]
 
 

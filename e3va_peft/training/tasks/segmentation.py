@@ -104,7 +104,7 @@ class SemanticSegmentation(Task):
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-        """Return what stacks images; for Mask2Former, what pads them."""
+        """The collator that stacks images; for Mask2Former, pads them."""
         return PaddingCollate() if mask2former.owns(processor) else super().collator(model, processor)
 
     def training_view(self, processor: Any) -> View:
@@ -122,7 +122,7 @@ class SemanticSegmentation(Task):
         return _TrainingView(transform, ignored, mask2former.owns(processor))
 
     def evaluation_view(self, processor: Any) -> View:
-        """Return what the image processor does, and the label map in that size and in its own."""
+        """The image processor's view, and the label map in that size and in its own."""
         return _EvaluationView(processor, self.config.data.ignore_index, mask2former.owns(processor))
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[Tensor]:
@@ -212,5 +212,5 @@ class _EvaluationView:
 
 
 def _labels(label_map: Tensor, ignore_index: int, universal: bool) -> dict[str, Tensor]:
-    """Return what the loss needs: the label map, or for Mask2Former the mask of each class."""
+    """The labels of the loss: the label map, or for Mask2Former the mask of each class."""
     return mask2former.map_labels(label_map, ignore_index) if universal else {"labels": label_map}
