@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import SegformerConfig
 from typer.testing import CliRunner
@@ -96,6 +97,21 @@ def test_checkpointing_keeps_less_than_lora_alone(configs):
         fake_step(configs / "vit-classifier", method).trace(8).peak for method in ("LoRA + checkpointing", "LoRA")
     ]
     assert peaks[0] < peaks[1]
+
+
+@pytest.mark.parametrize("base", ["swin-classifier", "vit-classifier"])
+@pytest.mark.parametrize("storage", ["exact", "recompute"])
+def test_what_runs_again_in_backward_does_so_by_the_rules_of_cuda(configs, base, storage):
+    """Autograd lifts torch's modes: a checkpoint sees other dtypes then, and is refused."""
+    build = model_builder(str(configs / base), CLASSIFY, 3)
+    method = {"name": "e3va", "live_blocks": 2, "tap_storage": storage}
+    step = FakeStep(build, partial(adapt, method=method), CLASSIFY, None, torch.float16, "cuda")
+    seen = set()
+    for module in step.model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda m, args, out: seen.add(out.dtype))
+    assert step.trace(2).peak > 0
+    assert seen == {torch.float32}
 
 
 def test_the_most_live_blocks_fit_and_one_more_does_not(configs):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
@@ -351,7 +352,7 @@ class FakeStep:
 
     @contextmanager
     def _faking(self) -> Iterator[None]:
-        with self.mode, _quietly(), _CudaAutocast() if self.autocast == "cuda" else nullcontext():
+        with self.mode, _quietly(), _by_the_rules_of_cuda() if self.autocast == "cuda" else nullcontext():
             yield
 
     def _loss(self, batch: dict[str, Tensor]) -> Tensor:
@@ -464,6 +465,32 @@ class _CudaAutocast(TorchFunctionMode):
         if func in self.FP32_ON_CUDA and kwargs.get("dtype") is None:
             args, kwargs = tree_map(_in_fp32, (args, kwargs))
         return func(*args, **kwargs)
+
+
+@contextmanager
+def _by_the_rules_of_cuda() -> Iterator[None]:
+    """Let `_CudaAutocast` decide for the time of a `with` statement, and in backward, where autograd lifts all modes.
+
+    What backward runs again is modules, so the mode is entered by a hook on the outermost that is called.
+    """
+    entered: list[tuple[nn.Module, _CudaAutocast]] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if not entered:
+            entered.append((module, _CudaAutocast()))
+            entered[0][1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if entered and entered[0][0] is module:
+            entered.pop()[1].__exit__(None, None, None)
+
+    handles = register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)
+    try:
+        with _CudaAutocast():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _in_fp32(leaf: Any) -> Any:
