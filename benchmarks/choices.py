@@ -1,0 +1,136 @@
+"""Choices of the method that the paper does not give, compared on real data: the norm of taps, the scale of the sum.
+
+    python benchmarks/choices.py cifar10 --data DATA --model MODEL --runs RUNS  # a plain ViT: parquet, image and label
+    python benchmarks/choices.py nuclei  --data DATA --model MODEL --runs RUNS  # a Swin: dsb2018/{images,semantic}
+
+Every choice is trained by `e3va train` with the same head, data order, steps and learning rate, and scored on a part
+of the *training* images that is set aside: what becomes a default has not seen the evaluation images. A run that is
+finished already is not trained again. Each result is written to `results/choices.json` when its last seed is.
+
+A factor on the sum of a stage's adapters acts as one on the learning rate of their last projection and bias, which
+begin at zero: AdamW's steps do not depend on the size of a gradient. It is put on here, outside of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from record import RESULTS, origin
+from torch import Tensor, nn
+from training import SETTINGS, overrides
+from transformers.utils import logging
+
+from e3va_peft.highway import Stage
+from e3va_peft.methods import METHODS
+from e3va_peft.methods.e3va import E3VA
+from e3va_peft.storage import NORMS
+from e3va_peft.training.config import RunConfig, read_config
+from e3va_peft.training.folder import finished, write_whole
+from e3va_peft.training.run import train
+
+SEEDS = (0, 1, 2)
+SUMS = {"1": 0.0, "1/sqrt(n)": -0.5, "1/n": -1.0, "learnt": -0.5}  # the power of n; learnt begins there
+TASKS = {
+    "cifar10": (  # 188 steps; bf16, for the time it takes
+        *("data.eval_fraction=0.25", "training.num_train_epochs=2"),
+        *("training.bf16=true", "training.use_cpu=true"),
+    ),
+    "nuclei": ("data.eval_fraction=0.25", "training.num_train_epochs=3"),  # 123 steps
+}
+RATES = {"cifar10": 3e-3, "nuclei": 2e-3}
+LIVE = {"cifar10": (0, 4), "nuclei": (0, 2)}  # of 12 blocks: the last third; the last stage
+
+
+def choices(task: str) -> Iterator[dict[str, Any]]:
+    """Yield what is compared: every norm with and without live blocks, then every scale of the sum without."""
+    for blocks in LIVE[task]:
+        for norm in NORMS[1:] if blocks and task == "cifar10" else NORMS:  # raw taps break a live ViT
+            yield {"tap_norm": norm, "live_blocks": blocks, "sum": "1"}
+    for scale in list(SUMS)[1:]:
+        yield {"tap_norm": "relative" if task == "cifar10" else "layer", "live_blocks": 0, "sum": scale}
+
+
+def adapt(model: nn.Module, **options: Any) -> nn.Module:
+    """Adapt a model by E3VA, with a factor on the sum of each stage's adapters."""
+    kind = options.pop("sum")
+    adapted = E3VA.adapt(model, **options)
+    for stage in [module for module in adapted.modules() if isinstance(module, Stage)]:
+        factor = torch.tensor(len(stage.u1) ** SUMS[kind])
+        if kind == "learnt":
+            stage.factor = nn.Parameter(factor)
+        if kind != "1":
+            stage.register_forward_hook(partial(scaled, factor=factor))
+    return adapted
+
+
+def scaled(stage: nn.Module, args: tuple[Any, ...], output: Tensor, factor: Tensor) -> Tensor:
+    """Scale a sum, whether its taps were kept or reduced before."""
+    reduces = len(args) > 2 and args[2] == "reduce"
+    return output if reduces else output * getattr(stage, "factor", factor)
+
+
+SCALED = replace(E3VA, name="e3va-scaled", adapt=adapt)
+METHODS[SCALED.name] = SCALED
+
+
+def configure(args: argparse.Namespace, choice: Mapping[str, Any], seed: int) -> RunConfig:
+    """Return the config of one run."""
+    setting = SETTINGS[args.task]
+    name = f"{choice['tap_norm']}-{choice['live_blocks']}-{choice['sum'].replace('/', 'over')}-{seed}"
+    data = [override.replace("DATA", args.data) for override in setting.data]
+    common = overrides(f"{args.runs}/{args.task}/{name}", args.model, RATES[args.task], seed)
+    config = read_config(setting.recipe, [*data, *common, "data.verify=false", *TASKS[args.task]])
+    return replace(config, method={"name": SCALED.name, **choice})
+
+
+def record(task: str, choice: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
+    """Write the scores of a choice, instead of an earlier record of it."""
+    path = RESULTS / "choices.json"
+    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+    metric = SETTINGS[task].metric
+    scores = [run["metrics"][metric] for run in runs]
+    about = {"task": task, **choice}
+    row = about | {
+        "metric": metric,
+        "learning_rate": RATES[task],
+        "steps": runs[0]["steps"],
+        "scores": scores,
+        "mean": statistics.fmean(scores),
+        "deviation": statistics.stdev(scores),
+        "origin": origin(),
+    }
+    kept = [other for other in rows if any(other[key] != value for key, value in about.items())]
+    write_whole(path, json.dumps({"rows": [*kept, row]}, indent=2) + "\n")
+
+
+def main() -> None:
+    """Train, and record each choice whose seeds are all there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--runs", required=True)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for choice in choices(args.task):
+        runs = []
+        for seed in SEEDS:
+            config = configure(args, choice, seed)
+            runs.append(finished(config) or train(config))
+            score = runs[-1]["metrics"][SETTINGS[args.task].metric]
+            print(f"{args.task}, {choice}, seed {seed}: {score:.4f}", flush=True)
+        record(args.task, choice, runs)
+
+
+if __name__ == "__main__":
+    main()
