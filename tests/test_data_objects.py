@@ -216,7 +216,7 @@ def test_a_malformed_entry_is_named_when_the_data_is_checked(content, parts, tmp
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("{", ["no valid JSON"]),
+        ("{", ["not valid JSON"]),
         ([], ["is a list", "images, annotations and categories"]),
         ({"images": [], "annotations": []}, ["has no categories"]),
         ({**COCO, "categories": [*COCO["categories"], {"id": 3, "name": "x"}]}, ["'x', id 3, twice"]),
