@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from record import RESULTS, origin
 from torch import Tensor, nn
-from training import SETTINGS, overrides
+from training import SETTINGS, overrides, result
 from transformers.utils import logging
 
 from e3va_peft.highway import Stage
@@ -33,8 +33,7 @@ from e3va_peft.methods import METHODS
 from e3va_peft.methods.e3va import E3VA
 from e3va_peft.storage import NORMS
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.folder import finished, write_whole
-from e3va_peft.training.run import train
+from e3va_peft.training.folder import write_whole
 
 SEEDS = (0, 1, 2)
 SUMS = {"1": 0.0, "1/sqrt(n)": -0.5, "1/n": -1.0, "learnt": -0.5}  # the power of n; learnt begins there
@@ -125,8 +124,7 @@ def main() -> None:
     for choice in choices(args.task):
         runs = []
         for seed in SEEDS:
-            config = configure(args, choice, seed)
-            runs.append(finished(config) or train(config))
+            runs.append(result(configure(args, choice, seed)))
             score = runs[-1]["metrics"][SETTINGS[args.task].metric]
             print(f"{args.task}, {choice}, seed {seed}: {score:.4f}", flush=True)
         record(args.task, choice, runs)
