@@ -28,6 +28,7 @@ JSON = datasets.Value("large_string")
 """The type of a table's column of records."""
 
 _SHOWN = 3  # names in a message
+_BROKEN = 10  # broken files to name at once
 
 
 def make_record(number: int, where: str, size: list[int] | None, form: str, objects: list[Record]) -> Record:
@@ -62,6 +63,13 @@ def _text(value: Any) -> str:
 def shown(names: Sequence[str]) -> str:
     """List the first names, for a message."""
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+
+
+def refuse_broken(errors: Sequence[str], total: int, what: str) -> None:
+    """Raise a UserError that names the first ten errors, if there are any."""
+    if errors:
+        more = f"\n... and {len(errors) - _BROKEN} more" if len(errors) > _BROKEN else ""
+        raise UserError(f"{len(errors)} of {total} {what}:\n" + "\n".join(errors[:_BROKEN]) + more)
 
 
 @dataclass(frozen=True)

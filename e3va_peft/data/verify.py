@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from e3va_peft.data.examples import Split
-from e3va_peft.data.records import Decoded
+from e3va_peft.data.records import Decoded, refuse_broken
 from e3va_peft.errors import UserError
 
-_SHOWN = 10  # broken files to name at once
 _ENOUGH = 10  # boxes to judge their format by
 _BOXES = {
     "xywh": "x, y of the upper left corner, width, height in pixels",
@@ -77,7 +76,7 @@ def verify_split(
         for index, found in enumerate(pool.map(check, range(len(split)))):
             report()
             _add(seen, split, index, found)
-    _refuse_broken(seen, len(split))
+    refuse_broken(seen.errors, len(split), "examples")
     _refuse_other_boxes(seen, split.name)
     for text in _notes(seen, split.name):
         note(text)
@@ -109,12 +108,6 @@ def _count(split: Split, label: int | np.ndarray | Decoded) -> np.ndarray:
     else:
         ids = label[label != split.ignore_index]
     return np.bincount(ids, minlength=len(split.labels))
-
-
-def _refuse_broken(seen: _Seen, total: int) -> None:
-    if seen.errors:
-        more = f"\n... and {len(seen.errors) - _SHOWN} more" if len(seen.errors) > _SHOWN else ""
-        raise UserError(f"{len(seen.errors)} of {total} examples:\n" + "\n".join(seen.errors[:_SHOWN]) + more)
 
 
 def _refuse_other_boxes(seen: _Seen, name: str) -> None:

@@ -20,7 +20,7 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_names, match_names, refuse_names
-from e3va_peft.data.records import Record, make_record, make_rows, shown
+from e3va_peft.data.records import Record, make_record, make_rows, refuse_broken, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import UserError, read_text
@@ -28,7 +28,6 @@ from e3va_peft.errors import UserError, read_text
 _YAML = ("data.yaml", "data.yml")
 _CLASSES = "classes.txt"  # of Label Studio, which writes no data.yaml
 _BEYOND = 0.01  # share of the image by which a number may leave it; rounding, and what Ultralytics allows
-_ERRORS = 10  # label files to name at once
 
 
 @dataclass(frozen=True)
@@ -198,9 +197,7 @@ def _records(paths: Sequence[Path], ids: Sequence[int], kind: LabelKind, name: s
         objects, wrong = _objects(label, ids, kind) if label.is_file() else ([], None)
         records.append(make_record(number, str(label), None, "yolo", objects))
         errors += [wrong] if wrong else []
-    if errors:
-        more = f"\n... and {len(errors) - _ERRORS} more" if len(errors) > _ERRORS else ""
-        raise UserError(f"{len(errors)} of {len(owners)} label files:\n" + "\n".join(errors[:_ERRORS]) + more)
+    refuse_broken(errors, len(owners), "label files")
     return records
 
 
