@@ -163,11 +163,7 @@ class _Trial:
                 factors = [factor[start : first[stage]] for factor in own.factors]
                 with torch.no_grad():
                     added = (
-                        seen.behind
-                        - seen.before
-                        + sum_of_adapters(
-                            factors, [(tap,) for tap in seen.taps], own.norm, own.scales(start, first[stage])
-                        )
+                        seen.behind - seen.before + sum_of_adapters(factors, [(tap,) for tap in seen.taps], own.norm)
                     )
                 hook = partial(_say, added, found.family.channels)
                 found.module.get_submodule(name).register_forward_hook(

@@ -50,10 +50,9 @@ class E3VAConfig(PeftConfig):
             "help": "How an adapter reads a tap t. 'layer': normalised per token over its channels, n(t), without "
             "parameters. 'relative': the same, and its answer in the scale of what was read, s(t) A(n(t)), with s(t) "
             "the token's deviation, so that live blocks behind small branches (LayerScale) are not shouted over. "
-            "'calibrated': the same with one constant for each adapter, the mean deviation of the first batch it "
-            "trains on, kept in the checkpoint. 'none': as it is, as in adapters from before this field existed. None "
-            "means the backbone's own: 'relative' for DINOv2 and DINOv3's ViT, 'layer' for the others (inferred; "
-            "without live blocks no choice differs by more than noise, see benchmarks/results/choices.json)."
+            "'none': as it is, as in adapters from before this field existed. None means the backbone's own: "
+            "'relative' for DINOv2 and DINOv3's ViT, 'layer' for the others (inferred; without live blocks no choice "
+            "differs by more than noise, see benchmarks/results/choices.json)."
         },
     )
     tap_storage: str = field(

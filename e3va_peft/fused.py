@@ -58,33 +58,29 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
 
 
-def sum_of_adapters(
-    factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none", scale: Tensor | None = None
-) -> Tensor:
+def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none") -> Tensor:
     """N x (..., C) -> (..., C): the sum of n adapters of a stage, one autograd node that keeps the taps only.
 
     Args:
         factors: U1, V1, b1, U2, V2, b2 of the n adapters, stacked along the first dimension.
         taps: What is kept of each tap (`storage.keep`).
         norm: How they are read.
-        scale: (n,), the scale of each adapter's answer; None: 1, or the tap's deviation where `norm` says so.
     """
-    return _SumOfAdapters.apply(compute_dtype(factors[0]), norm, scale, *factors, *(t for tap in taps for t in tap))
+    return _SumOfAdapters.apply(compute_dtype(factors[0]), norm, *factors, *(t for tap in taps for t in tap))
 
 
-def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", scale: Tensor | None = None) -> Tensor:
+def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
     """(..., C) -> (..., r + 1): an adapter up to its last factor, `s GELU(n(t) U1 V1 + b1) U2`, and s.
 
     Args:
         tap: The tap.
         factors: U1, V1, b1, U2 of the adapter.
         norm: How it is read.
-        scale: The scale s of the answer, see `sum_of_adapters`.
     """
     dtype = compute_dtype(factors[0])  # outside: inside, autocast is off and has no say
     with no_autocast(tap):
         normed, deviation = read([tap], tap.shape[-1], dtype, norm)
-        reduced = _reduce(normed, deviation if scale is None else scale, *(factor.to(dtype) for factor in factors))
+        reduced = _reduce(normed, deviation, *(factor.to(dtype) for factor in factors))
         return reduced.view(*tap.shape[:-1], -1)
 
 
@@ -134,13 +130,11 @@ class Gradients:
         factors: U1, V1, b1, U2, V2, b2 of the adapters, stacked along the first dimension.
         grad: (..., C), of their sum.
         dtype: Dtype to compute in.
-        scale: (n,), see `sum_of_adapters`.
     """
 
-    def __init__(self, factors: Sequence[Tensor], grad: Tensor, dtype: torch.dtype, scale: Tensor | None) -> None:
+    def __init__(self, factors: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> None:
         self.dtypes = [factor.dtype for factor in factors]
         self.factors = [factor.to(dtype) for factor in factors[:5]]
-        self.scale = scale
         v2 = self.factors[4]
         self.n, self.r, self.width = v2.shape
         self.grad = grad.to(dtype).reshape(-1, self.width)  # (M, C)
@@ -148,12 +142,11 @@ class Gradients:
         self.reduced: list[Tensor] = []
         self.found: list[tuple[Tensor, ...]] = []
 
-    def add(self, normed: Tensor, deviation: Tensor | None) -> None:
-        """Add what the next adapter read, (..., C), and the deviation of it."""
+    def add(self, normed: Tensor, scale: Tensor | None) -> None:
+        """Add what the next adapter read, (..., C), and the scale that it answers in."""
         i, r = len(self.found), self.r
         u1, v1, b1, u2 = (factor[i] for factor in self.factors[:4])
         t = normed.reshape(-1, self.width)
-        scale = deviation if self.scale is None else self.scale[i]
         grad_q = self.grad_reduced[:, i * r : (i + 1) * r]
         if scale is not None:
             grad_q = grad_q * scale.to(grad_q.dtype).reshape(-1, 1)
@@ -181,29 +174,26 @@ class _SumOfAdapters(torch.autograd.Function):
     """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C)."""
 
     @staticmethod
-    def forward(ctx: Any, dtype: torch.dtype, norm: str, scale: Tensor | None, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(scale, *tensors)
+    def forward(ctx: Any, dtype: torch.dtype, norm: str, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
         ctx.dtype, ctx.norm = dtype, norm
         parameters, taps = _split(tensors)
         with no_autocast(tensors[0]):
             u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
             width, reduced = u1.shape[1], []
             for i, tap in enumerate(taps):
-                normed, deviation = read(tap, width, dtype, norm)
-                answer = deviation if scale is None else scale[i]
-                reduced.append(_reduce(normed, answer, u1[i], v1[i], b1[i], u2[i]))
+                reduced.append(_reduce(*read(tap, width, dtype, norm), u1[i], v1[i], b1[i], u2[i]))
             return _expand(reduced, v2, b2).view(*taps[0][0].shape[:-1], width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, *saved = ctx.saved_tensors  # read once: each access unpacks them again
-        parameters, taps = _split(saved)
+        parameters, taps = _split(ctx.saved_tensors)
         with no_autocast(grad):
-            gradients = Gradients(parameters, grad, ctx.dtype, scale)
+            gradients = Gradients(parameters, grad, ctx.dtype)
             for tap in taps:
                 gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
-            return (None, None, None, *gradients.result(), *(None for tap in taps for _ in tap))
+            return (None, None, *gradients.result(), *(None for tap in taps for _ in tap))
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:

@@ -11,7 +11,8 @@ residual stream, `z` the lane, `n(t)` a tap normalised over its channels:
 *The paper's*: the dual low-rank adapter, the sum, patch merging. *Inferred*, because the paper gives neither code nor
 these details: k = C/2, the place of GELU, the norm n, the lane starting at zero, the initialisation. *Ours*: the scale
 s of an answer, live blocks. `benchmarks/results/choices.json` compares norms, scales of an answer and a factor on the
-sum (1, 1/sqrt(n), 1/n, learnt; 1 here): without live blocks all are within noise of each other on two tasks.
+sum (1, 1/sqrt(n), 1/n, learnt; 1 here): without live blocks all are within noise of each other on two tasks. One of
+its scales, a constant for each adapter (`calibrated`), won nothing and is not in the package.
 
 `adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
 values and gradients and keeps less for backward.
@@ -35,24 +36,19 @@ def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tenso
     return F.gelu(t @ u1 @ v1 + b1) @ u2 @ v2 + b2
 
 
-def answer(t: Tensor, factors: Sequence[Tensor], norm: str = "none", scale: Tensor | None = None) -> Tensor:
+def answer(t: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
     """(..., C) -> (..., C): what one adapter says to a tap, read as `norm` says, with a gradient for the tap too."""
     if norm == "none":
         return adapter(t, *factors)
     normed, deviation = normalized(t)
-    if norm == "relative":
-        scale = deviation
-    return adapter(normed, *factors) if scale is None else adapter(normed, *factors) * scale
+    return adapter(normed, *factors) * deviation if norm == "relative" else adapter(normed, *factors)
 
 
-def sum_of_adapters(
-    factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none", scale: Tensor | None = None
-) -> Tensor:
+def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none") -> Tensor:
     """N x (..., C) -> (..., C): the sum of n adapters, `fused.sum_of_adapters` in plain PyTorch."""
     total: Any = 0
     for i, tap in enumerate(taps):
         t, s = read(tap, factors[0].shape[1], factors[0].dtype, norm)
-        s = s if scale is None else scale[i]
         total = total + adapter(t, *(f[i] for f in factors)) * (1 if s is None else s)
     return total
 
@@ -75,7 +71,6 @@ class Stage(nn.Module):
         norm: How taps are read (`E3VAConfig.tap_norm`).
     """
 
-    scale: Tensor | None
     FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")  # bias1, bias2: the Trainer decays no weight named bias
 
     def __init__(
@@ -89,8 +84,6 @@ class Stage(nn.Module):
         self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
         self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
         self.init_weights, self.norm = init_weights, norm
-        self._taken: set[int] = set()  # adapters whose scale is known
-        self.register_buffer("scale", torch.zeros(num_adapters) if norm == "calibrated" else None)  # 0: not yet taken
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -107,28 +100,6 @@ class Stage(nn.Module):
         """U1, V1, b1, U2, V2, b2 (by attribute, because a replica's tensors are not parameters)."""
         return tuple(getattr(self, name) for name in self.FACTORS)
 
-    def calibrate(self, index: int, tap: Tensor) -> None:
-        """Take the scale of an adapter's answers from the first tap that it is trained on: its mean deviation."""
-        if self.scale is None or not self.training or index in self._taken:
-            return
-        if not self.scale[index]:  # once an adapter: a device is asked only until it is known
-            deviation = normalized(tap.detach().float())[1].mean()
-            if not deviation.isfinite():  # of a step that fp16 will skip
-                return
-            self.scale[index] = deviation
-        self._taken.add(index)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._taken.clear()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def scales(self, first: int, last: int) -> Tensor | None:
-        """(n,): the constant scales of some adapters' answers, 1 where none was taken; None where there are none."""
-        if self.scale is None:
-            return None
-        scale = self.scale[first:last]
-        return torch.where(scale > 0, scale, 1)  # a copy, because what autograd keeps must not change
-
     def forward(
         self, taps: Sequence[Any], start: int = 0, mode: Literal["sum", "reduce", "expand", "answer"] = "sum"
     ) -> Tensor:
@@ -142,7 +113,7 @@ class Stage(nn.Module):
                 (..., C) -> (..., r + 1), one adapter up to its last factor, and *expand*, n x (..., r + 1) ->
                 (..., C), the rest of all of them. *answer*: (..., C) -> (..., C), one adapter in a live block.
         """
-        factors, scale = self.factors, self.scales(start, start + len(taps))
+        factors = self.factors
         if len(taps) < len(self.u1):
             factors = tuple(factor[start : start + len(taps)] for factor in factors)
         if mode == "expand":
@@ -150,11 +121,11 @@ class Stage(nn.Module):
         device = self.u1.device  # a device map may have split the stage
         if mode == "sum":
             taps = [[part.to(device) for part in tap] for tap in taps]
-            return fused.sum_of_adapters(factors, taps, self.norm, scale)
-        tap, own, scale = taps[0].to(device), [factor[0] for factor in factors], None if scale is None else scale[0]
+            return fused.sum_of_adapters(factors, taps, self.norm)
+        tap, own = taps[0].to(device), [factor[0] for factor in factors]
         if mode == "answer":
-            return answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm, scale)
-        return fused.reduce(tap, own[:4], self.norm, scale)
+            return answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm)
+        return fused.reduce(tap, own[:4], self.norm)
 
 
 class Highway(nn.Module):

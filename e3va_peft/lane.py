@@ -44,6 +44,7 @@ class Lane:
         # Highways that are active together read the same taps: the one that wants most decides.
         self.storage = most_exact(highways) if grad else "exact"
         self.norm = highways[0].tap_norm if highways else "none"
+        self.replays = False  # the record is a cache's, which holds what is kept of each tap
         self.recompute: tuple[Recompute, Tensor] | None = None  # what computes gradients in backward, and its handle
         self.stage = self.block = 0
         self.z: Tensor | None = None
@@ -52,13 +53,11 @@ class Lane:
 
     @property
     def keeps_taps(self) -> bool:
-        """Whether taps are kept for backward."""
-        return self.grad and self.storage != "recompute"
+        """Whether what the record holds of a tap is what backward reads."""
+        return self.replays or (self.grad and self.storage != "recompute")
 
     def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
         """The part of a tap (B, N, C) that is kept: packed, or (B, N, r + 1), reduced at once by each highway."""
-        for highway in self.highways if self.grad else ():
-            highway.stages[stage].calibrate(index, tap)  # type: ignore[operator]
         if self.keeps_taps:
             return keep(tap, self.storage, self.norm)
         with torch.no_grad():
@@ -82,7 +81,7 @@ class Lane:
     def _step(self, stage: int, first: int, kept: Sequence[Sequence[Tensor]]) -> Tensor:
         """Return the sum of all adapters of consecutive taps (B, N, C), in at least fp32."""
         total: Tensor | None = None
-        with torch.set_grad_enabled(self.keeps_taps):
+        with torch.set_grad_enabled(self.grad and self.keeps_taps):
             for i, highway in enumerate(self.highways):
                 step = highway(stage, kept, first) if self.keeps_taps else highway(
                     stage, [tap[i] for tap in kept], first, "expand"
@@ -135,7 +134,6 @@ class Lane:
         answers = []
         for highway in self.highways:
             if self.grad:
-                highway.stages[stage].calibrate(index, tap)  # type: ignore[operator]
                 answers.append(highway(stage, [tap], index, "answer"))
             else:
                 answers.append(highway(stage, [highway(stage, [tap], index, "reduce")], index, "expand"))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,6 @@ class Recompute:
         self.dtype = compute_dtype(self.stages[0].u1)
         self.state = State(tensors)
         self.grads: dict[tuple[int, int], tuple[int, Tensor]] = {}  # stage, first adapter -> last, gradient of the sum
-        self.scales: dict[tuple[int, int], list[Tensor | None]] = {}  # as the forward saw them, of each highway
         self.tensors = tensors
 
     def handle(self) -> Tensor:
@@ -64,8 +63,6 @@ class Recompute:
 
     def attach(self, step: Tensor, handle: Tensor, stage: int, first: int, last: int) -> Tensor:
         """Tie the sum of some adapters (B, N, C) to the gradients that backward will compute."""
-        own = [cast(Stage, highway.stages[stage]) for highway in self.highways]
-        self.scales[stage, first] = [part.scales(first, last) for part in own]
         return _Attached.apply(step, handle, self, (stage, first), last)
 
     def gradients(self, saved: Sequence[Tensor]) -> list[Tensor]:
@@ -102,12 +99,12 @@ class Recompute:
         stages = len(factors) // len(self.highways)
         part = slice(segment.first, segment.last)
         with no_autocast(tap):
-            for i, scale in enumerate(self.scales[segment.stage, segment.first]):
+            for i in range(len(self.highways)):
                 at = i * stages + segment.stage
                 own = [factor[part] for factor in factors[at]]
                 device, width = own[0].device, own[0].shape[1]
                 if len(segment.running) == i:
-                    segment.running.append(Gradients(own, segment.grad.to(device), self.dtype, scale))
+                    segment.running.append(Gradients(own, segment.grad.to(device), self.dtype))
                 running = segment.running[i]
                 running.add(*read([tap.to(device)], width, self.dtype, self.norm))
                 if running.complete:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 STORAGES = ("exact", "int8", "int4")  # from the most to the least bytes
 TAP_STORAGES = ("exact", "recompute", "int8", "int4")  # from the most to the least exact; "recompute" keeps nothing
-NORMS = ("none", "layer", "relative", "calibrated")  # see `E3VAConfig.tap_norm`
+NORMS = ("none", "layer", "relative")  # see `E3VAConfig.tap_norm`
 EPS = 1e-8  # of a variance: branches behind LayerScale can be as small as 1e-3
 GROUP = 32  # channels that share a scale in int4: one per token would be that of its largest outlier
 _TINY = torch.finfo(torch.float32).tiny
@@ -25,11 +25,15 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
 
     Args:
         tap: A tap, in any floating dtype.
-        storage: *exact*: the tap itself. *int8*: codes (B, N, C) and one fp32 scale per token, C + 4 bytes a token.
-            *int4*: two codes to a byte and one bf16 scale for every 32 channels, 0.56 C bytes a token.
+        storage: *exact*: the tap itself. *fp16*: shares of the largest value of its token, and that in fp32. *int8*:
+            codes (B, N, C) and one fp32 scale per token, C + 4 bytes a token. *int4*: two codes to a byte and one bf16
+            scale for every 32 channels, 0.56 C bytes a token.
     """
     if storage == "exact":
         return (tap,)
+    if storage == "fp16":
+        scale = tap.abs().amax(-1, keepdim=True).float().clamp_min(_TINY)
+        return (tap / scale).half(), scale
     if storage == "int8":
         scale = (tap.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_TINY)
         return (tap / scale).round_().to(torch.int8), scale
@@ -51,7 +55,7 @@ def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
     if len(kept) == 1:
         return kept[0].to(dtype)
     codes, scale = kept
-    if codes.dtype == torch.int8:
+    if codes.dtype in (torch.int8, torch.float16):
         return (codes * scale).to(dtype)
     values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
     return (values.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)

@@ -23,9 +23,7 @@ from tests.models import BY_NAME, registered
 
 def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
     """The formula for adapter i, written out."""
-    scale = 1 if stage.scale is None else stage.scale[i]
-    if stage.norm == "relative":
-        scale = (t.var(-1, correction=0, keepdim=True) + 1e-8).sqrt()
+    scale = (t.var(-1, correction=0, keepdim=True) + 1e-8).sqrt() if stage.norm == "relative" else 1
     if stage.norm != "none":
         t = F.layer_norm(t, t.shape[-1:], eps=1e-8)
     hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
@@ -195,11 +193,8 @@ def test_a_stage_is_one_autograd_node_however_deep():
 
 
 def stage_of(norm: str, width: int = 40, r: int = 4, dtype: torch.dtype = torch.float32) -> Stage:
-    """Three adapters at random values, of different scales where they have any of their own."""
-    stage = Stage(width, 3, r, width // 2, init_weights=False, norm=norm).to(dtype)
-    if stage.scale is not None:
-        stage.scale.copy_(torch.tensor([0.5, 2.0, 1.5]))
-    return stage
+    """Three adapters at random values."""
+    return Stage(width, 3, r, width // 2, init_weights=False, norm=norm).to(dtype)
 
 
 OPTIONS = [
@@ -218,7 +213,7 @@ def test_what_runs_equals_the_plain_formula_in_value_and_gradient(norm, storage,
     weights = torch.randn(2, 9, 40, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         runs = stage(kept)
-    plain = sum_of_adapters(stage.factors, kept, norm, stage.scale)
+    plain = sum_of_adapters(stage.factors, kept, norm)
     tolerance = 0.05 if autocast else 1e-5 if dtype == torch.float32 else 1e-11
     assert (runs - plain).norm() <= tolerance * plain.norm()
     got = torch.autograd.grad((runs * weights).sum(), stage.factors)
@@ -236,8 +231,7 @@ def test_the_halves_of_inference_equal_the_plain_formula(start, count, norm):
         reduced = [stage([tap], start + i, "reduce") for i, tap in enumerate(taps)]
         together = stage(reduced, start, "expand")
     factors = [factor[start : start + count] for factor in stage.factors]
-    scale = None if stage.scale is None else stage.scale[start : start + count]
-    expected = sum_of_adapters(factors, [(tap,) for tap in taps], norm, scale)
+    expected = sum_of_adapters(factors, [(tap,) for tap in taps], norm)
     torch.testing.assert_close(together, expected.detach())
 
 
@@ -251,8 +245,8 @@ def test_an_adapter_is_the_formula():
 @pytest.mark.parametrize("norm", NORMS)
 def test_an_answer_in_a_live_block_is_the_formula_in_value_and_in_gradient_for_the_tap(norm):
     stage = stage_of(norm, 8, 2, torch.float64)
-    tap, scale = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True), stage.scales(1, 2)
-    got = answer(tap, [factor[1] for factor in stage.factors], norm, None if scale is None else scale[0])
+    tap = torch.randn(2, 9, 8, dtype=torch.float64, requires_grad=True)
+    got = answer(tap, [factor[1] for factor in stage.factors], norm)
     expected = written_out(tap, stage, 1)
     torch.testing.assert_close(got, expected)
     for left, right in zip(*(torch.autograd.grad(y.square().sum(), tap) for y in (got, expected)), strict=True):
@@ -266,19 +260,6 @@ def test_a_normalised_tap_has_mean_0_and_deviation_1_also_where_it_is_small():
         torch.testing.assert_close(normed.std(-1, correction=0), torch.ones(4, 5), rtol=1e-2, atol=0)
         torch.testing.assert_close(normed.mean(-1), torch.zeros(4, 5), atol=1e-4, rtol=0)
         torch.testing.assert_close(deviation[..., 0], tap.std(-1, correction=0), rtol=1e-2, atol=0)
-
-
-def test_a_constant_scale_is_taken_once_from_the_first_batch_that_trains():
-    stage = Stage(8, 2, 2, 4, norm="calibrated")
-    taps = [size * torch.randn(2, 50, 8) for size in (0.1, 5.0)]
-    stage.eval().calibrate(0, taps[0])
-    assert not stage.scale.any() and stage.scales(0, 2).eq(1).all()
-    for i in (0, 1):
-        stage.train().calibrate(i, taps[i])
-    assert stage.scale.tolist() == pytest.approx([0.1, 5.0], rel=0.2)
-    before = stage.scale.clone()
-    stage.calibrate(0, 100 * taps[0])
-    assert stage.scale.equal(before)
 
 
 @pytest.mark.parametrize("lean", [False, True])
