@@ -42,6 +42,7 @@ from e3va_peft.hooks import (
 from e3va_peft.lane import Lane, most_exact
 from e3va_peft.recompute import Keep, Recompute, in_parts
 from e3va_peft.recorder import Live, Recorder, Stop
+from e3va_peft.replay import SOURCE
 
 METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
 
@@ -232,11 +233,17 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             e3va_method: Where the exit is a method: which one.
             kwargs: The exit's keyword arguments.
         """
-        if torch.compiler.is_compiling() and self._recomputes:
+        source = SOURCE.get()
+        if torch.compiler.is_compiling() and (source is not None or self._recomputes):
             return _outside(self, *args, e3va_method=e3va_method, **kwargs)
         active = [name for name in self.active_adapters if name in self.adapters()]
         front = self._take_front()
         if self.disable_adapters or not active:
+            if source is not None:
+                raise ValueError(
+                    "no adapter is active: the batch comes from a cache, which holds what adapters read and not the "
+                    "images that the base model would need. Give it batches of the dataset itself."
+                )
             return self._run(e3va_method, args, kwargs)
         image = self._guard((*args, *kwargs.values()), front)
         as_tuple = False
@@ -254,14 +261,22 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             live = Live(start, lane.enter, lane.answer, checkpointed)
             call_args = tuple(map(_detached, call_args))
             call_kwargs = {name: _detached(value) for name, value in call_kwargs.items()}
+        run = partial(self._run, e3va_method, call_args, call_kwargs)
+        if source is not None:
+            source.fill(self, lane, run, image, live)
+            return self._splice(lane, call, as_tuple)
         if lane.grad and lane.storage == "recompute":
             made = [seen.origin.of(args[0]) for seen in front.values() if args and seen.origin is not None]
             recompute = self._recompute(lane, e3va_method, call_args, call_kwargs, next(filter(None, made), None))
             lane.recompute = recompute, recompute.handle()
         recorder = Recorder(lane.frozen, self.exit, self.family, lane.keep, lane.leave, image, live)
         with recorder.running(), torch.set_grad_enabled(lane.grad and live is not None):
-            lane.frozen.outputs = self._run(e3va_method, call_args, call_kwargs)
+            lane.frozen.outputs = run()
         recorder.check_versions()
+        return self._splice(lane, call, as_tuple)
+
+    def _splice(self, lane: Lane, call: ExitCall, as_tuple: bool) -> Any:
+        """Write the lane into a copy of the outputs that the record holds."""
         call = replace(call, tail_input=lane.frozen.tail, ends=lane.frozen.ends)
         outputs = self.family.splice(lane.frozen.outputs, lane, call)
         lane.end()
@@ -481,7 +496,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         return "e3va." + super().__repr__()
 
 
-@torch.compiler.disable(reason="tap_storage='recompute' runs the backbone again in backward")
+@torch.compiler.disable(reason="tap_storage='recompute' runs the backbone again in backward; a cache does not run it")
 def _outside(layer: E3VALayer, *args: Any, **kwargs: Any) -> Any:
     """Run a layer outside of the graph that is being compiled."""
     return layer(*args, **kwargs)

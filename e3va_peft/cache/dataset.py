@@ -1,0 +1,255 @@
+"""`cached`: a dataset whose frozen passes are read instead of computed."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from e3va_peft.cache.layout import STORAGES
+from e3va_peft.cache.rest import from_bytes, to_bytes
+from e3va_peft.cache.store import Store
+from e3va_peft.cache.taking import RECORD, Taker
+from e3va_peft.errors import UserError
+
+LOOKED_AT = 4  # examples that are made again to see whether a cache that exists is still of this dataset
+
+
+def cached(
+    dataset: Dataset[Any],
+    model: nn.Module,
+    *,
+    views: int = 1,
+    storage: str = "int8",
+    folder: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    batch_size: int = 8,
+    num_workers: int = 0,
+    image: str | None = None,
+    data_collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator,
+    autocast: torch.dtype | None = None,
+) -> Cached:
+    """Run the frozen backbone once over a dataset, and return the dataset with what the highway reads of it.
+
+        train = cached(train, model, views=4, folder="cache/train")
+        Trainer(model, TrainingArguments(remove_unused_columns=False, ...), train_dataset=train).train()
+
+    Training then costs the highway and the head. Random augmentation is drawn `views` times an image and repeats from
+    then on: epoch e sees view e mod `views`. Evaluate on a cached dataset as well, or on the dataset itself.
+
+    Args:
+        dataset: Examples are dictionaries that hold the image as the model takes it, (C, H, W), and labels: tensors,
+            arrays, numbers, texts, and lists and dictionaries of them.
+        model: The adapted model, with one backbone. The records hold for every highway that reads the same taps in
+            the same way over the same weights: other ranks, seeds and learning rates need no new ones.
+        views: How often augmentation is drawn for each image.
+        storage: *exact*: as the backbone computes it. *fp16*, *int8*, *int4*: rounded, see `cache.layout.Layout`.
+        folder: Where records are kept. One that holds records of the same model and dataset is used as it is, and
+            filled up where a run was stopped. None: a temporary folder, gone with the process.
+        limit: Bytes that the records may have.
+        seed: Of the augmentation.
+        batch_size: Images that the backbone sees at once. Sizes that differ are not mixed.
+        num_workers: Processes that read the dataset meanwhile.
+        image: Name of the image in an example; None: the model's `main_input_name`.
+        data_collator: Makes the model's arguments of a list of examples.
+        autocast: Dtype that the backbone runs in under autocast: that of the training, where results shall be equal.
+
+    Raises:
+        UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
+            argument is out of range. Nothing is overwritten.
+        ValueError: The model has no highway, several backbones, or one that does not split into images.
+    """
+    _check(dataset, views, storage, batch_size, limit)
+    image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
+    taker = Taker(model, image, storage, data_collator, autocast)
+    state, source = PartialState(), Views(dataset, views, seed)
+    identity = {**taker.fingerprint(), "images": len(dataset), "views": views, "seed": seed, "image": image}  # type: ignore[arg-type]
+    temporary = None
+    if folder is None:
+        if state.num_processes > 1:
+            raise UserError("folder=None: several processes share a cache. Name a folder that all of them see.")
+        temporary = folder = tempfile.mkdtemp(prefix="e3va-cache-")
+    folder = Path(folder).expanduser()
+    with state.main_process_first():
+        store = Store(folder, identity, len(source))
+    found = Cached(store, source, image)
+    if temporary is not None:
+        weakref.finalize(found, rmtree, temporary, ignore_errors=True)
+    if missing := store.missing():
+        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state)
+    _refuse_changed(store, source, taker)
+    for number in store.sizes().values():
+        taker.learn(source[number])
+    return found
+
+
+class Views(Dataset[Any]):
+    """The views of a dataset, one behind the other: example i of view v is number `v * len(dataset) + i`.
+
+    Whatever a dataset draws, an example of a view is always the same.
+
+    Args:
+        dataset: The dataset.
+        views: Number of views.
+        seed: Of what it draws.
+    """
+
+    def __init__(self, dataset: Dataset[Any], views: int, seed: int) -> None:
+        self.dataset, self.views, self.seed = dataset, views, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset) * self.views  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> Any:
+        with _seeded(self.seed, number):
+            return self.dataset[number % len(self.dataset)]  # type: ignore[arg-type]
+
+
+class Cached(Dataset[Any]):
+    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+
+    Args:
+        store: The records.
+        source: What they were made from.
+        image: Name of the image in an example, where a placeholder of its shape stands.
+    """
+
+    def __init__(self, store: Store, source: Views, image: str) -> None:
+        self.store, self.image, self.views = store, image, source.views
+        self._images = len(source) // source.views
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that persist see it, too
+
+    def __len__(self) -> int:
+        return self._images
+
+    def set_epoch(self, epoch: int) -> None:
+        """Take the view of an epoch; the Trainer calls it."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        row, rest = self.store.read(int(self._epoch) % self.views * self._images + index)
+        example = from_bytes(rest)
+        example[self.image] = torch.zeros(example[self.image], dtype=torch.bool)
+        return {**example, RECORD: torch.from_numpy(row)}
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        return [self[index] for index in indices]
+
+
+def _check(dataset: Any, views: int, storage: str, batch_size: int, limit: int | None) -> None:
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        raise UserError(f"dataset={type(dataset).__name__}: has no length, or is empty. A cache needs a known number.")
+    if views < 1:
+        raise UserError(f"views={views}: must be at least 1, which is no augmentation.")
+    if storage not in STORAGES:
+        raise UserError(f"storage={storage!r}: choose among {STORAGES}.")
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be at least 1.")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: is in bytes and must be at least 1. None means no limit.")
+
+
+class _Numbered(Dataset[Any]):
+    """Examples with their numbers."""
+
+    def __init__(self, source: Views, numbers: Sequence[int]) -> None:
+        self.source, self.numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> tuple[int, Any]:
+        return self.numbers[i], self.source[self.numbers[i]]
+
+
+def _fill(
+    store: Store, source: Views, missing: Sequence[int], taker: Taker, loading: tuple[int, int],
+    limit: int | None, state: PartialState,
+) -> None:  # fmt: skip
+    """Write the records that are missing; each process its share."""
+    if state.is_main_process:
+        store.lock()
+    own = missing[state.process_index :: state.num_processes]
+    batch_size, workers = loading
+    loader: DataLoader[Any] = DataLoader(_Numbered(source, own), batch_size, num_workers=workers, collate_fn=list)
+    bar = tqdm(
+        total=store.count, initial=store.count - len(missing), unit="image", desc=f"Filling {store.folder}",
+        disable=not state.is_main_process,
+    )  # fmt: skip
+    fits = False
+    try:
+        with bar:
+            for batch in loader:
+                for number, example, row in _taken(batch, taker):
+                    image = example[taker.image]
+                    rest = to_bytes({**example, taker.image: tuple(image.shape)})
+                    fits = fits or store.check_room(len(row) + len(rest), limit)
+                    store.write(number, row, rest, _checksum(image), taker.size(example), state.process_index)
+                    bar.update(state.num_processes)
+    finally:
+        store.close()
+    state.wait_for_everyone()
+
+
+def _taken(batch: Sequence[tuple[int, Any]], taker: Taker) -> Iterator[tuple[int, Any, Any]]:
+    """Iterate over numbers, examples and rows of a batch; images of one size go through the backbone together."""
+    groups: dict[tuple[int, int], list[tuple[int, Any]]] = {}
+    for number, example in batch:
+        groups.setdefault(taker.size(example), []).append((number, example))
+    for group in groups.values():
+        rows = taker.rows([example for _, example in group])
+        for (number, example), row in zip(group, rows, strict=True):
+            yield number, example, row.numpy()
+
+
+def _refuse_changed(store: Store, source: Views, taker: Taker) -> None:
+    """Make a few examples again, and compare their images with those that the records were made from.
+
+    Raises:
+        UserError: One is another.
+    """
+    for number in sorted({round(i * (len(source) - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)}):
+        if _checksum(source[number][taker.image]) != store.source(number):
+            index = number % (len(source) // source.views)
+            raise UserError(
+                f"folder={str(store.folder)!r}: image {index} of the dataset is not what it was when this cache was "
+                "made: its file or its transform changed, or the transform draws from other generators than Python's, "
+                "NumPy's and PyTorch's own. Choose another folder, or remove this one."
+            )
+
+
+def _checksum(image: Any) -> int:
+    data = torch.as_tensor(image).detach().cpu().contiguous()
+    return zlib.crc32(data.flatten().view(torch.uint8).numpy().data)
+
+
+@contextmanager
+def _seeded(seed: int, number: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and PyTorch's generators, and bring them back at the end of a `with` statement."""
+    own = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(own)
+            np.random.seed(own)
+            torch.default_generator.manual_seed(own)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,0 +1,64 @@
+"""The rest of an example, all but its image, as bytes: safetensors and JSON, nothing that runs code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+_LENGTH = 8  # bytes of the number that says how long the JSON is
+
+
+def to_bytes(example: Mapping[str, Any]) -> bytes:
+    """Turn an example into bytes: dictionaries, lists and tuples of tensors, arrays, numbers, texts and None.
+
+    Raises:
+        TypeError: There is something else in it. The message names it.
+    """
+    tensors: dict[str, Tensor] = {}
+    text = json.dumps(_outline(dict(example), tensors, "")).encode()
+    return len(text).to_bytes(_LENGTH, "little") + text + save(tensors)
+
+
+def from_bytes(data: bytes) -> dict[str, Any]:
+    """Turn bytes back into an example."""
+    length = int.from_bytes(data[:_LENGTH], "little")
+    tensors = load(data[_LENGTH + length :])
+    return _filled(json.loads(data[_LENGTH : _LENGTH + length]), tensors)
+
+
+def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    if isinstance(value, Mapping):
+        return {"mapping": {str(k): _outline(v, tensors, f"{path}.{k}".strip(".")) for k, v in value.items()}}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_outline(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        tensors[path] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {kind: path}
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"value": value}
+    raise TypeError(
+        f"{path}: is a {type(value).__name__} in the dataset's examples, which a cache does not keep. Let the dataset "
+        "return tensors, arrays, numbers, texts, or lists and dictionaries of them."
+    )
+
+
+def _filled(outline: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, value),) = outline.items()
+    if kind == "mapping":
+        return {name: _filled(own, tensors) for name, own in value.items()}
+    if kind in ("list", "tuple"):
+        parts = [_filled(own, tensors) for own in value]
+        return parts if kind == "list" else tuple(parts)
+    if kind in ("tensor", "array"):
+        return tensors[value] if kind == "tensor" else tensors[value].numpy()
+    return value

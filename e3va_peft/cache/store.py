@@ -1,0 +1,231 @@
+"""A folder of frozen passes: written once, read by many, whole after every crash."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from e3va_peft.errors import UserError
+
+FORMAT = 1
+IDENTITY, INDEX, LOCK = "cache.json", "index.bin", ".lock"
+# One line of the index. `check` is the CRC-32 of what stands before it: a line that is cut short is not one.
+_LINE = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("file", "<u4"),
+        ("row", "<u4"),
+        ("rest", "<u4"),
+        ("crc", "<u4"),
+        ("source", "<u4"),
+        ("height", "<u4"),
+        ("width", "<u4"),
+        ("check", "<u4"),
+    ]
+)
+
+
+class Store:
+    """Records in a folder, by number.
+
+    A record is a row of bytes, the frozen pass, and the rest of an example. It goes to the end of a file of its
+    process, and only then into the index, so that whatever stops a process leaves whole records only.
+
+    Args:
+        folder: The folder; it is made where there is none.
+        identity: Everything that decides what is in the records, by name.
+        count: Number of records.
+
+    Raises:
+        UserError: The folder holds something else, or records of another identity.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], count: int) -> None:
+        self.folder, self.count = folder, count
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        own = folder / IDENTITY
+        if not own.is_file():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"folder={str(folder)!r}: is not empty and holds no cache. Choose another folder.")
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
+            _write_whole(own, json.dumps(identity, indent=1).encode())
+        _check_identity(folder, json.loads(own.read_text(encoding="utf-8")), identity)
+        self._index: np.ndarray[Any, Any] | None = None
+        self._data: dict[int, np.memmap[Any, Any]] = {}
+        self._seen = bytearray(count)
+        self._lock: FileLock | None = None
+        self._writer: tuple[int, BinaryIO, int] | None = None  # number of the file, the file, the index
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_index": None, "_data": {}, "_lock": None, "_writer": None}
+
+    @property
+    def index(self) -> np.ndarray[Any, Any]:
+        """The index, which shows what any process writes."""
+        if self._index is None:
+            self._index = np.memmap(self.folder / INDEX, dtype=_LINE, mode="r", shape=(self.count,))
+        return self._index
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the records that are not there."""
+        lines = np.array(self.index)
+        return [i for i, line in enumerate(lines) if not line["row"] or _check(line) != line["check"]]
+
+    def sizes(self) -> dict[tuple[int, int], int]:
+        """Return the sizes (H, W) of the images, and the number of a record of each."""
+        found: dict[tuple[int, int], int] = {}
+        for i, line in enumerate(np.array(self.index)):
+            if line["row"]:
+                found.setdefault((int(line["height"]), int(line["width"])), i)
+        return found
+
+    def source(self, number: int) -> int:
+        """Return the checksum of the image that a record was made from."""
+        return int(self.index[number]["source"])
+
+    def lock(self) -> None:
+        """Take the folder for writing; the system gives it back when the process ends, however it does.
+
+        Raises:
+            UserError: Another run writes it.
+        """
+        self._lock = FileLock(self.folder / LOCK, timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            self._lock = None
+            raise UserError(
+                f"folder={str(self.folder)!r}: another run is filling this cache. Wait until it is done, or choose "
+                "another folder."
+            ) from None
+
+    def write(self, number: int, row: Any, rest: bytes, source: int, size: tuple[int, int], file: int = 0) -> None:
+        """Write a record.
+
+        Args:
+            number: Its number.
+            row: Its row, as bytes.
+            rest: The rest of the example.
+            source: Checksum of the image.
+            size: (H, W) of the image.
+            file: Number of the process.
+
+        Raises:
+            UserError: The disk is full. What was written before is whole.
+        """
+        row = memoryview(row).cast("B")
+        try:
+            _, data, index = self._writer = self._writer or self._open(file)
+            offset = data.tell()
+            data.write(row)
+            data.write(rest)
+            data.flush()
+            crc = zlib.crc32(rest, zlib.crc32(row))
+            line = np.array((offset, file, len(row), len(rest), crc, source, *size, 0), dtype=_LINE)
+            line["check"] = _check(line)
+            os.pwrite(index, line.tobytes(), number * _LINE.itemsize)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            done = self.count - len(self.missing())
+            raise UserError(
+                f"folder={str(self.folder)!r}: the disk is full after {done} of {self.count} records. Make room and "
+                "start again: it continues from there."
+            ) from None
+
+    def _open(self, file: int) -> tuple[int, BinaryIO, int]:
+        lines = np.array(self.index)
+        own = lines[(lines["row"] > 0) & (lines["file"] == file)]
+        end = max((int(line["offset"]) + int(line["row"]) + int(line["rest"]) for line in own), default=0)
+        data = open(self.folder / f"data-{file}.bin", "ab")  # noqa: SIM115  kept open until `close`
+        data.truncate(end)  # what a crash left behind the last whole record
+        data.seek(end)
+        return file, data, os.open(self.folder / INDEX, os.O_WRONLY)
+
+    def close(self) -> None:
+        """Finish writing."""
+        if self._writer is not None:
+            _, data, index = self._writer
+            os.fsync(data.fileno())
+            os.fsync(index)
+            data.close()
+            os.close(index)
+        if self._lock is not None:
+            self._lock.release()
+        self._writer = self._lock = None
+
+    def read(self, number: int) -> tuple[np.ndarray[Any, Any], bytes]:
+        """Return a record: its row, and the rest of the example.
+
+        Raises:
+            UserError: It is damaged, which is looked at when a process reads it for the first time.
+        """
+        line = self.index[number]
+        row, rest, offset, file = int(line["row"]), int(line["rest"]), int(line["offset"]), int(line["file"])
+        if file not in self._data:
+            self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="r")
+        data = self._data[file]
+        record = np.array(data[offset : offset + row + rest])
+        if not self._seen[number]:
+            if len(record) < row + rest or zlib.crc32(record.data) != line["crc"] or _check(line) != line["check"]:
+                raise UserError(
+                    f"folder={str(self.folder)!r}: record {number} is damaged. Remove the folder: the cache is made "
+                    "again."
+                )
+            self._seen[number] = 1
+        return record[:row], record[row:].tobytes()
+
+    def check_room(self, record: int, limit: int | None) -> bool:
+        """Refuse records that cannot fit, before the first is written; True where they can.
+
+        Args:
+            record: Bytes of a record.
+            limit: Bytes that the cache may have.
+
+        Raises:
+            UserError: The records that are missing need more than there is.
+        """
+        need, left = record * self.count, record * len(self.missing())
+        remedy = "Take fewer views, a storage of fewer bytes (int8, int4), or one tap a block (taps=('block',))."
+        if limit is not None and need > limit:
+            raise UserError(
+                f"limit={limit}: {self.count} records of {record / 1e6:.2f} MB are {need / 1e9:.2f} GB. {remedy}"
+            )
+        if (free := shutil.disk_usage(self.folder).free) < left:
+            raise UserError(
+                f"folder={str(self.folder)!r}: records need {left / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free. "
+                f"Choose a folder on another disk. {remedy}"
+            )
+        return True
+
+
+def _check(line: Any) -> int:
+    return zlib.crc32(line.tobytes()[: -_LINE["check"].itemsize])
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there as a whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content)
+    os.replace(draft, path)
+
+
+def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse records that were made by something else."""
+    differ = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]
+    if differ:
+        sides = "; ".join(f"{name}: {found.get(name)!r} there, {wanted.get(name)!r} here" for name in differ)
+        raise UserError(
+            f"folder={str(folder)!r}: its records were made from something else ({sides}). Choose another folder, or "
+            "remove this one: the cache is made again."
+        )

@@ -1,0 +1,312 @@
+"""Take frozen passes down with a model, and give them back to it: `Taker`, and the hooks that read a cached batch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from e3va_peft.cache.layout import TAP, Layout
+from e3va_peft.errors import UserError
+from e3va_peft.hooks import Hook
+from e3va_peft.layer import E3VALayer
+from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
+
+RECORD = "frozen_pass"  # name of the rows in a batch
+_OPEN: ContextVar[tuple[AbstractContextManager[None], ...]] = ContextVar("e3va_open", default=())
+_TOLERANCE = 1e-3  # of what a model says of a record and of the image itself, as a share of the largest value
+
+Examples = Sequence[Mapping[str, Any]]
+
+
+class Taker:
+    """Runs the frozen backbone of a model on examples.
+
+    Args:
+        model: The adapted model.
+        image: Name of the image in an example and among the model's arguments.
+        storage: See `layout.Layout`.
+        collate: Makes a batch, the model's keyword arguments, of examples.
+        autocast: Dtype of autocast, if it is to be on.
+
+    Raises:
+        ValueError: The model has no highway, or several backbones.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image: str,
+        storage: str,
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        layers = [module for module in model.modules() if isinstance(module, E3VALayer)]
+        if len(layers) != 1:
+            raise ValueError(
+                f"model={type(model).__name__}: has {len(layers)} backbones with a highway, and a cache needs one. "
+                "Adapt it first: get_peft_model(model, E3VAConfig())."
+            )
+        self.model, self.layer, self.image, self.storage, self.collate = model, layers[0], image, storage, collate
+        self.device = next(model.parameters()).device
+        self.autocast = autocast
+        self.needed: set[str] | None = None
+        self.reads = _hook(model, image)
+
+    def rows(self, examples: Examples) -> Tensor:
+        """Examples of one size -> (B, bytes): their records."""
+        size = self.size(examples[0])
+        capture = self._capture(examples)
+        if not self._knows(size):
+            self._learn(size, capture, examples)
+        layout = self.reads.sizes[size][self.storage][1]
+        return layout.pack(capture.tensors)
+
+    def size(self, example: Mapping[str, Any]) -> tuple[int, int]:
+        """(H, W) of the image of an example.
+
+        Raises:
+            UserError: There is no image (C, H, W).
+        """
+        image: Any = example.get(self.image)
+        if getattr(image, "ndim", 0) != 3:
+            what = f"of shape {tuple(image.shape)}" if hasattr(image, "shape") else f"a {type(image).__name__}"
+            raise UserError(
+                f"image={self.image!r}: is {what} in the dataset's examples {sorted(example)}. A cache needs the "
+                "image as the model takes it, (C, H, W); name its key with image=..."
+            )
+        return int(image.shape[-2]), int(image.shape[-1])
+
+    def learn(self, example: Mapping[str, Any]) -> None:
+        """Learn the layout of records of the size of an example."""
+        size = self.size(example)
+        if not self._knows(size):
+            self._learn(size, self._capture([example]), [example])
+
+    def _knows(self, size: tuple[int, int]) -> bool:
+        return self.storage in self.reads.sizes.get(size, {})
+
+    def _learn(self, size: tuple[int, int], capture: Capture, examples: Examples) -> None:
+        if self.needed is None:
+            self.needed = self._what_is_read(capture, examples)
+        tensors = {name: tensor for name, tensor in capture.tensors.items() if name in self.needed}
+        widths = [stage.width for stage in self.layer.stages]
+        layout = Layout(tensors, self.storage, self.layer.tap_norm, widths)
+        self.reads.sizes.setdefault(size, {})[self.storage] = capture.blueprint, layout
+
+    def _batch(self, examples: Examples) -> dict[str, Any]:
+        return dict(send_to_device(dict(self.collate([dict(example) for example in examples])), self.device))
+
+    def _capture(self, examples: Examples) -> Capture:
+        capture = Capture()
+        with torch.no_grad(), self._precision(), SOURCE.set(capture):
+            try:
+                self.model(**self._batch(examples))
+            except Captured:
+                return capture
+        raise ValueError(f"model={type(self.model).__name__}: its forward did not run the backbone.")
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
+
+    def _what_is_read(self, capture: Capture, examples: Examples) -> set[str]:
+        """Return the names of what the lane, the splice or the head reads of a frozen pass.
+
+        Raises:
+            UserError: The model says something else of the record than of the images.
+        """
+        batch = self._batch(examples)
+        own = {name: tensor.clone() for name, tensor in capture.tensors.items()}  # each in memory of its own
+        always = {name for name in own if not name.startswith(("output.", "tail", "end."))}
+        probe = _Probe(capture.blueprint, own, len(examples))
+        watch = _Touched({name: tensor for name, tensor in own.items() if name not in always})
+        instead = {**batch, self.image: _blank(batch[self.image].shape, self.model)}
+        with _as_it_was(self.model), torch.no_grad(), self._precision():
+            for training in (True, False):
+                self.model.train(training)
+                with SOURCE.set(probe), watch, _seeded():
+                    found = self.model(**instead)
+            with _seeded():
+                expected = self.model(**batch)
+        if not _agree(found, expected):
+            raise UserError(
+                f"model={type(self.model).__name__}: says something else when its backbone is read from a record than "
+                "when it runs: it reads the image beside the backbone, or draws at random. Train without a cache."
+            )
+        return (always | watch.touched) - probe.made
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything of the model that decides what is in a record, by name."""
+        layer = self.layer
+        modules = [*layer.frozen, *(self.model.get_submodule(self._root(name)) for name in layer.front)]
+        return {
+            "backbone": _checksum(modules),
+            "family": layer.family.name,
+            "taps": list(layer.taps),
+            "tap_norm": layer.tap_norm,
+            "live_blocks": layer.live_blocks,
+            "depth": list(layer.depth),
+            "storage": self.storage,
+            "autocast": str(self.autocast) if self.autocast else None,
+        }
+
+    def _root(self, name: str) -> str:
+        """Name of a module of the base model in the model as it is."""
+        return next(own for own, _ in self.model.named_modules() if own == name or own.endswith(f".{name}"))
+
+
+class FromCache(Hook):
+    """A pre-hook, with keywords, on the model: where a batch holds records, the backbone is read from them.
+
+    Attributes:
+        sizes: (H, W) of an image -> storage -> how its record is to be read.
+    """
+
+    def __init__(self, image: str) -> None:
+        self.image = image
+        self.sizes: dict[tuple[int, int], dict[str, tuple[Blueprint, Layout]]] = {}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the records out of the arguments."""
+        rows, image = kwargs.pop(RECORD, None), kwargs.get(self.image)
+        if rows is None:
+            if isinstance(image, Tensor) and image.dtype == torch.bool:
+                raise ValueError(
+                    f"{RECORD}: is missing from the batch of a cached dataset, whose {self.image} is a placeholder. "
+                    "The Trainer drops what the model's forward does not name: set remove_unused_columns=False in "
+                    "TrainingArguments, and let the data collator pass it on."
+                )
+            return None
+        if not isinstance(image, Tensor) or image.dim() != 4:
+            raise ValueError(f"{self.image}: is missing from a batch that has {RECORD}. Pass on both.")
+        blueprint, layout = self._find(image, rows)
+        replay = Replay(blueprint, layout.unpack(rows), len(rows))
+        context = SOURCE.set(replay)
+        context.__enter__()
+        _OPEN.set((*_OPEN.get(), context))
+        return args, {**kwargs, self.image: _blank(image.shape, module)}
+
+    def _find(self, image: Tensor, rows: Tensor) -> tuple[Blueprint, Layout]:
+        size = (image.shape[-2], image.shape[-1])
+        for blueprint, layout in self.sizes.get(size, {}).values():
+            if layout.bytes == rows.shape[1]:
+                return blueprint, layout
+        raise ValueError(
+            f"{RECORD}: records of {rows.shape[1]} bytes of images of {size[0]}x{size[1]} px are not of a cache that "
+            "was opened for this model. Images of one batch must have one size: padding changes what a backbone sees. "
+            "Call e3va_peft.cached(dataset, model, ...) in this process; use batches of one image, or of equal sizes."
+        )
+
+
+class Forget(Hook):
+    """A hook, always called, that ends what `FromCache` began."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the records of the batch."""
+        *rest, last = _OPEN.get() or (None,)
+        if last is not None:
+            _OPEN.set(tuple(rest))
+            last.__exit__(None, None, None)
+
+
+def _hook(model: nn.Module, image: str) -> FromCache:
+    """Return the hook of a model, put there if it has none."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, FromCache) and hook.image == image:
+            return hook
+    reads = FromCache(image)
+    model.register_forward_pre_hook(reads, with_kwargs=True)
+    model.register_forward_hook(Forget(), always_call=True)
+    return reads
+
+
+class _Probe(Replay):
+    """A replay that finds out which outputs the live blocks make."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tensors = {name: [value] if name.startswith(TAP) else value for name, value in self.tensors.items()}
+        self.made: set[str] = set()
+
+    def choose(self, name: str, leaf: Any) -> Any:
+        """Return a leaf of the outputs: as the live blocks made it, or as it was recorded."""
+        if isinstance(leaf, Tensor) and not leaf.isnan().any():
+            self.made.add(name)
+            return leaf
+        return super().choose(name, leaf)
+
+
+class _Touched(TorchDispatchMode):
+    """Notes which of some tensors any operation reads."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+        self.touched: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for value in tree_flatten((args, kwargs))[0]:
+            if isinstance(value, Tensor) and (name := self.names.get(value.untyped_storage().data_ptr())):
+                self.touched.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _blank(shape: Sequence[int], model: nn.Module) -> Tensor:
+    """Return an image that nobody looks at: one zero, shown everywhere."""
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(*shape)
+
+
+def _agree(found: Any, expected: Any) -> bool:
+    left, right = tree_flatten(found)[0], tree_flatten(expected)[0]
+    for a, b in zip(left, right, strict=True):
+        if not isinstance(a, Tensor):
+            continue
+        if a.shape != b.shape:
+            return False
+        if a.numel() and not (a.double() - b.double()).abs().max() <= _TOLERANCE * b.double().abs().max() + 1e-6:
+            return False
+    return True
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Bring modes and buffers (running statistics of batch norms) back at the end of a `with` statement."""
+    modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers.items():
+                buffer.copy_(value)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draw the same random numbers within each such `with` statement, and leave those behind it as they were."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _checksum(modules: Sequence[nn.Module]) -> str:
+    """SHA-256 of the weights of modules, without highways."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, tensor in module.state_dict().items():
+            if "e3va_" in name or not isinstance(tensor, Tensor):
+                continue
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,263 @@
+"""Sources of a frozen pass other than the running backbone: `Capture` takes one down, `Replay` gives it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
+from e3va_peft.recorder import Current, Live, Recorder
+
+if TYPE_CHECKING:
+    from e3va_peft.lane import Lane
+    from e3va_peft.layer import E3VALayer
+
+Run = Callable[[], Any]
+
+
+class Leaf(NamedTuple):
+    """A leaf of a tree of outputs.
+
+    Attributes:
+        shape: Of one image, where it is a tensor.
+        dtype: Likewise.
+        value: What it is where it is none.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: torch.dtype | None
+    value: Any = None
+
+    def unknown(self, batch: int, device: torch.device) -> Any:
+        """Return it for a batch: NaN (or zero) in a single element that is shown everywhere, or its value."""
+        if self.shape is None or self.dtype is None:
+            return self.value
+        value = float("nan") if self.dtype.is_floating_point else 0
+        return torch.full((), value, dtype=self.dtype, device=device).expand(batch, *self.shape)
+
+
+class Tree(NamedTuple):
+    """Outputs without their tensors."""
+
+    spec: TreeSpec
+    leaves: tuple[Leaf, ...]
+
+    @classmethod
+    def of(cls, value: Any, batch: int) -> Tree:
+        """Describe outputs.
+
+        Raises:
+            ValueError: A tensor does not have the images of the batch in its first dimension.
+        """
+        leaves, spec = tree_flatten(value)
+        for leaf in leaves:
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != batch):
+                raise ValueError(
+                    f"the backbone returns a tensor of shape {tuple(leaf.shape)} for {batch} images: it does not "
+                    "split into images, so it cannot be cached. Train without a cache."
+                )
+        parts = (Leaf(tuple(x.shape[1:]), x.dtype) if isinstance(x, Tensor) else Leaf(None, None, x) for x in leaves)
+        return cls(spec, tuple(parts))
+
+    def fill(self, leaves: Sequence[Any]) -> Any:
+        """Put leaves in."""
+        return tree_unflatten(list(leaves), self.spec)
+
+
+@dataclass
+class Blueprint:
+    """Everything in a frozen pass that is not a tensor of its images: the same for all images of one size.
+
+    Attributes:
+        grids: Stage -> how its tokens lie in the image.
+        calls: Stage -> further arguments and keywords of the patch merging behind it.
+        outputs: The outputs of the exit.
+        skipped: Modules in front of the live blocks -> their outputs.
+    """
+
+    grids: dict[int, Grid] = field(default_factory=dict)
+    calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
+    outputs: Tree | None = None
+    skipped: dict[str, Tree] = field(default_factory=dict)
+
+
+class Captured(Exception):
+    """A frozen pass has been taken down: nothing behind the backbone needs to run."""
+
+
+class Watching(Recorder):
+    """A recorder of a run without a lane, which notes what enters the first live block."""
+
+    entry: Tensor | None = None
+
+    def enter_live(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """Note the stream once."""
+        if self.entry is None:
+            self.entry = self.channels_last(args[0].detach())
+        return args
+
+
+class Capture:
+    """A source that runs the frozen backbone as it is, takes down what the highway reads, and stops the forward.
+
+    Attributes:
+        tensors: Name -> tensor with the images in front: `tap.STAGE.ADAPTER`, `merging.STAGE` (what enters it),
+            `end.STAGE`, `tail`, `live` (what enters the first live block), `output.LEAF`.
+        blueprint: The rest.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.blueprint = Blueprint()
+
+    def fill(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live | None) -> None:
+        """Run and take down.
+
+        Raises:
+            Captured: Always.
+            ValueError: A part of the record does not split into images.
+        """
+        frozen, start = FrozenPass(), live.start if live else (len(layer.depth), 0)
+
+        def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
+            return (tap,) if (stage, index) < start else ()
+
+        recorder = Watching(frozen, layer.exit, layer.family, keep, lambda stage: None, image)
+        outputs: dict[str, Any] = {}
+        with recorder.running(), torch.no_grad(), _noting(layer.exit, skippable(layer), outputs):
+            frozen.outputs = run()
+        recorder.check_versions()
+        behind = live is None
+        found = {f"tap.{stage}.{index}": kept[0] for (stage, index), kept in frozen.taps.items() if kept}
+        calls = {stage: call for stage, call in frozen.mergings.items() if stage < start[0]}
+        found |= {f"merging.{stage}": call.x for stage, call in calls.items()}
+        found |= {f"end.{stage}": x for stage, x in frozen.ends.items() if stage < start[0]}
+        if behind and frozen.tail is not None:
+            found["tail"] = frozen.tail
+        if recorder.entry is not None:
+            found["live"] = recorder.entry
+        leaves = tree_flatten(frozen.outputs)[0]
+        found |= {f"output.{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        batch = next(iter(found.values())).shape[0]
+        self.tensors = {name: tensor.detach() for name, tensor in found.items()}
+        self.blueprint = Blueprint(
+            dict(frozen.grids),
+            {stage: (call.args, call.kwargs) for stage, call in calls.items()},
+            Tree.of(frozen.outputs, batch),
+            {name: Tree.of(output, batch) for name, output in outputs.items()} if live else {},
+        )
+        raise Captured
+
+
+class Replay:
+    """A source that gives a frozen pass back: the backbone does not run, but for its live blocks.
+
+    Args:
+        blueprint: Of the images' size.
+        tensors: As in `Capture.tensors`; of a tap what is kept of it (`storage.keep`). An output that is not among
+            them is not read by anything, and NaN stands for it; where it is made by live blocks, it is theirs.
+        batch: Number of images.
+    """
+
+    def __init__(self, blueprint: Blueprint, tensors: Mapping[str, Any], batch: int) -> None:
+        self.blueprint, self.tensors, self.batch = blueprint, tensors, batch
+
+    def fill(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live | None) -> None:
+        """Fill the record of a lane."""
+        frozen, blueprint = lane.frozen, self.blueprint
+        lane.replays = True
+        frozen.grids |= blueprint.grids
+        for name, value in self.tensors.items():
+            kind, *place = name.split(".")
+            if kind == "tap":
+                frozen.taps[int(place[0]), int(place[1])] = value
+            elif kind == "merging":
+                frozen.mergings[int(place[0])] = MergingCall(value, *blueprint.calls[int(place[0])], None)
+        for stage in sorted(frozen.mergings):
+            lane.leave(stage)
+        assert blueprint.outputs is not None
+        if live is None:
+            device = next(iter(self.tensors.values()))[0].device
+            leaves = [leaf.unknown(self.batch, device) for leaf in blueprint.outputs.leaves]
+        else:
+            leaves = tree_flatten(self._run_live(layer, lane, run, image, live))[0]
+        frozen.tail = self.tensors.get("tail", frozen.tail)
+        frozen.ends |= {int(name[4:]): value for name, value in self.tensors.items() if name.startswith("end.")}
+        own = [self.choose(f"output.{i}", leaf) for i, leaf in enumerate(leaves)]
+        frozen.outputs = blueprint.outputs.fill(own)
+
+    def choose(self, name: str, leaf: Any) -> Any:
+        """Return a leaf of the outputs: as it was recorded, or else as it is without the record."""
+        return self.tensors.get(name, leaf)
+
+    def _run_live(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live) -> Any:
+        """Run the exit with nothing in front of its live blocks."""
+        scratch, entry = FrozenPass(), self.tensors["live"]
+        live = live._replace(enter=lambda x: lane.enter(entry))
+        recorder = Recorder(scratch, layer.exit, layer.family, _unread, lambda stage: None, image, live)
+        skipping = _skipping(layer.exit, self.blueprint.skipped, self.batch, entry.device)
+        with skipping, recorder.running(), torch.set_grad_enabled(lane.grad):
+            outputs = run()
+        recorder.check_versions()
+        lane.frozen.tail, lane.frozen.ends = scratch.tail, scratch.ends
+        return outputs
+
+
+SOURCE: Current[Capture | Replay] = Current("e3va_source")
+
+
+def skippable(layer: E3VALayer) -> list[str]:
+    """Names of the blocks, and of the patch merging between, in front of the live blocks."""
+    if layer.live is None:
+        return []
+    stage, block = layer.live
+    names = [name for i, own in enumerate(layer.stages[:stage]) for name in (*own.blocks, *own.merging)]
+    return [*names, *layer.stages[stage].blocks[:block]]
+
+
+@contextmanager
+def _noting(exit: nn.Module, names: Sequence[str], outputs: dict[str, Any]) -> Iterator[None]:
+    """Write down what modules return, for the time of a `with` statement."""
+    hooks = [
+        exit.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _skipping(exit: nn.Module, skipped: Mapping[str, Tree], batch: int, device: torch.device) -> Iterator[None]:
+    """Let modules return NaN of the right shape instead of running, for the time of a `with` statement."""
+    modules = {exit.get_submodule(name): tree for name, tree in skipped.items()}
+    before = {module: vars(module).get("forward") for module in modules}
+    for module, tree in modules.items():
+        module.forward = partial(_unknown, tree, batch, device)
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _unknown(tree: Tree, batch: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:
+    return tree.fill([leaf.unknown(batch, device) for leaf in tree.leaves])
+
+
+def _unread(*args: Any) -> Any:
+    raise AssertionError("blocks in front of the live ones do not run")

@@ -1,0 +1,452 @@
+"""The cache: frozen passes that are read give what frozen passes that are computed give."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, default_data_collator
+
+from e3va_peft import E3VAConfig, cached
+from e3va_peft.cache.dataset import Views
+from e3va_peft.cache.rest import from_bytes, to_bytes
+from e3va_peft.cache.store import INDEX
+from e3va_peft.cache.taking import RECORD
+from e3va_peft.errors import UserError
+from e3va_peft.layer import E3VALayer
+from tests.models import BY_NAME, Case, every_model, loss_of
+
+WAYS = {"": {}, "live": {"live_blocks": 2}}
+COUNT = 4
+
+
+class Images(Dataset):
+    """Random images with the labels of a case; `noise` draws anew each time."""
+
+    def __init__(self, case: Case, count: int = COUNT, noise: float = 0.0) -> None:
+        batch = case.batch(count)
+        labels = case.labels(count, *case.size)
+        self.examples = [{name: value[i] for name, value in {**batch, **labels}.items()} for i in range(count)]
+        self.noise = noise
+        self.read = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict:
+        self.read += 1
+        example = dict(self.examples[index])
+        if self.noise:
+            shift = torch.randn(()) + float(np.random.normal())
+            example["pixel_values"] = example["pixel_values"] + self.noise * shift
+        return example
+
+
+def collate(examples: list[dict]) -> dict:
+    """Stack what is of one shape, but for what detectors and Mask2Former take as lists."""
+    batch = {}
+    for name in examples[0]:
+        values = [example[name] for example in examples]
+        lists = isinstance(values[0], dict) or name in ("mask_labels", "class_labels")
+        batch[name] = values if lists else torch.stack([torch.as_tensor(value) for value in values])
+    return batch
+
+
+def adapted(case: Case, **options) -> nn.Module:
+    torch.manual_seed(0)
+    return get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **options))
+
+
+def curve(model: nn.Module, batches: list[dict], lr: float = 1e-2) -> list[torch.Tensor]:
+    """Losses, and the parameters at the end, of a few steps."""
+    torch.manual_seed(0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=lr)
+    model.train()
+    found = []
+    for batch in batches:
+        loss = loss_of(model(**batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return [*found, *(p.detach() for p in parameters)]
+
+
+def layer_of(model: nn.Module) -> E3VALayer:
+    return next(module for module in model.modules() if isinstance(module, E3VALayer))
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@every_model
+def test_an_exact_record_trains_as_its_images_do_to_the_bit(case, way):
+    images = Images(case)
+    plain, model = adapted(case, **way), adapted(case, **way)
+    read = cached(images, model, storage="exact", batch_size=2, data_collator=collate)
+    runs: list[nn.Module] = []
+    blocks = [layer_of(model).exit.get_submodule(name) for name in layer_of(model).stages[0].blocks]
+    frozen = blocks[: 1 if way else len(blocks)]
+    for block in frozen:
+        block.register_forward_hook(lambda module, args, output: runs.append(module))
+    pairs = [(0, 1), (2, 3), (0, 1)]
+    expected = curve(plain, [collate([images[i] for i in pair]) for pair in pairs])
+    found = curve(model, [collate([read[i] for i in pair]) for pair in pairs])
+    assert way or not runs  # live: the block is called, and skipped
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier", "dinov2-classifier", "convnext-classifier"])
+def test_rounded_records_are_close_and_smaller(name, storage):
+    case = BY_NAME[name]
+    images = Images(case)
+    model = adapted(case).eval()
+    read, exact = (cached(images, model, storage=kind, data_collator=collate) for kind in (storage, "exact"))
+    with torch.no_grad():
+        found, expected = (model(**collate([own[i] for i in range(COUNT)])).logits for own in (read, images))
+    allowed = {"fp16": 2e-3, "int8": 0.02, "int4": 0.2}[storage]
+    assert (found - expected).norm() < allowed * expected.norm()
+    assert read[0][RECORD].numel() < exact[0][RECORD].numel()
+
+
+def test_a_record_of_a_model_without_live_blocks_needs_no_block_at_all():
+    case = BY_NAME["swin-upernet"]
+    model = adapted(case)
+    read = cached(Images(case), model, data_collator=collate)
+    for block in (module for module in model.modules() if type(module).__name__ == "SwinLayer"):
+        block.forward = None
+    assert torch.isfinite(loss_of(model(**collate([read[0], read[1]]))))
+
+
+def test_views_repeat_and_differ_and_follow_the_epoch():
+    case = BY_NAME["vit-classifier"]
+    images = Images(case, noise=0.5)
+    views = Views(images, 2, seed=3)
+    assert torch.equal(views[1]["pixel_values"], views[1]["pixel_values"])
+    assert not torch.equal(views[1]["pixel_values"], views[1 + COUNT]["pixel_values"])
+    state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    views[0]
+    assert torch.equal(torch.get_rng_state(), state[0]) and (np.random.get_state()[1] == state[1]).all()
+
+    read = cached(images, adapted(case), views=2, seed=3)
+    assert len(read) == COUNT and len(read.store.missing()) == 0
+    by_epoch = []
+    for epoch in range(4):
+        read.set_epoch(epoch)
+        by_epoch.append(read[1][RECORD])
+    assert torch.equal(by_epoch[0], by_epoch[2]) and torch.equal(by_epoch[1], by_epoch[3])
+    assert not torch.equal(by_epoch[0], by_epoch[1])
+
+
+def arguments(folder: Path, **options) -> TrainingArguments:
+    return TrainingArguments(
+        str(folder), per_device_train_batch_size=2, num_train_epochs=3, learning_rate=1e-2, report_to=[],
+        use_cpu=True, logging_steps=1, save_strategy="epoch", remove_unused_columns=False, disable_tqdm=True,
+        **options,
+    )  # fmt: skip
+
+
+class ByEpoch(Views):
+    """The views without a cache."""
+
+    epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int) -> dict:
+        return super().__getitem__(self.epoch % self.views * len(self.dataset) + index)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_trainer_takes_a_cached_dataset_and_its_curve_is_that_of_the_views(tmp_path, workers):
+    case = BY_NAME["swin-classifier"]
+    images = Images(case, noise=0.5)
+    model = adapted(case)
+    read = cached(images, model, views=2, storage="exact", batch_size=2, folder=tmp_path / "cache")
+    before = images.read
+    trainer = Trainer(
+        model, arguments(tmp_path / "a", dataloader_num_workers=workers, dataloader_persistent_workers=workers > 0),
+        train_dataset=read, eval_dataset=read,
+    )  # fmt: skip
+    trainer.train()
+    assert images.read == before
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    plain = Trainer(adapted(case), arguments(tmp_path / "b"), train_dataset=ByEpoch(images, 2, 0))
+    plain.train()
+    assert losses(trainer) == pytest.approx(losses(plain), rel=1e-5)
+    assert len(set(losses(trainer))) == 6
+
+    resumed = adapted(case)
+    again = cached(images, resumed, views=2, storage="exact", batch_size=2, folder=tmp_path / "cache")
+    rest = Trainer(resumed, arguments(tmp_path / "c"), train_dataset=again)
+    rest.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-2"))
+    assert losses(rest) == pytest.approx(losses(trainer), rel=1e-5)
+
+
+def test_several_highways_read_one_store(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    images = Images(case)
+    cached(images, adapted(case), folder=tmp_path / "cache")
+    before = images.read
+    other = get_peft_model(case.base(), E3VAConfig(r=2, bottleneck_ratio=1.0, init_weights=False))
+    read = cached(images, other, folder=tmp_path / "cache")
+    assert images.read - before <= 5  # a few are looked at
+    assert torch.isfinite(loss_of(other(**default_data_collator([read[0], read[1]]))))
+
+
+def test_autocast_records_train_under_autocast(tmp_path):
+    case = BY_NAME["swin-classifier"]
+    images = Images(case)
+    plain, model = adapted(case), adapted(case)
+    read = cached(images, model, storage="exact", batch_size=2, autocast=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_of(model(**collate([read[0], read[1]])))
+        expected = loss_of(plain(**collate([images[0], images[1]])))
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_images_of_several_sizes_come_in_batches_of_one_size():
+    case = BY_NAME["swin-upernet"]
+    images = Images(case)
+    for example in images.examples[2:]:
+        example["pixel_values"] = example["pixel_values"][:, :28, :24]
+        example["labels"] = example["labels"][:28, :24]
+    model, plain = adapted(case), adapted(case)
+    read = cached(images, model, storage="exact", data_collator=collate)
+    for i in range(COUNT):
+        found, expected = (loss_of(own(**collate([source[i]]))) for own, source in ((model, read), (plain, images)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="equal size"):
+        collate([read[0], read[2]])
+
+
+# What does not fit
+
+
+def test_a_batch_whose_record_was_dropped_is_refused():
+    case = BY_NAME["vit-classifier"]
+    model = adapted(case)
+    read = cached(Images(case), model)
+    batch = default_data_collator([read[0]])
+    del batch[RECORD]
+    with pytest.raises(ValueError, match="remove_unused_columns=False"):
+        model(**batch)
+
+
+def test_a_model_that_was_not_given_the_cache_refuses_its_records():
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapted(case))
+    model = adapted(case)
+    cached(Images(case, 1), model, storage="int4")
+    with pytest.raises(ValueError, match=RECORD):
+        model(**default_data_collator([read[0]]))
+
+
+def test_a_cached_batch_without_an_active_adapter_is_refused():
+    case = BY_NAME["vit-classifier"]
+    model = adapted(case)
+    read = cached(Images(case), model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="no adapter is active"):
+        model(**default_data_collator([read[0]]))
+    assert torch.isfinite(loss_of(model(**default_data_collator([read[0]]))))  # nothing is left over
+
+
+class Peeking(nn.Module):
+    """A model that looks at the image beside its backbone."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
+        return {"logits": self.inner(pixel_values).logits + pixel_values.mean()}
+
+
+def test_a_model_that_reads_the_image_elsewhere_is_refused():
+    case = BY_NAME["vit-classifier"]
+    model = get_peft_model(Peeking(case.base()), E3VAConfig(r=4))
+    with pytest.raises(UserError, match="beside the backbone"):
+        cached(Images(case), model)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"storage": "int4"}, "storage"),
+        ({"views": 2}, "views"),
+        ({"seed": 1}, "seed"),
+        ({"model": {"live_blocks": 1}}, "live_blocks"),
+        ({"model": {"taps": ("block",)}}, "taps"),
+        ({"weights": 1}, "backbone"),
+        ({"images": 3}, "images"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_store_of_something_else_is_refused_and_named(tmp_path, change, named):
+    case = BY_NAME["vit-classifier"]
+    cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    content = {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+    model = get_peft_model(case.base(change.get("weights", 0)), E3VAConfig(**change.get("model", {})))
+    options = {name: value for name, value in change.items() if name in ("storage", "views", "seed")}
+    with pytest.raises(UserError, match=named):
+        cached(Images(case, change.get("images", COUNT)), model, folder=tmp_path / "cache", **options)
+    assert content == {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
+
+
+def test_changed_images_are_refused(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    images = Images(case)
+    cached(images, adapted(case), folder=tmp_path / "cache")
+    images.examples[-1]["pixel_values"] += 1e-3
+    with pytest.raises(UserError, match="image 3"):
+        cached(images, adapted(case), folder=tmp_path / "cache")
+
+
+def test_a_folder_that_is_no_cache_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(UserError, match="holds no cache"):
+        cached(Images(case), adapted(case), folder=tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_two_runs_cannot_fill_one_store(tmp_path):
+    case = BY_NAME["vit-classifier"]
+
+    class Nested(Images):
+        def __getitem__(self, index: int) -> dict:
+            if index == 1:
+                cached(Images(case), adapted(case), folder=tmp_path / "cache")
+            return super().__getitem__(index)
+
+    with pytest.raises(UserError, match="another run"):
+        cached(Nested(case), adapted(case), folder=tmp_path / "cache")
+
+
+def test_no_room_and_a_limit_are_refused_before_anything_is_written(tmp_path, monkeypatch):
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(UserError, match="limit=1000"):
+        cached(Images(case), adapted(case), folder=tmp_path / "a", limit=1000)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100))
+    with pytest.raises(UserError, match="are free"):
+        cached(Images(case), adapted(case), folder=tmp_path / "b")
+    assert not list(tmp_path.glob("*/data-*"))
+
+
+@pytest.mark.parametrize("bad", [{"views": 0}, {"storage": "int2"}, {"batch_size": 0}, {"limit": 0}])
+def test_bad_arguments_are_named(bad):
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(UserError, match=next(iter(bad))):
+        cached(Images(case), adapted(case), **bad)
+
+
+def test_a_dataset_without_images_is_refused():
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(UserError, match="image='pixels'"):
+        cached(Images(case), adapted(case), image="pixels")
+
+
+# What a crash leaves
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    data = tmp_path / "cache" / "data-0.bin"
+    content = bytearray(data.read_bytes())
+    content[int(read.store.index[1]["offset"]) + 40] ^= 1
+    data.write_bytes(content)
+    fresh = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    assert fresh[0]
+    with pytest.raises(UserError, match="record 1 is damaged"):
+        fresh[1]
+
+
+@pytest.mark.parametrize("cut", ["index", "data"])
+def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
+    case = BY_NAME["vit-classifier"]
+    images = Images(case)
+    whole = cached(images, adapted(case), folder=tmp_path / "cache")
+    expected = [whole[i][RECORD] for i in range(COUNT)]
+    line = whole.store.index.itemsize
+    with open(tmp_path / "cache" / INDEX, "r+b") as index:
+        index.seek(2 * line + (5 if cut == "index" else 0))
+        index.write(bytes(2 * line - (5 if cut == "index" else 0)))
+    if cut == "data":  # bytes of a record that never came into the index
+        with open(tmp_path / "cache" / "data-0.bin", "ab") as data:
+            data.write(b"half")
+    before = images.read
+    again = cached(images, adapted(case), folder=tmp_path / "cache")
+    assert images.read - before < 2 * COUNT + 2
+    assert all(torch.equal(again[i][RECORD], expected[i]) for i in range(COUNT))
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from tests.test_cache import Images, adapted, cached, BY_NAME
+case = BY_NAME["vit-classifier"]
+print("go", flush=True)
+read = cached(Images(case, 40), adapted(case), folder=Path(sys.argv[1]), batch_size=2)
+print("done", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_killed_at_any_moment_it_goes_on_and_no_record_is_broken(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    folder = tmp_path / "cache"
+    images = Images(case, 40)
+    survived = 0
+    for kill in range(3):
+        with subprocess.Popen(
+            [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True,
+            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        ) as child:  # fmt: skip
+            assert child.stdout is not None and child.stdout.readline() == "go\n"
+            while child.poll() is None:
+                data = folder / "data-0.bin"
+                if data.is_file() and data.stat().st_size > (4 + 10 * kill) * 1000:
+                    child.send_signal(signal.SIGKILL)
+                    survived += 1
+                    break
+    assert survived
+    read = cached(images, adapted(case), folder=folder, batch_size=2)
+    expected = cached(images, adapted(case), batch_size=2)
+    assert all(torch.equal(read[i][RECORD], expected[i][RECORD]) for i in range(40))
+
+
+def test_the_rest_of_an_example_comes_back_as_it_was():
+    example = {
+        "labels": 3,
+        "boxes": {"boxes": torch.rand(2, 4), "names": ["a", "b"], "none": None},
+        "masks": [np.zeros((2, 3), dtype=np.uint8), torch.ones(2, dtype=torch.bool)],
+        "size": (4, 5.5),
+        "number": np.int64(7),
+    }
+    found = from_bytes(to_bytes(example))
+    assert found["labels"] == 3 and found["size"] == (4, 5.5) and found["number"] == 7
+    assert found["boxes"]["names"] == ["a", "b"] and found["boxes"]["none"] is None
+    assert torch.equal(found["boxes"]["boxes"], example["boxes"]["boxes"])
+    assert isinstance(found["masks"][0], np.ndarray) and found["masks"][1].dtype == torch.bool
+    with pytest.raises(TypeError, match=r"labels\.0"):
+        to_bytes({"labels": [object()]})
