@@ -26,7 +26,7 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
     Args:
         tap: A tap, in any floating dtype.
         storage: *exact*: the tap itself. *fp16*: shares of the largest value of its token, and that in fp32. *int8*:
-            codes (B, N, C) and one fp32 scale per token, C + 4 bytes a token. *int4*: two codes to a byte and one bf16
+            codes (B, N, C) and one bf16 scale per token, C + 2 bytes a token. *int4*: two codes to a byte and one bf16
             scale for every 32 channels, 0.56 C bytes a token.
     """
     if storage == "exact":
@@ -35,8 +35,8 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
         scale = tap.abs().amax(-1, keepdim=True).float().clamp_min(_TINY)
         return (tap / scale).half(), scale
     if storage == "int8":
-        scale = (tap.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_TINY)
-        return (tap / scale).round_().to(torch.int8), scale
+        scale = (tap.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_TINY).bfloat16()
+        return (tap / scale.float()).round_().to(torch.int8), scale
     padding = -tap.shape[-1] % GROUP
     groups = F.pad(tap.float(), (0, padding)).unflatten(-1, (-1, GROUP))  # (B, N, C / 32, 32)
     scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(_TINY).bfloat16()
@@ -56,7 +56,7 @@ def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
         return kept[0].to(dtype)
     codes, scale = kept
     if codes.dtype in (torch.int8, torch.float16):
-        return (codes * scale).to(dtype)
+        return (codes * scale.float()).to(dtype)
     values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).to(torch.int8) - 8
     return (values.unflatten(-1, (-1, GROUP)) * scale.float().unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)
 

@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from peft import get_peft_model
-from torch import nn
-from torch.utils.data import Dataset
+from accelerate import Accelerator
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import distributed, multiprocessing, nn
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
@@ -236,6 +239,55 @@ def test_images_of_several_sizes_come_in_batches_of_one_size():
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     with pytest.raises(RuntimeError, match="equal size"):
         collate([read[0], read[2]])
+
+
+def train_by_two(rank: int, folder: str) -> None:
+    """Be one of two processes that fill a cache together and train from it, each on its half of a batch."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    store = distributed.FileStore(f"{folder}/store", 2)
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
+    accelerator = Accelerator(cpu=True)
+    for name, way in BY_TWO:
+        case = BY_NAME[name]
+        model = adapted(case, **way)
+        at = f"{folder}/{name}-{len(way)}"
+        read = cached(Images(case, noise=0.5), model, folder=f"{at}-cache", storage="exact", views=2, batch_size=1)
+        model = accelerator.prepare(model.train())
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        loader = accelerator.prepare(DataLoader(read, batch_size=2, shuffle=False, collate_fn=collate))
+        for _ in range(2):
+            for batch in loader:
+                optimizer.zero_grad()
+                accelerator.backward(loss_of(model(**batch)))
+                optimizer.step()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(model).save_pretrained(at)
+    distributed.destroy_process_group()
+
+
+BY_TWO = [("vit-classifier", {}), ("swin-classifier", {"live_blocks": 2})]
+
+
+def test_two_processes_fill_one_store_and_train_like_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    multiprocessing.spawn(train_by_two, (str(tmp_path),), nprocs=2)
+    for name, way in BY_TWO:
+        case, at = BY_NAME[name], tmp_path / f"{name}-{len(way)}"
+        model = adapted(case, **way)
+        images = Images(case, noise=0.5)
+        read = cached(images, model, folder=f"{at}-cache", storage="exact", views=2, batch_size=1)
+        assert images.read <= 6 and len(list(Path(f"{at}-cache").glob("data-*.bin"))) == 2
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        model.train()
+        for epoch in range(2):
+            read.set_epoch(epoch)
+            optimizer.zero_grad()
+            loss_of(model(**collate([read[i] for i in range(COUNT)]))).backward()
+            optimizer.step()
+        got = load_file(at / "adapter_model.safetensors")
+        for key, value in get_peft_model_state_dict(model).items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-5)
 
 
 # What does not fit

@@ -52,7 +52,7 @@ def test_bytes_kept_are_those_of_the_docstring():
     tap = torch.randn(2, 50, 128)
     kept = {storage: sum(t.nbytes for t in pack(tap, storage)) for storage in STORAGES}
     tokens = 2 * 50
-    assert kept == {"exact": tokens * 512, "int8": tokens * (128 + 4), "int4": tokens * (64 + 2 * 4)}
+    assert kept == {"exact": tokens * 512, "int8": tokens * (128 + 2), "int4": tokens * (64 + 2 * 4)}
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

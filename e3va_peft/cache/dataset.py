@@ -132,18 +132,26 @@ class Cached(Dataset[Any]):
     def __init__(self, store: Store, source: Views, image: str) -> None:
         self.store, self.image, self.views = store, image, source.views
         self._images = len(source) // source.views
-        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that persist see it, too
+        # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
+        self._epoch = torch.tensor(-1).share_memory_()
+        self._visits = torch.zeros(self._images, dtype=torch.int32).share_memory_()
 
     def __len__(self) -> int:
         return self._images
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the view of an epoch; the Trainer calls it."""
+        """Take the view of an epoch. The Trainer calls it; where it does not (in several processes, whose sampler has
+        an epoch of its own), an image shows its next view each time that it is read.
+        """
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        row, rest = self.store.read(int(self._epoch) % self.views * self._images + index)
+        epoch = int(self._epoch)
+        if epoch < 0:
+            epoch = int(self._visits[index])
+            self._visits[index] += 1
+        row, rest = self.store.read(epoch % self.views * self._images + index)
         example = from_bytes(rest)
         example[self.image] = torch.zeros(example[self.image], dtype=torch.bool)
         return {**example, RECORD: torch.from_numpy(row)}
