@@ -1,8 +1,6 @@
 """`E3VAConfig`: the choices of a user."""
 
-from __future__ import annotations
-
-import math
+import math  # no annotations from __future__: `check_fields` checks no types that are text
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,8 +8,32 @@ from typing import Any
 
 from peft import PeftConfig
 
+from e3va_peft.errors import Rule, check_fields
 from e3va_peft.registration import peft_type  # the type exists before a config is unpickled
 from e3va_peft.storage import NORMS, TAP_STORAGES
+
+_EXITS: Rule = (
+    lambda names: names != "all-linear" and all(names),
+    "must be a list of module names, one regular expression, or None. E3VA adapts no linear layers, it wraps the exit "
+    "of the backbone: leave it out, and the exit is found by itself.",
+)
+_FLAG: Rule = (lambda _: True, "must be True or False.")
+_RULES: dict[str, Rule] = {
+    "r": (lambda rank: rank >= 1, "the rank must be a whole number of at least 1, e.g. r=16."),
+    "bottleneck_ratio": (lambda share: 0 < share < math.inf, "must be a positive number, e.g. bottleneck_ratio=0.5."),
+    "taps": (
+        lambda taps: not isinstance(taps, str) and len(taps) > 0 and all(taps),
+        "must be a sequence of names, e.g. taps=('attention', 'mlp'), or None for all of the backbone's branches.",
+    ),
+    "tap_norm": (NORMS.__contains__, f"must be one of {(None, *NORMS)}."),
+    "tap_storage": (TAP_STORAGES.__contains__, f"must be one of {TAP_STORAGES}."),
+    "live_blocks": (lambda blocks: blocks >= 0, "must be a number of blocks, 0 or more, e.g. live_blocks=2."),
+    "checkpoint_live_blocks": _FLAG,
+    "target_modules": _EXITS,
+    "exclude_modules": _EXITS,
+    "modules_to_save": (all, "must be a list of module names, e.g. ['classifier'], or None."),
+    "init_weights": _FLAG,
+}
 
 
 @dataclass
@@ -29,7 +51,7 @@ class E3VAConfig(PeftConfig):
         default=16,
         metadata={"help": "Rank of both factored projections of an adapter. The paper's highway has r=16."},
     )
-    bottleneck_ratio: float = field(
+    bottleneck_ratio: int | float = field(
         default=0.5,
         metadata={
             "help": "Width of the bottleneck between the two projections, as a share of the stage's width C: "
@@ -106,7 +128,7 @@ class E3VAConfig(PeftConfig):
         },
     )
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> E3VAConfig:
+    def __new__(cls, *args: Any, **kwargs: Any) -> "E3VAConfig":
         """Refuse `bias`, which most PEFT methods have, with a reason; know a file from before `tap_norm` existed."""
         if "bias" in kwargs:
             raise ValueError(
@@ -133,54 +155,15 @@ class E3VAConfig(PeftConfig):
                 f"task_type={str(self.task_type)!r}: PEFT's task types wrap text models and break vision models. "
                 "Leave it None; the head of the model that you pass decides the task."
             )
-        if not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1:
-            raise ValueError(f"r={self.r!r}: the rank must be a whole number of at least 1, e.g. r=16.")
-        ratio = self.bottleneck_ratio
-        if not isinstance(ratio, int | float) or isinstance(ratio, bool) or not math.isfinite(ratio) or ratio <= 0:
-            raise ValueError(f"bottleneck_ratio={ratio!r}: must be a positive number, e.g. bottleneck_ratio=0.5.")
-        self._check_taps()
-        for name, choices in (("tap_norm", (None, *NORMS)), ("tap_storage", TAP_STORAGES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be one of {choices}.")
-        if not isinstance(self.live_blocks, int) or isinstance(self.live_blocks, bool) or self.live_blocks < 0:
-            raise ValueError(
-                f"live_blocks={self.live_blocks!r}: must be a number of blocks, 0 or more, e.g. live_blocks=2."
-            )
-        for name in ("init_weights", "checkpoint_live_blocks"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: must be True or False.")
-        for name in ("target_modules", "exclude_modules", "modules_to_save"):
-            self._check_names(name)
-
-    def _check_taps(self) -> None:
-        if self.taps is None:
-            return
-        names = not isinstance(self.taps, str) and isinstance(self.taps, Sequence | set)
-        if not names or not self.taps or not all(isinstance(tap, str) and tap for tap in self.taps):
-            raise ValueError(
-                f"taps={self.taps!r}: must be a sequence of names, e.g. taps=('attention', 'mlp'), or None for all of "
-                "the backbone's branches."
-            )
-        self.taps = tuple(self.taps)
-        if len(set(self.taps)) < len(self.taps) or ("block" in self.taps and len(self.taps) > 1):
-            raise ValueError(f"taps={self.taps!r}: must be names of branches, each once, or ('block',) alone.")
-
-    def _check_names(self, name: str) -> None:
-        value = getattr(self, name)
-        if value is None:
-            return
-        if isinstance(value, str):
-            if name == "modules_to_save":
-                raise ValueError(f"modules_to_save={value!r}: must be a list of names; write [{value!r}].")
-            if value == "all-linear":
-                raise ValueError(
-                    f"{name}='all-linear': E3VA does not adapt linear layers, it wraps the exit of the backbone. "
-                    f"Leave {name} out: the exit is found by itself."
-                )
-            return
-        if not isinstance(value, Sequence | set) or not all(isinstance(item, str) and item for item in value):
-            raise ValueError(f"{name}={value!r}: must be a list of module names, or None.")
-        setattr(self, name, sorted(value) if isinstance(value, set) else list(value))
+        for name in ("taps", "target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, list | tuple | set):
+                setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
+        check_fields(self, "", _RULES, ValueError)
+        if self.taps is not None:
+            if len(set(self.taps)) < len(self.taps) or ("block" in self.taps and len(self.taps) > 1):
+                raise ValueError(f"taps={self.taps!r}: must be names of branches, each once, or ('block',) alone.")
+            self.taps = tuple(self.taps)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`; where the adapter is in a model, let that write what travels with it.

@@ -1,11 +1,16 @@
-"""Errors that a user can fix, and what their messages are made of."""
+"""Errors that a user can fix, what their messages are made of, and the check of a config's fields."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib.util
-from collections.abc import Iterable
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args, get_origin
+
+from huggingface_hub.dataclasses import type_validator
 
 
 class UserError(ValueError):
@@ -21,6 +26,43 @@ def nearest(value: str, names: Iterable[str]) -> str:
     """Return ` Did you mean ...?` with the names most like a mistyped one; nothing where none is."""
     close = difflib.get_close_matches(value, list(names), n=2, cutoff=0.5)
     return f" Did you mean {' or '.join(close)}?" if close else ""
+
+
+def one_of(value: Any, names: Iterable[str]) -> str:
+    """Return `must be one of ...`, and with it the names most like a mistyped one."""
+    names = list(names)
+    return f"must be one of {', '.join(names)}.{nearest(str(value), names)}"
+
+
+Rule: TypeAlias = tuple[Callable[[Any], bool], str]
+"""Whether a value other than None can work, and the end of the message if not: what it must be."""
+
+_ANY: Rule = (lambda value: True, "")
+
+
+def check_fields(config: Any, section: str, rules: Mapping[str, Rule], error: type[ValueError] = UserError) -> None:
+    """Check the values of a dataclass by the types of its fields, where these are not text, and by rules.
+
+    Raises:
+        ValueError: A value cannot work. It is an `error`, and names the value with the section in front.
+    """
+    for field in dataclasses.fields(config):
+        value, rule = getattr(config, field.name), rules.get(field.name, _ANY)
+        check_value(f"{section}{field.name}", value, field.type, rule, error)
+
+
+def check_value(name: str, value: Any, kind: Any, rule: Rule = _ANY, error: type[ValueError] = UserError) -> None:
+    """Check one value by its type and, if it is not None, by a rule. See `check_fields`."""
+    works, must = rule
+    try:
+        type_validator(name, value, kind)
+        if value is None or works(value):
+            return
+    except TypeError:
+        choices = get_args(kind) if get_origin(kind) is Literal else ()
+        words = inspect.formatannotation(kind).replace(" | None", "").replace(" | ", " or ")
+        must = must or (one_of(value, choices) if choices else f"must be {words}.")
+    raise error(f"{name}={value!r}: {must}")
 
 
 def read_text(path: Path) -> str:

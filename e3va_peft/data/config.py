@@ -1,14 +1,23 @@
 """Where the images and labels of a run are: the `data` section of its YAML file."""
 
-from __future__ import annotations
-
-import os
+import os  # no annotations from __future__: `check_fields` checks no types that are text
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-BOX_FORMATS = ("xywh", "xyxy", "cxcywh")
+from e3va_peft.errors import Rule, check_fields
+
 LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
 """Labels of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
+
+
+_COUNT: Rule = (lambda count: count >= 1, "must be a whole number of at least 1, or left out for all.")
+_RULES: dict[str, Rule] = {
+    "eval_fraction": (lambda share: 0 < share < 1, "must be between 0 and 1, e.g. 0.1."),
+    "labels": (lambda _: True, "holds what is not a name. Quote it: YAML reads true and 1.5 as values."),
+    "ignore_index": (lambda index: 0 <= index <= 65535, "must be a whole number that a mask can hold, 0 to 65535."),
+    "train_samples": _COUNT,
+    "eval_samples": _COUNT,
+}
 
 
 @dataclass
@@ -53,12 +62,12 @@ class DataConfig:
     revision: str | None = None
     train_split: str | None = None
     eval_split: str | None = None
-    eval_fraction: float | None = None
+    eval_fraction: int | float | None = None
     image_column: str | None = None
     label_column: str | None = None
     objects_column: str | None = None
-    box_format: str = "xywh"
-    labels: list[str] | str | int | None = None
+    box_format: Literal["xywh", "xyxy", "cxcywh"] = "xywh"
+    labels: list[str | int] | str | int | None = None
     reduce_labels: bool = False
     ignore_index: int = 255
     train_samples: int | None = None
@@ -66,6 +75,7 @@ class DataConfig:
     verify: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self, "data.", _RULES)
         for name in ("source", "images", "masks", "annotations", "labels"):
             value = getattr(self, name)
             if isinstance(value, str):

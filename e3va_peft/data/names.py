@@ -102,7 +102,7 @@ def class_id(value: Any, own: Sequence[str] | None, labels: Mapping[str, int], w
     return int(number)
 
 
-def _given_labels(given: list[str] | str | int) -> list[str]:
+def _given_labels(given: list[str | int] | str | int) -> list[str]:
     if isinstance(given, int):
         return [str(i) for i in range(given)]
     if isinstance(given, list):

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from e3va_peft.errors import UserError, nearest
+from e3va_peft.errors import UserError, one_of
 from e3va_peft.methods.adapter import ADAPTER
 from e3va_peft.methods.adaptformer import ADAPTFORMER
 from e3va_peft.methods.base import INSERTED, Method, refuse_lost, trained_whole
@@ -46,7 +46,7 @@ def adapt(model: nn.Module, method: Mapping[str, Any]) -> nn.Module:
     """
     name = method["name"]
     if name not in METHODS:
-        raise UserError(f"method={name!r}: must be one of {', '.join(METHODS)}.{nearest(str(name), METHODS)}")
+        raise UserError(f"method={name!r}: {one_of(name, METHODS)}")
     try:
         return METHODS[name].adapt(model, **{key: value for key, value in method.items() if key != "name"})
     except UserError:

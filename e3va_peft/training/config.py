@@ -1,26 +1,26 @@
 """`RunConfig`: the YAML file of `e3va train`, checked field by field before anything is loaded."""
 
-from __future__ import annotations
-
-import dataclasses
+import dataclasses  # no annotations from __future__: `check_fields` checks no types that are text
 import io
+import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
-from e3va_peft.data.config import BOX_FORMATS, DataConfig
+from e3va_peft.data.config import DataConfig
 from e3va_peft.data.yaml import parse_yaml
-from e3va_peft.errors import UserError, nearest, read_text
+from e3va_peft.errors import Rule, UserError, check_fields, check_value, nearest, one_of, read_text
 from e3va_peft.methods import METHODS
 
-TASKS = ("image-classification", "semantic-segmentation", "object-detection", "instance-segmentation")
+TaskName = Literal["image-classification", "semantic-segmentation", "object-detection", "instance-segmentation"]
+TASKS: tuple[str, ...] = get_args(TaskName)
 OBJECT_TASKS = TASKS[2:]
 
 HEADS = {
@@ -44,6 +44,19 @@ _RESERVED = {
     "label_names": "the task knows them",
 }
 
+_RULES: dict[str, Rule] = {
+    "image_size": (lambda side: side >= 1, "must be a positive number of pixels, e.g. image_size: 224."),
+    "lr_steps": (
+        lambda steps: sorted({step for step in steps if step > 0}) == steps != [],
+        "must be a list of epochs that rise, e.g. [27, 33].",
+    ),
+    "scale": (
+        lambda scale: len(scale) == 2 and 0 < scale[0] <= scale[1] < math.inf,
+        "must be two numbers, 0 < low <= high, e.g. [0.5, 2].",
+    ),
+    "crop": (lambda side: side >= 1, "must be a positive number of pixels, e.g. crop: 512."),
+}
+
 
 @dataclass
 class AugmentConfig:
@@ -58,11 +71,14 @@ class AugmentConfig:
         color: Vary brightness, contrast, saturation and hue.
     """
 
-    scale: list[float] | None = None
+    scale: list[int | float] | None = None
     crop: int | None = None
     flip: bool = True
     vertical_flip: bool = False
     color: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, "augment.", _RULES)
 
 
 @dataclass
@@ -88,7 +104,7 @@ class RunConfig:
         training: Any field of `transformers.TrainingArguments`.
     """
 
-    task: str
+    task: TaskName
     model: str
     output: str
     data: DataConfig
@@ -98,10 +114,11 @@ class RunConfig:
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
     processor: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
-    lr_steps: list[float] | None = None
+    lr_steps: list[int | float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_fields(self, "", _RULES)
         # once and here: what writes into a folder must not differ in where ~ is
         self.model, self.output = os.path.expanduser(self.model), os.path.expanduser(self.output)
 
@@ -196,58 +213,6 @@ def _apply(values: dict[str, Any], override: str) -> None:
     place[last] = parse_yaml(text, f"--set {override}")
 
 
-def parse_config(values: Mapping[str, Any]) -> RunConfig:
-    """Check a run's fields and return them as a config. See `read_config`.
-
-    Raises:
-        UserError: A field is unknown, missing, or has a value that cannot work.
-    """
-    values = dict(values)
-    _known("", values, (f.name for f in dataclasses.fields(RunConfig)))
-    for name in ("task", "model", "output", "data"):
-        if values.get(name) in (None, "", {}):
-            raise UserError(f"{name}: is missing. {_REQUIRED[name]}")
-    for name in ("model", "output"):
-        if isinstance(values[name], bool | list | Mapping):
-            raise UserError(f"{name}={values[name]!r}: must be text. {_REQUIRED[name]}")
-    _choice("task", values["task"], TASKS)
-    values["data"] = _section("data", values["data"], DataConfig)
-    values["augment"] = _augment(values.get("augment", True))
-    values["method"] = _method(values.get("method", "e3va"))
-    for name in ("processor", "model_options", "training"):
-        values[name] = dict(_mapping(name, values.get(name)))
-    values["model"] = str(values["model"])
-    values["output"] = str(values["output"]).replace("{method}", values["method"]["name"])
-    if values.get("head") is not None:
-        meant = [task for task, heads in HEADS.items() if values["head"] in heads]
-        if meant and values["task"] not in meant:
-            raise UserError(
-                f"head={values['head']!r}: is for task: {' or '.join(meant)}, and task is {values['task']}. Change "
-                "one."
-            )
-        _choice("head", values["head"], HEADS[values["task"]])
-    size = values.get("image_size")
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise UserError(f"image_size={size!r}: must be a positive number of pixels, e.g. image_size: 224.")
-    config = RunConfig(**values)
-    config.training = _training(config.training)
-    _check_lr_steps(config)
-    _check_data(config)
-    _check_augment(config)
-    return config
-
-
-_LEAST = {
-    "per_device_train_batch_size": 1,
-    "per_device_eval_batch_size": 1,
-    "gradient_accumulation_steps": 1,
-    "num_train_epochs": 0,
-    "learning_rate": 0,
-    "weight_decay": 0,
-    "dataloader_num_workers": 0,
-    "seed": 0,
-}
-
 _REQUIRED = {
     "task": f"Write task: {TASKS[0]}, or one of {TASKS[1:]}.",
     "model": "Write model: a Hub id or a folder, e.g. model: microsoft/swin-base-patch4-window7-224.",
@@ -257,49 +222,80 @@ _REQUIRED = {
 }
 
 
-def _training(training: dict[str, Any]) -> dict[str, Any]:
+def parse_config(values: Mapping[str, Any]) -> RunConfig:
+    """Check a run's fields and return them as a config. See `read_config`.
+
+    Raises:
+        UserError: A field is unknown, missing, or has a value that cannot work.
+    """
+    _refuse_unknown("", values, RunConfig)
+    values = dict(values)
+    for name, remedy in _REQUIRED.items():
+        if values.get(name) in (None, "", {}):
+            raise UserError(f"{name}: is missing. {remedy}")
+    for name in ("model", "output"):
+        check_value(name, values[name], str | int | float, (lambda _: True, f"must be text. {_REQUIRED[name]}"))
+        values[name] = str(values[name])
+    values["data"] = _section("data", values["data"], DataConfig)
+    augment = None if values.get("augment") is True else values.get("augment")
+    values["augment"] = None if augment is False else _section("augment", augment, AugmentConfig)
+    values["method"] = _method(values.get("method", "e3va"))
+    values["output"] = values["output"].replace("{method}", values["method"]["name"])
+    for name in ("processor", "model_options", "training"):
+        values[name] = _mapping(name, values.get(name))
+    _check_training(values["training"])
+    config = RunConfig(**values)
+    _check_head(config)
+    _check_lr_steps(config)
+    _check_data(config)
+    _check_augment(config)
+    return config
+
+
+_LEAST = {
+    **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "dataloader_num_workers", "seed"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+}
+
+
+def _check_training(training: Mapping[str, Any]) -> None:
     """Check names and simple types of training arguments."""
-    types = {f.name: set(get_args(f.type) or (f.type,)) for f in dataclasses.fields(TrainingArguments) if f.init}
-    for name in training:
-        if name in _RESERVED:
-            raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
-    _known("training", training, types)
+    for name in _RESERVED.keys() & training:
+        raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
+    _refuse_unknown("training", training, TrainingArguments)
+    types = {each.name: each.type for each in dataclasses.fields(TrainingArguments)}
     for name, value in training.items():
-        kinds = types[name]
-        if kinds <= {int, float, str, bool, NoneType} and not any(_is(value, kind.__name__) for kind in kinds):
-            wanted = " or ".join(sorted(kind.__name__ for kind in kinds - {NoneType}))
-            raise UserError(f"training.{name}={value!r}: must be {wanted}. Leave it out for the default.")
+        kinds = set(get_args(types[name]) or (types[name],))
+        if kinds <= {int, float, str, bool, NoneType}:
+            check_value(f"training.{name}", value, types[name] | int if float in kinds else types[name])
         if name in _LEAST and not value >= _LEAST[name]:
             raise UserError(f"training.{name}={value!r}: must be at least {_LEAST[name]}.")
-    return training
 
 
 def _method(value: Any) -> dict[str, Any]:
-    method = {"name": value} if isinstance(value, str) else dict(_mapping("method", value))
+    method = {"name": value} if isinstance(value, str) else _mapping("method", value)
     if "name" not in method:
         raise UserError(f"method={value!r}: has no name. Write method: e3va, or method: {{name: e3va, r: 8}}.")
-    _choice("method", method["name"], tuple(METHODS))
-    options = [key for key in method if key != "name"]
-    known = METHODS[method["name"]].options
+    if method["name"] not in [*METHODS]:
+        raise UserError(f"method={method['name']!r}: {one_of(method['name'], METHODS)}")
+    options = {key: option for key, option in method.items() if key != "name"}
+    known: Any = METHODS[method["name"]].options
     if known is not None:
-        _known("method", dict.fromkeys(options), (f.name for f in dataclasses.fields(known)))
+        _refuse_unknown("method", options, known)
+        try:
+            known(**options)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.{error}") from None
     elif options:
-        raise UserError(f"method.{options[0]}: {method['name']} has no options. Leave it out.")
+        raise UserError(f"method.{next(iter(options))}: {method['name']} has no options. Leave it out.")
     return method
 
 
-def _augment(value: Any) -> AugmentConfig | None:
-    if value is False:
-        return None
-    augment: AugmentConfig = _section("augment", {} if value is True or value is None else value, AugmentConfig)
-    scale = augment.scale
-    if scale is not None:
-        numbers = len(scale) == 2 and all(_is(value, "float") for value in scale)
-        if not numbers or not 0 < scale[0] <= scale[1] < float("inf"):
-            raise UserError(f"augment.scale={scale!r}: must be two numbers, 0 < low <= high, e.g. [0.5, 2].")
-    if augment.crop is not None and augment.crop < 1:
-        raise UserError(f"augment.crop={augment.crop}: must be a positive number of pixels.")
-    return augment
+def _check_head(config: RunConfig) -> None:
+    if config.head is not None and config.head not in HEADS[config.task]:
+        meant = " or ".join(task for task, heads in HEADS.items() if config.head in heads)
+        other_task = f"is for task: {meant}, and task is {config.task}. Change one."
+        raise UserError(f"head={config.head!r}: {other_task if meant else one_of(config.head, HEADS[config.task])}")
 
 
 def _check_data(config: RunConfig) -> None:
@@ -312,25 +308,12 @@ def _check_data(config: RunConfig) -> None:
     _check_labels(config)
     if (data.images is None) != (getattr(data, other) is None):
         raise UserError(f"data: images: and {other}: go together; one of them is missing.")
-    _choice("data.box_format", data.box_format, BOX_FORMATS)
     if data.annotations is not None and data.box_format != "xywh":
         raise UserError(f"data.box_format={data.box_format!r}: COCO JSON has xywh. Leave it out.")
     if "{split}" in (data.images or "") and "{split}" not in (data.annotations or ""):
         raise UserError(f"data.annotations={data.annotations!r}: needs {{split}}, which data.images has.")
-    if isinstance(data.labels, list) and not all(_is(name, "str") or _is(name, "int") for name in data.labels):
-        raise UserError(
-            f"data.labels={data.labels!r}: holds what is not a name. Quote it: YAML reads true and 1.5 as values."
-        )
-    if not 0 <= data.ignore_index <= 65535:
-        raise UserError(f"data.ignore_index={data.ignore_index}: must be a value that a mask can hold, 0 to 65535.")
-    if data.eval_fraction is not None and not 0 < data.eval_fraction < 1:
-        raise UserError(f"data.eval_fraction={data.eval_fraction}: must be between 0 and 1, e.g. 0.1.")
     if data.eval_fraction is not None and data.eval_split is not None:
         raise UserError("data: eval_split: and eval_fraction: both say what to evaluate on. Leave one out.")
-    for name in ("train_samples", "eval_samples"):
-        value = getattr(data, name)
-        if value is not None and value < 1:
-            raise UserError(f"data.{name}={value}: must be at least 1, or left out for all.")
 
 
 def _check_labels(config: RunConfig) -> None:
@@ -353,9 +336,6 @@ def _check_lr_steps(config: RunConfig) -> None:
     steps = config.lr_steps
     if steps is None:
         return
-    numbers = isinstance(steps, list) and steps and all(_is(value, "float") and value > 0 for value in steps)
-    if not numbers or sorted(set(steps)) != steps:
-        raise UserError(f"lr_steps={steps!r}: must be a list of epochs that rise, e.g. [27, 33].")
     if config.training.get("max_steps", -1) > 0:
         raise UserError(f"lr_steps={steps!r}: counts epochs, and training.max_steps is set. Use num_train_epochs.")
     epochs = config.training.get("num_train_epochs", RECIPE_EPOCHS)
@@ -374,47 +354,23 @@ def _check_augment(config: RunConfig) -> None:
 
 
 def _section(name: str, value: Any, cls: type[Any]) -> Any:
-    """Build a section's dataclass; check names and simple types."""
-    given = dict(_mapping(name, value))
-    fields = {f.name: str(f.type) for f in dataclasses.fields(cls)}
-    _known(name, given, fields)
-    for key, item in given.items():
-        if item is not None and not any(_is(item, kind.strip()) for kind in fields[key].split("|")):
-            raise UserError(f"{name}.{key}={item!r}: must be {fields[key].replace(' | None', '')}.")
+    """Build a section's dataclass, which checks its values."""
+    given = _mapping(name, value)
+    _refuse_unknown(name, given, cls)
     return cls(**given)
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind.startswith("list"):
-        return isinstance(value, list)
-    types: dict[str, tuple[type, ...]] = {
-        "str": (str,),
-        "bool": (bool,),
-        "int": (int,),
-        "float": (int, float),
-        "NoneType": (NoneType,),
-    }
-    return isinstance(value, types.get(kind, ())) and (kind == "bool" or not isinstance(value, bool))
-
-
-def _mapping(name: str, value: Any) -> Mapping[str, Any]:
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
         raise UserError(f"{name}={value!r}: must be a section, that is key: value lines indented under {name}:")
-    return value
+    return dict(value or {})
 
 
-def _choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise UserError(f"{name}={value!r}: must be one of {', '.join(choices)}.{nearest(str(value), choices)}")
-
-
-def _known(section: str, values: Mapping[str, Any], names: Iterable[str]) -> None:
-    names = list(names)
+def _refuse_unknown(section: str, values: Mapping[str, Any], cls: type[Any]) -> None:
+    """Refuse names that are not a dataclass's fields."""
+    names = [each.name for each in dataclasses.fields(cls) if each.init]
     for key in values:
         if key not in names:
             where = f"{section}.{key}" if section else str(key)
             listed = f" There are {', '.join(names)}." if len(names) <= _LISTED else ""
-            hint = nearest(str(key), names) or listed
-            raise UserError(f"{where}: no such field.{hint}")
+            raise UserError(f"{where}: no such field.{nearest(str(key), names) or listed}")
