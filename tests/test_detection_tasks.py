@@ -23,7 +23,7 @@ from e3va_peft.training.config import HEADS, parse_config
 from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import PaddingCollate
+from e3va_peft.training.tasks.base import pad_batch
 from tests.inputs import detect, save_swin, segment, small_head
 from tests.models import BY_NAME
 from tests.test_train_command import Stop, adapter_weights, stop_after
@@ -146,7 +146,7 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
     label = {"class_labels": torch.tensor([0]), "boxes": boxes, "masks": torch.ones(1, 10, 20)}
     small = {"pixel_values": torch.ones(3, 10, 20), "labels": label, "truth": "a"}
     none = {"class_labels": torch.zeros(0), "boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 40, 10)}
-    batch = PaddingCollate()([small, {"pixel_values": torch.ones(3, 40, 10), "labels": none, "truth": "b"}])
+    batch = pad_batch([small, {"pixel_values": torch.ones(3, 40, 10), "labels": none, "truth": "b"}])
     assert batch["pixel_values"].shape == (2, 3, 40, 20) and batch["truth"] == ["a", "b"]
     assert batch["pixel_mask"].sum((1, 2)).tolist() == [200, 400]
     moved = batch["labels"][0]

@@ -22,7 +22,7 @@ from e3va_peft.training.batchnorm import SingleValueBatchNorm2d
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.metrics import MeanIoU, accuracy_scores
 from e3va_peft.training.tasks import ImageClassification, SemanticSegmentation, Task, task_of
-from e3va_peft.training.tasks.base import Collate, forward_extras, normalized, side
+from e3va_peft.training.tasks.base import forward_extras, normalized, side, stack_batch
 from tests.models import BY_NAME, PLAIN, dinov2_config, perturb
 
 COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)  # of classes; no two mix to one
@@ -247,7 +247,7 @@ def test_evaluation_of_a_segmenter_does_not_reduce_labels_twice():
 
 def test_a_batch_stacks_examples_but_not_truths_and_adds_what_the_forward_needs():
     examples = [{"pixel_values": torch.zeros(3, 4, 4), "truth": torch.zeros(i, i)} for i in (5, 6)]
-    batch = Collate({"interpolate_pos_encoding": True})(examples)
+    batch = stack_batch(examples, {"interpolate_pos_encoding": True})
     assert batch["pixel_values"].shape == (2, 3, 4, 4) and batch["interpolate_pos_encoding"] is True
     assert [truth.shape[0] for truth in batch["truth"]] == [5, 6]
 
@@ -255,7 +255,7 @@ def test_a_batch_stacks_examples_but_not_truths_and_adds_what_the_forward_needs(
 def test_a_batch_of_images_of_several_sizes_is_refused_with_what_to_set():
     examples = [{"pixel_values": torch.zeros(3, 4, i)} for i in (5, 6)]
     with pytest.raises(UserError, match=r"training\.per_device_eval_batch_size=2: .*\(4, 5\), \(4, 6\).*Set it to 1"):
-        Collate({})(examples)
+        stack_batch(examples, {})
 
 
 # --- processors ------------------------------------------------------------------------------------------------------

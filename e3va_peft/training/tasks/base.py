@@ -7,16 +7,16 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel
 from transformers.utils import cached_file, logging
 
 from e3va_peft.card import PROCESSOR
@@ -90,7 +90,7 @@ class Task(ABC):
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """The collator that makes a batch of examples, with all that the model's forward needs."""
-        return Collate(forward_extras(model, processor))
+        return partial(stack_batch, extra=forward_extras(model, processor))
 
     def scale(self) -> tuple[float, float]:
         """Range of the random scale of training images."""
@@ -165,68 +165,51 @@ def name_classes(config: Any, labels: Sequence[str]) -> None:
     config.label2id = {name: i for i, name in enumerate(labels)}
 
 
-class Collate:
-    """Stacks examples to a batch and adds what a model's forward needs besides.
+def stack_batch(examples: Sequence[Mapping[str, Any]], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Stack tensors by name to a batch; `truth`, label maps of any size, stays a list.
 
     Args:
-        extra: Arguments of the forward that are not tensors.
+        examples: The examples of the batch.
+        extra: Arguments of the model's forward that are not tensors.
     """
-
-    def __init__(self, extra: Mapping[str, Any]) -> None:
-        self.extra = dict(extra)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Stack tensors by name; `truth`, label maps of any size, stays a list."""
-        batch: dict[str, Any] = {}
-        for name in examples[0]:
-            values = [example[name] for example in examples]
-            if name == "truth":
-                batch[name] = values
-            elif len({value.shape for value in values}) > 1:
-                raise UserError(
-                    f"training.per_device_eval_batch_size={len(values)}: the images of a batch have the sizes "
-                    f"{sorted({tuple(value.shape[-2:]) for value in values})}, because evaluation keeps their aspect "
-                    "ratio. Set it to 1."
-                )
-            else:
-                batch[name] = torch.stack(values)
-        return batch | self.extra
+    batch: dict[str, Any] = {}
+    for name in examples[0]:
+        values = [example[name] for example in examples]
+        if name == "truth":
+            batch[name] = values
+        elif len({value.shape for value in values}) > 1:
+            raise UserError(
+                f"training.per_device_eval_batch_size={len(values)}: the images of a batch have the sizes "
+                f"{sorted({tuple(value.shape[-2:]) for value in values})}, because evaluation keeps their aspect "
+                "ratio. Set it to 1."
+            )
+        else:
+            batch[name] = torch.stack(values)
+    return batch | dict(extra)
 
 
-class PaddingCollate:
-    """Pads images of different sizes on their right and lower sides to a batch, and moves their labels along.
+def pad_batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Pad images on their right and lower sides to a batch, as DETR does, and move their labels along.
 
     Labels differ in number, so they stay lists: a detector's `labels`, Mask2Former's `mask_labels` and `class_labels`,
     and `truth`.
+
+    Returns:
+        `pixel_values` `(B, 3, H, W)`, `pixel_mask` `(B, H, W)` and the lists.
     """
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return `pixel_values` `(B, 3, H, W)`, `pixel_mask` `(B, H, W)` and the lists."""
-        sizes = [example["pixel_values"].shape[-2:] for example in examples]
-        full = (max(height for height, _ in sizes), max(width for _, width in sizes))
-        batch: dict[str, Any] = {
-            "pixel_values": torch.stack([_padded(example["pixel_values"], full) for example in examples]),
-            "pixel_mask": torch.stack([_padded(torch.ones(*size, dtype=torch.long), full) for size in sizes]),
-        }
-        for name in [name for name in examples[0] if name != "pixel_values"]:
-            values = [example[name] for example in examples]
-            if name == "labels":
-                values = [_moved(value, size, full) for value, size in zip(values, sizes, strict=True)]
-            elif name == "mask_labels":
-                values = [_padded(value, full) for value in values]
-            batch[name] = values
-        return batch
-
-
-def _padded(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
-
-
-def _moved(label: Mapping[str, Tensor], size: tuple[int, int], full: tuple[int, int]) -> dict[str, Tensor]:
-    """Return a detector's labels as shares of a padded image."""
-    shares = torch.tensor([size[1] / full[1], size[0] / full[0]] * 2)
-    moved = {**label, "boxes": label["boxes"] * shares}
-    return moved | {"masks": _padded(label["masks"], full)} if "masks" in label else moved
+    batch: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
+    heights, widths = zip(*(image.shape[-2:] for image in batch["pixel_values"]), strict=True)
+    pad = partial(DetrImageProcessor().pad, padded_size=(max(heights), max(widths)))
+    if "labels" in batch:  # copied: DETR's moves boxes in place
+        own = [{**label, "boxes": label["boxes"].clone()} for label in batch["labels"]]
+    else:
+        own = [{"masks": masks} for masks in batch["mask_labels"]]
+    padded = [pad(image, annotation=label) for image, label in zip(batch["pixel_values"], own, strict=True)]
+    images, valid, labels = zip(*padded, strict=True)
+    batch |= {"pixel_values": torch.stack(images), "pixel_mask": torch.stack(valid)}
+    if "labels" in batch:
+        return batch | {"labels": list(labels)}
+    return batch | {"mask_labels": [label["masks"] for label in labels]}
 
 
 def forward_extras(model: PreTrainedModel, processor: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -65,11 +66,11 @@ class ImageClassification(Task):
         if self.config.augment is None:
             return self.evaluation_view(processor)
         crop = v2.RandomResizedCrop(side(processor), self.scale(), interpolation=InterpolationMode.BICUBIC)
-        return _TrainingView(v2.Compose([crop, *self.flips(), *self.colors(), *normalized(processor)]))
+        return partial(_augmented, v2.Compose([crop, *self.flips(), *self.colors(), *normalized(processor)]))
 
     def evaluation_view(self, processor: Any) -> View:
         """The view of the image processor."""
-        return _EvaluationView(processor)
+        return partial(_prepared, processor)
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[np.ndarray, int]]:
         """Logits `(K,)` and class of each image."""
@@ -82,18 +83,9 @@ class ImageClassification(Task):
         return accuracy_scores(torch.from_numpy(np.stack(logits)), torch.tensor(classes))
 
 
-class _TrainingView:
-    def __init__(self, transform: v2.Transform) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image, label: int) -> dict[str, Tensor]:
-        return {"pixel_values": self.transform(image), "labels": torch.tensor(label)}
+def _augmented(transform: v2.Transform, image: Image.Image, label: int) -> dict[str, Tensor]:
+    return {"pixel_values": transform(image), "labels": torch.tensor(label)}
 
 
-class _EvaluationView:
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, image: Image.Image, label: int) -> dict[str, Tensor]:
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixels, "labels": torch.tensor(label)}
+def _prepared(processor: Any, image: Image.Image, label: int) -> dict[str, Tensor]:
+    return {"pixel_values": processor(image, return_tensors="pt")["pixel_values"][0], "labels": torch.tensor(label)}

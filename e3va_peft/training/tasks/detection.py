@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -34,7 +35,6 @@ from e3va_peft.training.average_precision import coco_scores, voc_scores
 from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
-    PaddingCollate,
     Task,
     View,
     find_processor,
@@ -45,6 +45,7 @@ from e3va_peft.training.tasks.base import (
     make_processor,
     name_classes,
     normalized,
+    pad_batch,
 )
 
 _HEADS: dict[str, tuple[type[DetectorConfig], type[Detector], bool]] = {
@@ -64,10 +65,7 @@ class ObjectDetection(Task):
     label_kind: ClassVar[LabelKind] = "boxes"
     main_metric = "box_ap"
     default_scale = (0.6, 1.0)
-    default_training: ClassVar = {
-        "per_device_train_batch_size": 2,
-        "per_device_eval_batch_size": 1,
-    }
+    default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a detector, or put a new one onto a backbone."""
@@ -122,17 +120,17 @@ class ObjectDetection(Task):
         steps += [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1, labels_getter=_classes)]
         transform = v2.Compose([*steps, *normalized(processor)[1:]])
         cropped = augment is not None and augment.crop is not None
-        return _TrainingView(transform, cropped, _labels_for(processor))
+        return partial(_augmented, transform, cropped, _labels_for(processor))
 
     def evaluation_view(self, processor: Any) -> View:
         """The image processor's view, and the objects at the image's own size."""
-        return _EvaluationView(processor, _labels_for(processor))
+        return partial(_prepared, processor)
 
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """The collator that pads images to a batch."""
-        return PaddingCollate()
+        return pad_batch
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[tuple[Detections, Objects]]:
         """Detections and objects of each image, at its own size."""
@@ -299,47 +297,35 @@ class _ShortestSize(v2.RandomShortestSize):
         return super().transform(inpt, params)
 
 
-class _TrainingView:
-    """Transforms image, boxes and masks together, without crowds and difficult objects."""
-
-    def __init__(self, transform: v2.Transform, cropped: bool, labels: Callable[..., dict[str, Any]]) -> None:
-        self.transform = transform
-        self.cropped = cropped
-        self.labels = labels
-
-    def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
-        boxes, classes, masks = _trained_on(objects)
-        sample: dict[str, Any] = {
-            "image": image,
-            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=objects.size),
-            "labels": classes,
-        }
-        if masks is not None:
-            sample["masks"] = tv_tensors.Mask(masks)
-        out = self.transform(sample)
-        pixels = out["image"].as_subclass(Tensor)
-        boxes, classes = out["boxes"].as_subclass(Tensor), out["labels"]
-        masks = out["masks"].as_subclass(Tensor) if "masks" in out else None
-        if masks is not None and self.cropped:  # a crop may leave a box and no pixel of its object, or less of it
-            there = masks.flatten(1).bool().any(1)
-            masks, classes = masks[there], classes[there]
-            boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
-        return {"pixel_values": pixels, **self.labels(boxes, classes, masks, tuple(pixels.shape[-2:]))}
+def _augmented(
+    transform: v2.Transform, cropped: bool, labels: Callable[..., dict[str, Any]], image: Image.Image, objects: Objects
+) -> dict[str, Any]:
+    """Transform image, boxes and masks together, without crowds and difficult objects."""
+    boxes, classes, masks = _trained_on(objects)
+    sample: dict[str, Any] = {
+        "image": image,
+        "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=objects.size),
+        "labels": classes,
+    }
+    if masks is not None:
+        sample["masks"] = tv_tensors.Mask(masks)
+    out = transform(sample)
+    pixels = out["image"].as_subclass(Tensor)
+    boxes, classes = out["boxes"].as_subclass(Tensor), out["labels"]
+    masks = out["masks"].as_subclass(Tensor) if "masks" in out else None
+    if masks is not None and cropped:  # a crop may leave a box and no pixel of its object, or less of it
+        there = masks.flatten(1).bool().any(1)
+        masks, classes = masks[there], classes[there]
+        boxes = masks_to_boxes(masks) + torch.tensor([0, 0, 1, 1])
+    return {"pixel_values": pixels, **labels(boxes, classes, masks, tuple(pixels.shape[-2:]))}
 
 
-class _EvaluationView:
-    """Resizes the image as its processor does, and the labels of the loss along; the truth stays as it is."""
-
-    def __init__(self, processor: Any, labels: Callable[..., dict[str, Any]]) -> None:
-        self.processor = processor
-        self.labels = labels
-
-    def __call__(self, image: Image.Image, objects: Objects) -> dict[str, Any]:
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        boxes, classes, masks = _trained_on(objects)
-        size = tuple(pixels.shape[-2:])
-        scale = torch.tensor([size[1] / objects.size[1], size[0] / objects.size[0]] * 2)
-        if masks is not None:
-            masks = v2.functional.resize(masks, list(size), InterpolationMode.NEAREST_EXACT)
-        labels = self.labels(boxes * scale, classes, masks, size)
-        return {"pixel_values": pixels, **labels, "truth": objects}
+def _prepared(processor: Any, image: Image.Image, objects: Objects) -> dict[str, Any]:
+    """Resize the image as its processor does, and the labels of the loss along; the truth stays as it is."""
+    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    boxes, classes, masks = _trained_on(objects)
+    size = tuple(pixels.shape[-2:])
+    scale = torch.tensor([size[1] / objects.size[1], size[0] / objects.size[0]] * 2)
+    if masks is not None:
+        masks = v2.functional.resize(masks, list(size), InterpolationMode.NEAREST_EXACT)
+    return {"pixel_values": pixels, **_labels_for(processor)(boxes * scale, classes, masks, size), "truth": objects}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -31,7 +32,6 @@ from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
-    PaddingCollate,
     Task,
     View,
     find_processor,
@@ -42,6 +42,7 @@ from e3va_peft.training.tasks.base import (
     make_processor,
     name_classes,
     normalized,
+    pad_batch,
     side,
 )
 
@@ -105,7 +106,7 @@ class SemanticSegmentation(Task):
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
         """The collator that stacks images; for Mask2Former, pads them."""
-        return PaddingCollate() if mask2former.owns(processor) else super().collator(model, processor)
+        return pad_batch if mask2former.owns(processor) else super().collator(model, processor)
 
     def training_view(self, processor: Any) -> View:
         """Return a random scale, crop, flips and colours as the run says; without augmentation, a centre crop."""
@@ -119,11 +120,11 @@ class SemanticSegmentation(Task):
             crop = v2.RandomCrop(self.config.augment.crop or size, pad_if_needed=True, fill=fill)
             steps = [resize, crop, *self.flips(), *self.colors()]
         transform = v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]])
-        return _TrainingView(transform, ignored, mask2former.owns(processor))
+        return partial(_augmented, transform, ignored, mask2former.owns(processor))
 
     def evaluation_view(self, processor: Any) -> View:
         """The image processor's view, and the label map in that size and in its own."""
-        return _EvaluationView(processor, self.config.data.ignore_index, mask2former.owns(processor))
+        return partial(_prepared, processor, self.config.data.ignore_index)
 
     def evidence(self, outputs: Any, inputs: Mapping[str, Any], processor: Any) -> list[Tensor]:
         """Confusion matrix `(K, K)` of each image, at the size of its label map."""
@@ -183,32 +184,22 @@ def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
     return mask2former.new_config(found, model) if head == "mask2former" else UperNetConfig(backbone_config=found)
 
 
-class _TrainingView:
-    def __init__(self, transform: v2.Transform, ignore_index: int, universal: bool) -> None:
-        self.transform = transform
-        self.ignore_index = ignore_index
-        self.universal = universal
-
-    def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-        for _ in range(_TRIES):
-            pixels, mask = self.transform(image, tv_tensors.Mask(label))
-            if (mask != self.ignore_index).any():
-                break
-        labels = _labels(mask.as_subclass(torch.Tensor).long(), self.ignore_index, self.universal)
-        return {"pixel_values": pixels.as_subclass(torch.Tensor), **labels}
+def _augmented(
+    transform: v2.Transform, ignore_index: int, universal: bool, image: Image.Image, label: np.ndarray
+) -> dict[str, Tensor]:
+    for _ in range(_TRIES):
+        pixels, mask = transform(image, tv_tensors.Mask(label))
+        if (mask != ignore_index).any():
+            break
+    labels = _labels(mask.as_subclass(Tensor).long(), ignore_index, universal)
+    return {"pixel_values": pixels.as_subclass(Tensor), **labels}
 
 
-class _EvaluationView:
-    def __init__(self, processor: Any, ignore_index: int, universal: bool) -> None:
-        self.processor = processor
-        self.ignore_index = ignore_index
-        self.universal = universal
-
-    def __call__(self, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-        pixels = self.processor(image, return_tensors="pt")["pixel_values"][0]
-        truth = torch.from_numpy(label)
-        resized = v2.functional.resize(truth[None], list(pixels.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
-        return {"pixel_values": pixels, **_labels(resized, self.ignore_index, self.universal), "truth": truth}
+def _prepared(processor: Any, ignore_index: int, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
+    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    truth = torch.from_numpy(label)
+    resized = v2.functional.resize(truth[None], list(pixels.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
+    return {"pixel_values": pixels, **_labels(resized, ignore_index, mask2former.owns(processor)), "truth": truth}
 
 
 def _labels(label_map: Tensor, ignore_index: int, universal: bool) -> dict[str, Tensor]:
