@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +59,21 @@ def from_json(text: str) -> Record:
 
 def _text(value: Any) -> str:
     return value.decode("latin-1") if isinstance(value, bytes) else str(value)
+
+
+def finite_number(text: str, has: str) -> float:
+    """Read a finite number.
+
+    Raises:
+        UserError: The text is not one. The message begins with `has`.
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{has} {text!r}, which is not a number. Correct or remove it.")
+    return number
 
 
 def shown(names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +11,7 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_id, class_names, names_of, refuse_names
-from e3va_peft.data.records import Record, make_record, make_rows, shown
+from e3va_peft.data.records import Record, finite_number, make_record, make_rows, shown
 from e3va_peft.data.splits import refuse_empty, refuse_overlap
 from e3va_peft.errors import UserError, read_text, reason
 
@@ -128,13 +127,7 @@ def _voc_number(item: ElementTree.Element, key: str, where: str) -> float:
     text = item.findtext(key)
     if text is None:
         raise UserError(f"{where}: has no {key}. Add it.")
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise UserError(f"{where}: has the {key} {text!r}, not a number. Correct it.")
-    return number
+    return finite_number(text, f"{where}: has the {key}")
 
 
 def _voc_images(config: DataConfig, split: str, entries: Sequence[tuple[Path, str]]) -> list[Path]:

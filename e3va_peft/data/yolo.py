@@ -8,7 +8,6 @@ Source: docs.ultralytics.com/datasets/detect and /datasets/segment.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_names, match_names, refuse_names
-from e3va_peft.data.records import Record, make_record, make_rows, refuse_broken, shown
+from e3va_peft.data.records import Record, finite_number, make_record, make_rows, refuse_broken, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import UserError, read_text
@@ -220,7 +219,7 @@ def _object(words: Sequence[str], ids: Sequence[int], kind: LabelKind) -> Record
     Raises:
         ValueError: It is malformed. The message begins where the line is named.
     """
-    numbers = [_number(word) for word in words]
+    numbers = [finite_number(word, "has") for word in words]
     if len(numbers) != 5 and (len(numbers) < 7 or len(numbers) % 2 == 0):
         raise ValueError(
             f"has {len(numbers)} numbers. A box has 5, class cx cy width height; a polygon the class, and x and y of "
@@ -244,13 +243,3 @@ def _object(words: Sequence[str], ids: Sequence[int], kind: LabelKind) -> Record
             "is a box, and instance-segmentation needs polygons. Draw one, or set task: object-detection."
         )
     return {"label": ids[int(label)], "box": shares}
-
-
-def _number(word: str) -> float:
-    try:
-        number = float(word)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"has {word!r}, which is not a number. Correct or remove the line.")
-    return number
