@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from e3va_peft.methods import METHODS
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
@@ -119,7 +121,8 @@ def compare(
     config: Config,
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
     methods: Annotated[
-        str | None, typer.Option(help="Methods to compare, separated by commas. Without it, all of them.")
+        str | None,
+        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(METHODS)}."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
     overrides: Overrides = None,
@@ -135,8 +138,7 @@ def compare(
     measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
     [bold]runs/[/bold]. The same command resumes after a stop; once all runs are finished, it measures again.
 
-    Methods: full, head-only, partial-1, bitfit, norm-tuning, adapter, adaptformer, lorand, mona, lora,
-    lora-checkpointing, e3va. Each wants a learning rate of its own: the defaults are where a search begins.
+    Each method wants a learning rate of its own: the defaults are where a search begins.
 
     [bold]Examples[/bold]
 
