@@ -280,31 +280,12 @@ def plan(
         e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
     """
     with _errors_in_plain_words():
-        from rich.console import Console
-
-        from e3va_peft.plan.cards import find_card, parse_memory, software_stack, this_card
-        from e3va_peft.plan.estimate import plan as predict_memory
-        from e3va_peft.plan.show import plan_table, stack_text
+        from e3va_peft.plan.show import show_plan
 
         _check_new_file(output)
-        card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()
-        size = parse_memory(memory) if memory is not None else card.memory if card is not None else None
-        stack = software_stack(card.capability) if card is not None else None
-        console = Console()
-        with console.status("building the model") as status:
-            found = predict_memory(
-                model,
-                task=task,
-                image_size=image_size,
-                batch_size=batch_size,
-                precision=precision or (stack.precision if stack is not None else "fp32"),
-                num_labels=labels,
-                memory=size,
-                progress=lambda name: status.update(f"a step of {name}"),
-            )
-        console.print(plan_table(found))
-        if card is not None and stack is not None:
-            console.print(stack_text(card, stack), highlight=False)
+        found = show_plan(
+            model, gpu, memory, precision, task=task, image_size=image_size, batch_size=batch_size, num_labels=labels
+        )
         if output is not None:
             output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
 

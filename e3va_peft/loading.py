@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
@@ -120,58 +121,63 @@ def _download(source: str, revision: str | None, subfolder: str, token: str | bo
 
 def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str, Any]) -> PreTrainedModel:
     """Build the base model with the adapter's label map."""
-    mapping = config.auto_mapping or {}
-    library, class_name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
-    if library.split(".")[0] not in _ALLOWED:
-        raise ValueError(
-            f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run "
-            "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
-        )
-    model_class: Any = getattr(importlib.import_module(library), class_name, None)
-    if not _is_transformers_model(model_class):
-        raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is not a transformers model.")
+    model_class = _base_class(source, config.auto_mapping or {})
     if not (folder / BASE_CONFIG).is_file():
         raise FileNotFoundError(
             f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."
         )
     base_config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text()))
-    name = config.base_model_name_or_path
+    saved, name = config.modules_to_save or (), config.base_model_name_or_path
     if name:
         options = {"config": base_config, "revision": config.revision, "trust_remote_code": False} | kwargs
-        return _from_pretrained(source, model_class, name, options, config.modules_to_save or ())
-    backbones = mapping.get("backbones") or {}
+        return _from_pretrained(source, model_class, name, options, saved)
+    backbones = (config.auto_mapping or {}).get("backbones") or {}
     model = model_class(base_config)
-    exits = find_exits(model)
-    missing = [found.target for found in exits if not any(found.is_within(b) for b in backbones)]
-    if missing:
-        raise ValueError(
-            f"adapter={source!r}: does not know where the weights of its base model are, because {class_name} was "
-            "not made by from_pretrained. Save the base with save_pretrained(folder), set base_model_name_or_path in "
-            "adapter_config.json to that folder or a Hub id, and load again."
-        )
-    outside = [
-        name for name in everything_outside(model, exits) if not any(name.startswith(f"{b}.") for b in backbones)
-    ]
-    lost = sorted(set(outside) - set(config.modules_to_save or ()))
-    if lost:
-        raise ValueError(
-            f"adapter={source!r}: has no weights for {lost} of its base model, which was not made by "
-            "from_pretrained and whose adapter was trained with modules_to_save that leave them out. Build the base "
-            "yourself, then peft.PeftModel.from_pretrained(base, adapter)."
-        )
+    _refuse_lost(source, model, backbones, saved)
     for path, weights in backbones.items():
         parent, _, attribute = path.rpartition(".")
         part = model.get_submodule(path)
         bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
-        own = [name.removeprefix(f"{path}.") for name in config.modules_to_save or () if name.startswith(f"{path}.")]
+        own = [name.removeprefix(f"{path}.") for name in saved if name.startswith(f"{path}.")]
         options = {"config": part.config, "trust_remote_code": False} | bare | kwargs
         loaded = _from_pretrained(source, type(part), weights, options, own)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
 
 
-def _is_transformers_model(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, PreTrainedModel)
+def _base_class(source: str, mapping: Mapping[str, Any]) -> Any:
+    """Find the class of the base model, which is one of transformers or of this package."""
+    library, class_name = str(mapping.get("parent_library")), str(mapping.get("base_model_class"))
+    if library.split(".")[0] not in _ALLOWED:
+        raise ValueError(
+            f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run "
+            "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
+        )
+    found: Any = getattr(importlib.import_module(library), class_name, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is not a transformers model.")
+    return found
+
+
+def _refuse_lost(source: str, model: nn.Module, backbones: Mapping[str, str], saved: Collection[str]) -> None:
+    """Refuse a base model of which neither the adapter nor the checkpoints of its backbones have all weights."""
+    exits = find_exits(model)
+    if not all(any(found.is_within(path) for path in backbones) for found in exits):
+        raise ValueError(
+            f"adapter={source!r}: does not know where the weights of its base model are, because "
+            f"{type(model).__name__} was not made by from_pretrained. Save the base with save_pretrained(folder), set "
+            "base_model_name_or_path in adapter_config.json to that folder or a Hub id, and load again."
+        )
+    outside = everything_outside(model, exits)
+    lost = sorted(
+        name for name in outside if name not in saved and not name.startswith(tuple(f"{p}." for p in backbones))
+    )
+    if lost:
+        raise ValueError(
+            f"adapter={source!r}: has no weights for {sorted(lost)} of its base model, which was not made by "
+            "from_pretrained and whose adapter was trained with modules_to_save that leave them out. Build the base "
+            "yourself, then peft.PeftModel.from_pretrained(base, adapter)."
+        )
 
 
 def _from_pretrained(

@@ -125,46 +125,52 @@ def measure_step(
     for name, value in (("repeats", repeats), ("warmup", warmup)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}: pass {name}=1 for the quickest measurement")
-    args, kwargs = _arguments(batch)
+    inputs = _arguments(batch)
     parameters = _parameters(model, optimizer)
     devices = _cuda_devices(parameters)
-    device_type = parameters[0].device.type
-
-    def forward() -> Tensor:
-        with nullcontext() if autocast_dtype is None else torch.autocast(device_type, autocast_dtype):
-            outputs = model(*args, **kwargs)
-            return _loss(outputs) if loss_fn is None else loss_fn(outputs)
-
+    forward = partial(_forward, model, inputs, loss_fn, parameters[0].device.type, autocast_dtype)
     step = partial(take_step, forward, optimizer, parameters, devices)
-    set_aside = [*(p.grad for p in parameters), *tree_leaves(list(optimizer.state.values()))]
-    storages = _storages(t for t in set_aside if isinstance(t, Tensor) and t.is_cuda)
-    aside = sum(storage.nbytes() for storage in storages.values())
+    aside = _bytes_on_cuda([*(p.grad for p in parameters), *tree_leaves(list(optimizer.state.values()))])
     with _untouched(model, optimizer, parameters, devices):
         _check_loss(forward())
         for _ in range(warmup):
             step()
         fixed = [*parameters, *model.buffers()]
         saved_bytes = count_saved(forward, fixed)
-        peak = count_peak(step, parameters, fixed, optimizer, (args, kwargs)).split()
+        peak = count_peak(step, parameters, fixed, optimizer, inputs).split()
         for device in devices:
             torch.cuda.reset_peak_memory_stats(device)
         times = [step() for _ in range(repeats)]
         cuda_peak = sum(torch.cuda.max_memory_allocated(device) for device in devices) - aside if devices else None
-
     forward_ms, backward_ms, optimizer_ms = (statistics.median(column) for column in zip(*times, strict=True))
     return StepReport(
         saved_bytes=saved_bytes,
         peak_bytes=sum(peak.values()),
-        peak_parameters=peak["parameters"],
-        peak_gradients=peak["gradients"],
-        peak_optimizer=peak["optimizer"],
-        peak_activations=peak["activations"],
+        **{f"peak_{kind}": size for kind, size in peak.items()},
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         forward_ms=forward_ms,
         backward_ms=backward_ms,
         optimizer_ms=optimizer_ms,
         cuda_peak_bytes=cuda_peak,
     )
+
+
+def _forward(
+    model: nn.Module,
+    inputs: tuple[tuple[Any, ...], dict[str, Any]],
+    loss_fn: Callable[[Any], Tensor] | None,
+    device_type: str,
+    autocast_dtype: torch.dtype | None,
+) -> Tensor:
+    """Run forward and loss."""
+    with nullcontext() if autocast_dtype is None else torch.autocast(device_type, autocast_dtype):
+        outputs = model(*inputs[0], **inputs[1])
+        return _loss(outputs) if loss_fn is None else loss_fn(outputs)
+
+
+def _bytes_on_cuda(leaves: Iterable[object]) -> int:
+    storages = _storages(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda)
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

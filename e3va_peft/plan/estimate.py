@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from e3va_peft.errors import UserError, nearest, reason
+from e3va_peft.errors import UserError, one_of, reason
 from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
@@ -122,7 +122,7 @@ def plan(
     num_labels: int | None = None,
     memory: int | None = None,
     autocast: Rules = "cuda",
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str], object] = lambda name: None,
 ) -> Plan:
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
@@ -154,35 +154,28 @@ def plan(
     refused: dict[str, str] = {}
 
     def fake_step(title: str, method: Mapping[str, Any]) -> FakeStep:
-        if progress is not None:
-            progress(title)
+        progress(title)
         with _explained(model, image_size):
             return FakeStep(build, partial(adapt, method=method), task, size, PRECISIONS[precision], autocast)
 
-    def row(title: str, method: Mapping[str, Any], step: FakeStep) -> MethodPlan:
-        with _explained(model, image_size):
-            return _row(title, METHODS[method["name"]].trains, step, batch_size, memory)
-
-    for title, method in settings().items():
-        try:
-            step = fake_step(title, method)
-        except UserError as error:
-            if not rows:  # nothing can be planned for this model
-                raise
-            refused[title] = str(error)
-            continue
-        size = step.image_size
-        rows.append(row(title, method, step))
+    with _explained(model, image_size):
+        for title, method in settings().items():
+            try:
+                step = fake_step(title, method)
+            except UserError as error:
+                if not rows:  # nothing can be planned for this model
+                    raise
+                refused[title] = str(error)
+                continue
+            size = step.image_size
+            rows.append(_row(title, method, step, batch_size, memory))
+        live = None if memory is None else most_live_blocks(fake_step, batch_size, memory)
+        if live is not None:
+            place = sum(row.method.startswith("E3VA") for row in rows)
+            rows.insert(place, _row(*_live(live[0]), live[1], batch_size, memory))
     assert size is not None  # every step says its size
-    found = Plan(model, task, size, batch_size, precision, num_labels, memory, rows, refused=refused)
-    if memory is None:
-        return found
-    live = most_live_blocks(fake_step, batch_size, memory)
-    if live is None:
-        return found
-    title, method = _live(live[0])
-    rows.insert(sum(row.method.startswith("E3VA") for row in rows), row(title, method, live[1]))
-    return replace(found, live_blocks=live[0])
+    live_blocks = None if live is None else live[0]
+    return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused)
 
 
 def most_live_blocks(
@@ -224,9 +217,7 @@ def _check(batch_size: int, image_size: int | None, num_labels: int | None, prec
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: must be at least 1.")
     if precision not in PRECISIONS:
-        raise UserError(
-            f"precision={precision!r}: must be one of {', '.join(PRECISIONS)}.{nearest(precision, PRECISIONS)}"
-        )
+        raise UserError(f"precision={precision!r}: {one_of(precision, PRECISIONS)}")
 
 
 @contextmanager
@@ -248,18 +239,15 @@ def _explained(model: str, size: int | None) -> Iterator[None]:
         ) from error
 
 
-def _row(title: str, trains: str, step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
-    at = step.trace(batch_size)
-    peak = sum(at.split.values())
+def _row(title: str, method: Mapping[str, Any], step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
+    split = step.trace(batch_size).split
+    peak = sum(split.values())
     return MethodPlan(
         method=title,
-        trains=trains,
+        trains=METHODS[method["name"]].trains,
         trainable_parameters=step.trainable_parameters,
         peak_bytes=peak,
-        peak_parameters=at.split["parameters"],
-        peak_gradients=at.split["gradients"],
-        peak_optimizer=at.split["optimizer"],
-        peak_activations=at.split["activations"],
+        **{f"peak_{kind}": size for kind, size in split.items()},
         needed_bytes=needed_bytes(peak),
         fits=None if memory is None else needed_bytes(peak) <= memory,
         largest_batch=None if memory is None else largest_batch(step.trace, batch_size, memory),

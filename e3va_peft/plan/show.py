@@ -1,14 +1,46 @@
-"""The tables that `e3va plan` prints."""
+"""`e3va plan`: a plan for a card, and the tables that it prints."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from e3va_peft.plan.cards import GIB, Card, Stack
-from e3va_peft.plan.estimate import MethodPlan, Plan
+from e3va_peft.plan.cards import GIB, Card, Stack, find_card, parse_memory, software_stack, this_card
+from e3va_peft.plan.estimate import MethodPlan, Plan, plan
+
+
+def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | None, **options: Any) -> Plan:
+    """Plan for a card, print the plan, and which software the card takes.
+
+    Args:
+        model: See `plan`.
+        gpu: Name of the card. None: the one here, unless `memory` is given.
+        memory: Size that counts instead of the card's.
+        precision: None: the best of the card, else fp32.
+        options: Further arguments of `plan`.
+    """
+    card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()
+    size = parse_memory(memory) if memory is not None else card.memory if card is not None else None
+    stack = software_stack(card.capability) if card is not None else None
+    precision = precision or (stack.precision if stack is not None else "fp32")
+    console = Console()
+    with console.status("building the model") as status:
+        found = plan(
+            model,
+            precision=precision,
+            memory=size,
+            progress=lambda name: status.update(f"a step of {name}"),
+            **options,
+        )
+    console.print(plan_table(found))
+    if card is not None and stack is not None:
+        console.print(stack_text(card, stack), highlight=False)
+    return found
 
 
 def plan_table(plan: Plan) -> Table:
