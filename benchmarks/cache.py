@@ -14,13 +14,12 @@ import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from memory import METHODS, SETTINGS, Setting, adamw, by
-from record import save
+from record import quiet, save
 from speed import interleaved
 from torch import nn
 from torch.utils.data import Dataset
@@ -107,7 +106,7 @@ def byte_rows(setting: Setting) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure the settings named on the command line, all by default."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     torch.set_num_threads(2)
     rows = []
     for key in sys.argv[1:] or SETTINGS:

@@ -14,26 +14,22 @@ begin at zero: AdamW's steps do not depend on the size of a gradient. It is put 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from record import RESULTS, origin
+from record import RESULTS, quiet, replace_row, training_parser
 from torch import Tensor, nn
 from training import SETTINGS, overrides, result
-from transformers.utils import logging
 
 from e3va_peft.highway import Stage
 from e3va_peft.methods import METHODS
 from e3va_peft.methods.e3va import E3VA
 from e3va_peft.storage import NORMS
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.folder import write_whole
 
 SEEDS = (0, 1, 2)
 SUMS = {"1": 0.0, "1/sqrt(n)": -0.5, "1/n": -1.0, "learnt": -0.5}  # the power of n; learnt begins there
@@ -92,8 +88,6 @@ def configure(args: argparse.Namespace, choice: Mapping[str, Any], seed: int) ->
 
 def record(task: str, choice: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
     """Write the scores of a choice, instead of an earlier record of it."""
-    path = RESULTS / "choices.json"
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     metric = SETTINGS[task].metric
     scores = [run["metrics"][metric] for run in runs]
     about = {"task": task, **choice}
@@ -104,23 +98,16 @@ def record(task: str, choice: Mapping[str, Any], runs: list[dict[str, Any]]) -> 
         "scores": scores,
         "mean": statistics.fmean(scores),
         "deviation": statistics.stdev(scores),
-        "origin": origin(),
     }
-    kept = [other for other in rows if any(other[key] != value for key, value in about.items())]
-    write_whole(path, json.dumps({"rows": [*kept, row]}, indent=2) + "\n")
+    replace_row(RESULTS / "choices.json", about, row)
 
 
 def main() -> None:
     """Train, and record each choice whose seeds are all there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--runs", required=True)
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     for choice in choices(args.task):
         runs = []
         for seed in SEEDS:

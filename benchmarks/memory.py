@@ -9,13 +9,12 @@ the same.
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from record import save
+from record import quiet, save
 from torch import nn
 from transformers import (
     SwinConfig,
@@ -141,7 +140,7 @@ def methods_of(setting: Setting) -> list[str]:
 
 def main() -> None:
     """Measure the settings named on the command line, all by default."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     rows = []
     for key in sys.argv[1:] or SETTINGS:
         setting = SETTINGS[key]

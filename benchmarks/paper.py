@@ -24,18 +24,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, origin
+from record import RESULTS, quiet, read_rows, replace_row, same
 from speed import interleaved, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,7 +49,6 @@ from e3va_peft.methods import adapt
 from e3va_peft.plan.blueprint import model_config
 from e3va_peft.plan.estimate import PRECISIONS, optimizer_in_use
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.folder import write_whole
 from e3va_peft.training.tasks.base import name_classes
 from e3va_peft.training.tasks.detection import detector_config
 from e3va_peft.training.tasks.segmentation import segmenter_config
@@ -262,26 +260,14 @@ def describe(args: argparse.Namespace, method: str) -> dict[str, Any]:
     }
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The recorded rows."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+def key(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that tell one measurement from another."""
+    return {name: row[name] for name in WHAT}
 
 
-def same(row: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two rows are of the same measurement."""
-    return all(row[name] == other[name] for name in WHAT)
-
-
-def recorded(path: Path, about: dict[str, Any]) -> bool:
+def recorded(path: Path, about: Mapping[str, Any]) -> bool:
     """Whether a measurement is recorded."""
-    return any(same(row, about) for row in read_rows(path))
-
-
-def record(path: Path, row: dict[str, Any]) -> None:
-    """Write a row, instead of an earlier one, with where it comes from."""
-    kept = [other for other in read_rows(path) if not same(other, row)]
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, json.dumps({"rows": [*kept, row | {"origin": origin()}]}, indent=2) + "\n")
+    return any(same(row, key(about)) for row in read_rows(path))
 
 
 def pixels(text: str) -> Size:
@@ -320,12 +306,12 @@ def read_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measure and record."""
     args = read_arguments()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # of a checkpoint within a checkpoint
     torch.set_num_threads(2)
     measure = measure_memory if args.kind == "memory" else measure_time
     for row in measure(args):
-        record(args.output, row)
+        replace_row(args.output, key(row), row)
 
 
 if __name__ == "__main__":

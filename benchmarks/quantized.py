@@ -13,14 +13,13 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from memory import SETTINGS, Setting, adamw
 from peft import get_peft_model
-from record import save
+from record import quiet, save
 from speed import interleaved, step
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig
@@ -64,7 +63,7 @@ def prepare(
 
 def main() -> None:
     """Measure the settings and bases named on the command line: by default both classifiers over each base."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     rows = []
     bases = [name for name in BASES if name in sys.argv] or list(BASES)
     for key in [name for name in ("swin-b", "vit-b") if name in sys.argv] or ("swin-b", "vit-b"):

@@ -1,20 +1,40 @@
-"""Origin of every recorded benchmark: versions, machine, revision, command."""
+"""Parts that benchmarks share: command line, quiet, and records with versions, machine, revision and command."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import shutil
 import subprocess
 import sys
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from transformers.utils import logging
 
 from e3va_peft.compare.report import machine
 from e3va_peft.training.folder import write_whole
 from e3va_peft.training.run import versions
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def training_parser(about: str | None) -> argparse.ArgumentParser:
+    """Begin the command line of a benchmark that trains: where its data, its model and its runs are."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--data", "--model", "--runs"):
+        parser.add_argument(name, required=True)
+    return parser
+
+
+def quiet() -> None:
+    """Keep loading reports, progress bars and announcements of other libraries out of the output."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def origin(*more: str) -> dict[str, Any]:
@@ -40,3 +60,20 @@ def save(name: str, rows: list[dict[str, Any]], *more: str, folder: Path = RESUL
     """Write `<folder>/<name>.json` with the rows and where they come from, the versions of `more` included."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.json", json.dumps({**origin(*more), "rows": rows}, indent=2) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The recorded rows of a file, none where it is not there."""
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
+
+
+def same(row: Mapping[str, Any], about: Mapping[str, Any]) -> bool:
+    """Whether a row is about this."""
+    return all(row[name] == value for name, value in about.items())
+
+
+def replace_row(path: Path, about: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Write a row and where it comes from, instead of an earlier one about the same; `about` is a part of it."""
+    kept = [other for other in read_rows(path) if not same(other, about)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps({"rows": [*kept, {**row, "origin": origin()}]}, indent=2) + "\n")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from memory import METHODS, adamw
-from record import RESULTS, save
+from record import RESULTS, quiet, save
 from speed import interleaved, step
 from torch import Tensor, nn
 from transformers import SwinConfig, SwinForImageClassification
@@ -107,7 +106,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Measure, record and draw."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     torch.set_num_threads(2)
     if "--plot" not in sys.argv:
         save("scaling", [row for point in points() for row in measure(*point)])

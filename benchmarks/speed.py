@@ -13,14 +13,13 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from memory import METHODS, SETTINGS, STAGES, SWIN_B, Setting, adamw, methods_of
 from peft import get_peft_model
-from record import save
+from record import quiet, save
 from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
@@ -129,7 +128,7 @@ def inference_rows() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure what the command line names, all by default."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     torch.set_num_threads(2)
     rows = []
     for key in sys.argv[1:] or [*PARTS, "inference"]:

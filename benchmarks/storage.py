@@ -8,14 +8,11 @@ seen once per run, at the end. A run that is finished already is not trained aga
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import warnings
 
-from record import save
+from record import quiet, save, training_parser
 from training import overrides, result
-from transformers.utils import logging
 
 from e3va_peft.training.config import read_config
 
@@ -30,14 +27,8 @@ SEEDS = (0, 1, 2)
 
 def main() -> None:
     """Train, or read what is trained, and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--runs", required=True)
-    args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    args = training_parser(__doc__).parse_args()
+    quiet()
     scores: dict[str, list[float]] = {way: [] for way in WAYS}
     for seed in SEEDS:
         for way, options in WAYS.items():

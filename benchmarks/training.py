@@ -19,14 +19,12 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from record import save
-from transformers.utils import logging
+from record import quiet, save, training_parser
 
 from e3va_peft.compare.run import Comparison, measure_steps
 from e3va_peft.data.load import load_splits
@@ -221,11 +219,8 @@ def measure_all(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     """Train, or measure and record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training_parser(__doc__)
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--runs", required=True)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--methods", type=lambda text: text.split(","), help="train only these")
     parser.add_argument(
@@ -238,9 +233,7 @@ def main() -> None:
         parser.error("--measure records all methods and seeds: leave out --methods and --seeds")
     if unknown := set(args.methods or ()) - set(SETTINGS[args.setting].grid):
         parser.error(f"--methods: {args.setting} has no {', '.join(sorted(unknown))}")
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    quiet()
     rows = train_all(args)
     if args.measure:
         measure_all(args, rows)
