@@ -177,7 +177,7 @@ def evaluate(
         from e3va_peft.training.config import read_config
         from e3va_peft.training.folder import CONFIG
         from e3va_peft.training.predict import evaluate as score
-        from e3va_peft.training.run import plain
+        from e3va_peft.training.saving import plain
         from e3va_peft.training.tables import metrics_table
 
         _check_new_file(output)

@@ -331,7 +331,7 @@ def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp
 
 
 def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="are free, checkpoints take"):
         train(parse_config(classify(tmp_path)))
 

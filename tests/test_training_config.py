@@ -10,6 +10,7 @@ import torch
 
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
+from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import (
     TASKS,
     RunConfig,
@@ -18,7 +19,6 @@ from e3va_peft.training.config import (
     recipe_text,
     recipes,
 )
-from e3va_peft.training.run import build_arguments
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.trainer import _stepped
 

@@ -22,9 +22,10 @@ from e3va_peft.data.load import load_splits
 from e3va_peft.errors import UserError, nearest
 from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
+from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import checkpoints, finished
-from e3va_peft.training.run import build_arguments, train, verify
+from e3va_peft.training.run import train, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -138,19 +139,14 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
         console.print(f"[bold][{number}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
         records[name].append(record or train(config, overwrite))
-        _drop_checkpoints(Path(config.output))
+        for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
+            shutil.rmtree(path)
         gc.collect()  # the Trainer's cycles hold the model
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")
     steps = measure_steps(comparison, task, split, ROUNDS)
     rows = _rows(comparison, task.main_metric, records, steps)
     write_report(comparison.output, rows, comparison.config, console)
     return rows
-
-
-def _drop_checkpoints(run: Path) -> None:
-    """Remove what only a run that is not finished needs: for large models it fills a disk."""
-    for path in checkpoints(run).values():
-        shutil.rmtree(path)
 
 
 def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int) -> dict[str, list[StepReport]]:

@@ -1,15 +1,20 @@
-"""The default recipe for a highway, as `TrainingArguments`."""
+"""`TrainingArguments`: the default recipe for a highway, and those of a run of `e3va train`."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from e3va_peft.card import record_metrics
-from e3va_peft.training.config import RECIPE_EPOCHS
+from e3va_peft.errors import UserError
+from e3va_peft.methods import METHODS
+from e3va_peft.training.config import RECIPE_EPOCHS, RunConfig
+from e3va_peft.training.tasks import Task
 
 RECIPE: dict[str, Any] = {
     "learning_rate": 2e-3,
@@ -33,6 +38,65 @@ def training_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> 
         overrides: Any argument of `TrainingArguments`; it wins over the recipe's.
     """
     return TrainingArguments(output_dir=os.fspath(output_dir), **(RECIPE | overrides))
+
+
+def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingArguments:
+    """Build the `TrainingArguments` of a run: the recipe's, the method's and the task's defaults, then its own.
+
+    Raises:
+        UserError: A value cannot work.
+    """
+    given = config.training
+    if given.get("hub_strategy", "end") != "end":
+        raise UserError(
+            f"training.hub_strategy={given['hub_strategy']}: only the finished adapter is pushed. Leave it."
+        )
+    # the run pushes the adapter itself, when it is finished, and no checkpoint shall hold the token
+    own = {"push_to_hub": False, "hub_token": None}
+    workers = max(min(4, (os.cpu_count() or 1) - 1), 0)
+    defaults: dict[str, Any] = {
+        "learning_rate": METHODS[config.method_name].learning_rate,
+        "logging_steps": 0.01,
+        "disable_tqdm": not sys.stderr.isatty(),
+        "batch_eval_metrics": True,  # batches are not kept: `Task.add` keeps what scores need
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
+        **_schedule_defaults(given, task.main_metric, has_eval),
+        **task.default_training,
+    }
+    try:
+        arguments = training_arguments(config.output, **(defaults | given | own))
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise UserError(f"training: {error}") from error
+    arguments.label_names = ["labels"]
+    arguments.remove_unused_columns = False
+    if arguments.fp16 and arguments.device.type == "cpu":
+        raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
+    return arguments
+
+
+def _schedule_defaults(given: Mapping[str, Any], main_metric: str, has_eval: bool) -> dict[str, Any]:
+    """Defaults for when to evaluate and to save: together, and the best is kept.
+
+    Raises:
+        UserError: There is nothing to evaluate on, and it is asked for.
+    """
+    evaluation = str(given.get("eval_strategy", "epoch" if has_eval else "no"))
+    if evaluation != "no" and not has_eval:
+        raise UserError(
+            f"training.eval_strategy={evaluation}: there is no split to evaluate on. Set data.eval_split, or "
+            "data.eval_fraction to set some aside."
+        )
+    save = str(given.get("save_strategy", evaluation if evaluation != "no" else "epoch"))
+    defaults: dict[str, Any] = {"eval_strategy": evaluation, "save_strategy": save, "save_total_limit": 2}
+    if evaluation == save == "steps":
+        defaults |= {"save_steps": given.get("eval_steps", 500), "eval_steps": given.get("save_steps", 500)}
+    if evaluation == save != "no":
+        defaults["load_best_model_at_end"] = True
+        if "metric_for_best_model" not in given:
+            defaults |= {"metric_for_best_model": f"eval_{main_metric}", "greater_is_better": True}
+    return defaults
 
 
 def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
     output = Path(config.output)
     if not (output / METRICS).is_file():
         return None
-    _check_settings(output, config)
+    _refuse_changes(output, read_run(output), config)
     record: dict[str, Any] = json.loads((output / METRICS).read_text(encoding="utf-8"))
     return record
 
@@ -139,10 +139,6 @@ def protect_source(source: str | Path, config: RunConfig, overwrite: bool) -> No
             f"config={str(source)!r}: is in output={str(output)!r}, where the run writes a {CONFIG} of its own, and "
             "yours would be lost. Choose another output, or move the file elsewhere and name it there."
         )
-
-
-def _check_settings(output: Path, config: RunConfig) -> None:
-    _refuse_changes(output, read_run(output), config)
 
 
 def _says(output: Path, config: RunConfig) -> bool:

@@ -33,9 +33,10 @@ from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason
 from e3va_peft.loading import load_adapter
 from e3va_peft.methods import INSERTED, METHODS, adapt
+from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
-from e3va_peft.training.run import build_arguments, plain
+from e3va_peft.training.saving import plain
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections

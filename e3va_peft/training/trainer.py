@@ -320,11 +320,7 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Save what the last step of an epoch gave, too."""
-        self.on_step_end(args, state, control)
+    on_epoch_end = on_step_end  # what the last step of an epoch gave is saved, too
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

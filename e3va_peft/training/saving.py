@@ -1,0 +1,184 @@
+"""Results of a run: checkpoints that are whole, the trained model and its metrics, and their place on the Hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's
+from peft import PeftModel
+from rich.console import Console
+from rich.markup import escape
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import TrainingArguments
+
+from e3va_peft.card import record_metrics
+from e3va_peft.config import E3VAConfig
+from e3va_peft.errors import UserError, reason
+from e3va_peft.methods import METHODS
+from e3va_peft.training.config import RunConfig
+from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced, write_whole
+
+_FULL_DISK = (  # what Python, safetensors and torch.save say
+    "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
+)  # fmt: skip
+
+
+def last_checkpoint(output: Path, console: Console) -> Path | None:
+    """Return the newest checkpoint that is whole; put aside those that were cut short, and say so.
+
+    Args:
+        output: Folder of the run.
+        console: Where to say it.
+    """
+    found = checkpoints(output)
+    for step in sorted(found, reverse=True):
+        broken = _what_is_broken(found[step])
+        if broken is None:
+            return found[step]
+        aside = found[step].with_name(f"broken-{found[step].name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        found[step].rename(aside)
+        note = f"{found[step]} was cut short ({broken}); put aside as {aside.name}"
+        console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
+    return None
+
+
+def _what_is_broken(checkpoint: Path) -> str | None:
+    """Name the first file of a checkpoint that is missing or cut short; None where it is whole."""
+    weights = [*checkpoint.glob("*model*.safetensors")]
+    if not weights:
+        return "no weights"
+    for path in weights:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return path.name
+    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
+        if not zipfile.is_zipfile(path):
+            return path.name
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return "trainer_state.json"
+    return None
+
+
+def check_disk(output: Path, model: nn.Module) -> None:
+    """Refuse to start where not even one checkpoint fits beside another."""
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    whole = 0 if isinstance(model, PeftModel) else sum(p.numel() * p.element_size() for p in model.parameters())
+    needed = 3 * (max(whole, trained) + 2 * trained)  # two checkpoints with AdamW's state, and the one in the making
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise UserError(
+            f"output={str(output)!r}: {free / 1e6:.0f} MB are free, checkpoints take {needed / 1e6:.0f} MB. Free "
+            "some, or choose a folder on another disk."
+        )
+
+
+@contextmanager
+def full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
+    """Turn a full disk into a clear error, and remove the checkpoint that did not fit."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        if state.is_main_process:
+            for path in checkpoints(output).values():
+                if _what_is_broken(path) is not None:
+                    shutil.rmtree(path, ignore_errors=True)
+        free = shutil.disk_usage(output).free / 1e6
+        raise UserError(
+            f"output={str(output)!r}: the disk is full ({reason(error)}; {free:.0f} MB free now). Free some; the "
+            "same command resumes from the last whole checkpoint."
+        ) from error
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, is of a full disk: torch.save fails again while it closes."""
+    while error is not None:
+        if any(sign in str(error) for sign in _FULL_DISK):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def save_results(output: Path, model: Any, processor: Any, record: dict[str, Any], console: Console) -> Path:
+    """Save model and image processor, then the metrics, whose presence marks the run as finished."""
+    adapter = isinstance(model, PeftModel)
+    draft = output / DRAFT
+    shutil.rmtree(draft, ignore_errors=True)
+    processor.save_pretrained(draft)
+    if adapter and isinstance(model.peft_config["default"], E3VAConfig):
+        model.peft_config["default"].base.metrics.clear()  # what single evaluations gave
+        record_metrics(model, record["metrics"])
+    elif adapter:
+        model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
+    # under its own key names where a method has put modules in: transformers' older ones know none of these
+    own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
+    model.save_pretrained(str(draft), **own)
+    folder = place(output, draft, ADAPTER if adapter else MODEL, console)
+    write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
+    remove_replaced(output)
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """Make a value fit for JSON: not-a-number, which JSON does not have, becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, torch.Tensor):
+        return plain(value.tolist())
+    if isinstance(value, float) and value != value:
+        return None
+    return value
+
+
+def push(folder: Path, repo_id: str, token: str | None, console: Console) -> None:
+    """Upload an adapter's folder to a repository on the Hub, in one commit.
+
+    Raises:
+        UserError: The Hub refuses; the folder stays as it is.
+    """
+    try:
+        api = HfApi(token=token)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
+            f"push it again with `hf upload {repo_id} {folder}`."
+        ) from None
+    console.print(escape(f"pushed to {api.endpoint}/{repo_id}"))
+
+
+def check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
+    """Find out before training whether the adapter can be pushed after it."""
+    if not config.training.get("push_to_hub"):
+        return None
+    if not arguments.hub_model_id:
+        raise UserError("training.push_to_hub=True: needs training.hub_model_id, e.g. hub_model_id: me/my-adapter.")
+    repo_id = str(arguments.hub_model_id)
+    try:
+        HfApi(token=config.training.get("hub_token")).create_repo(
+            repo_id, private=arguments.hub_private_repo, exist_ok=True
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(
+            f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({reason(error)}). Log in "
+            "with `hf auth login`, or set training.push_to_hub: false."
+        ) from None
+    return repo_id
