@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,10 +24,13 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Views
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import INDEX
+from e3va_peft.cache.store import INDEX, number_of_bytes
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
 from e3va_peft.layer import E3VALayer
+from e3va_peft.training.config import parse_config
+from e3va_peft.training.run import train
+from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
 WAYS = {"": {}, "live": {"live_blocks": 2}}
@@ -502,3 +506,59 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
     assert isinstance(found["masks"][0], np.ndarray) and found["masks"][1].dtype == torch.bool
     with pytest.raises(TypeError, match=r"labels\.0"):
         to_bytes({"labels": [object()]})
+
+
+# e3va train
+
+TASKS = {"classes": (classify, {}), "maps": (segment, {}), "objects": (detect, {"per_device_train_batch_size": 1})}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, tmp_path, monkeypatch):
+    monkeypatch.setenv("E3VA_CACHE", str(tmp_path / "own"))
+    build, training = TASKS[task]
+    values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training) | {"augment": False}
+    plain = train(parse_config(values | {"output": str(tmp_path / "plain")}))
+    read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": {"storage": "exact"}}))
+    assert [path.name for path in tmp_path.glob("own/*")] == ["frozen"]
+    curves = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (plain, read))
+    assert next(curves) == pytest.approx(next(curves), rel=1e-5)
+    assert plain["metrics"] == pytest.approx(read["metrics"], rel=1e-5, nan_ok=True)
+
+
+def test_e3va_train_fills_a_cache_once_and_not_for_other_data(tmp_path, monkeypatch):
+    values = classify(tmp_path, num_train_epochs=1) | {"cache": {"views": 2, "folder": str(tmp_path / "frozen")}}
+    train(parse_config(values | {"output": str(tmp_path / "a")}))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.glob("frozen/*/data-0.bin")}
+    assert len(written) == 2
+    train(parse_config(values | {"output": str(tmp_path / "b"), "method": {"name": "e3va", "r": 4}}))
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    changed = next(tmp_path.glob("**/train/red/*.png"))
+    os.utime(changed, ns=(1, 1))
+    with pytest.raises(UserError, match="dataset"):
+        train(parse_config(values | {"output": str(tmp_path / "c")}))
+
+
+@pytest.mark.parametrize(
+    ("cache", "named"),
+    [
+        ({"views": 0}, "cache.views=0"),
+        ({"storage": "int2"}, "cache.storage='int2'"),
+        ({"limit": "lots"}, "cache.limit='lots'"),
+        ({"view": 2}, "cache.view"),
+    ],
+)
+def test_a_bad_cache_section_is_named(cache, named, tmp_path):
+    with pytest.raises(UserError, match=re.escape(named)):
+        parse_config(classify(tmp_path) | {"cache": cache})
+
+
+def test_a_limit_is_read_in_bytes(tmp_path):
+    assert number_of_bytes("limit", "1.5GiB") == 1.5 * 2**30 and number_of_bytes("limit", "3 MB") == 3e6
+    assert number_of_bytes("limit", 7) == 7
+    assert parse_config(classify(tmp_path) | {"cache": True}).cache.views == 1
+
+
+def test_a_cache_of_a_method_that_changes_the_backbone_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cache: .* lora"):
+        parse_config(classify(tmp_path) | {"cache": True, "method": "lora"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import random
 import tempfile
 import weakref
@@ -22,7 +25,7 @@ from transformers import default_data_collator
 
 from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import Store
+from e3va_peft.cache.store import Store, number_of_bytes
 from e3va_peft.cache.taking import RECORD, Taker
 from e3va_peft.errors import UserError
 
@@ -36,13 +39,15 @@ def cached(
     views: int = 1,
     storage: str = "int8",
     folder: str | Path | None = None,
-    limit: int | None = None,
+    limit: int | str | None = None,
     seed: int = 0,
     batch_size: int = 8,
     num_workers: int = 0,
     image: str | None = None,
     data_collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator,
     autocast: torch.dtype | None = None,
+    key: str = "",
+    types: Sequence[type] = (),
 ) -> Cached:
     """Run the frozen backbone once over a dataset, and return the dataset with what the highway reads of it.
 
@@ -60,34 +65,41 @@ def cached(
         views: How often augmentation is drawn for each image.
         storage: *exact*: as the backbone computes it. *fp16*, *int8*, *int4*: rounded, see `cache.layout.Layout`.
         folder: Where records are kept. One that holds records of the same model and dataset is used as it is, and
-            filled up where a run was stopped. None: a temporary folder, gone with the process.
-        limit: Bytes that the records may have.
+            filled up where a run was stopped. "auto": one of its own below `$E3VA_CACHE`, or `~/.cache/e3va_peft`, for
+            each model and dataset. None: a temporary folder, gone with the process.
+        limit: Bytes that the records may have, 40 * 2**30 or "40GiB".
         seed: Of the augmentation.
         batch_size: Images that the backbone sees at once. Sizes that differ are not mixed.
         num_workers: Processes that read the dataset meanwhile.
         image: Name of the image in an example; None: the model's `main_input_name`.
         data_collator: Makes the model's arguments of a list of examples.
         autocast: Dtype that the backbone runs in under autocast: that of the training, where results shall be equal.
+        key: What the dataset and its transform are, e.g. their version: records of another key are refused. Without
+            it, a few images are looked at to see whether they are still those of the records.
+        types: Dataclasses that examples hold.
 
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
             argument is out of range. Nothing is overwritten.
         ValueError: The model has no highway, several backbones, or one that does not split into images.
     """
-    _check(dataset, views, storage, batch_size, limit)
+    _check(dataset, views, storage, batch_size)
+    limit = None if limit is None else number_of_bytes("limit", limit)
     image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
-    identity = {**taker.fingerprint(), "images": len(dataset), "views": views, "seed": seed, "image": image}  # type: ignore[arg-type]
+    identity = {
+        **taker.fingerprint(), "dataset": key, "images": len(dataset), "views": views, "seed": seed, "image": image,  # type: ignore[arg-type]
+    }  # fmt: skip
     temporary = None
     if folder is None:
         if state.num_processes > 1:
             raise UserError("folder=None: several processes share a cache. Name a folder that all of them see.")
         temporary = folder = tempfile.mkdtemp(prefix="e3va-cache-")
-    folder = Path(folder).expanduser()
+    folder = _own_folder(identity) if folder == "auto" else Path(folder).expanduser()
     with state.main_process_first():
         store = Store(folder, identity, len(source))
-    found = Cached(store, source, image)
+    found = Cached(store, source, image, types)
     if temporary is not None:
         weakref.finalize(found, rmtree, temporary, ignore_errors=True)
     if missing := store.missing():
@@ -127,10 +139,11 @@ class Cached(Dataset[Any]):
         store: The records.
         source: What they were made from.
         image: Name of the image in an example, where a placeholder of its shape stands.
+        types: Dataclasses that examples hold.
     """
 
-    def __init__(self, store: Store, source: Views, image: str) -> None:
-        self.store, self.image, self.views = store, image, source.views
+    def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
+        self.store, self.image, self.views, self.types = store, image, source.views, types
         self._images = len(source) // source.views
         # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
         self._epoch = torch.tensor(-1).share_memory_()
@@ -152,7 +165,7 @@ class Cached(Dataset[Any]):
             epoch = int(self._visits[index])
             self._visits[index] += 1
         row, rest = self.store.read(epoch % self.views * self._images + index)
-        example = from_bytes(rest)
+        example = from_bytes(rest, self.types)
         example[self.image] = torch.zeros(example[self.image], dtype=torch.bool)
         return {**example, RECORD: torch.from_numpy(row)}
 
@@ -160,7 +173,13 @@ class Cached(Dataset[Any]):
         return [self[index] for index in indices]
 
 
-def _check(dataset: Any, views: int, storage: str, batch_size: int, limit: int | None) -> None:
+def _own_folder(identity: Mapping[str, Any]) -> Path:
+    """Return the folder of records of an identity."""
+    root = Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser()
+    return root / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise UserError(f"dataset={type(dataset).__name__}: has no length, or is empty. A cache needs a known number.")
     if views < 1:
@@ -169,8 +188,6 @@ def _check(dataset: Any, views: int, storage: str, batch_size: int, limit: int |
         raise UserError(f"storage={storage!r}: choose among {STORAGES}.")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: must be at least 1.")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: is in bytes and must be at least 1. None means no limit.")
 
 
 class _Numbered(Dataset[Any]):
@@ -198,7 +215,7 @@ def _fill(
     loader: DataLoader[Any] = DataLoader(_Numbered(source, own), batch_size, num_workers=workers, collate_fn=list)
     bar = tqdm(
         total=store.count, initial=store.count - len(missing), unit="image", desc=f"Filling {store.folder}",
-        disable=not state.is_main_process,
+        disable=None if state.is_main_process else True,  # None: where nobody looks
     )  # fmt: skip
     fits = False
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ _LENGTH = 8  # bytes of the number that says how long the JSON is
 
 
 def to_bytes(example: Mapping[str, Any]) -> bytes:
-    """Turn an example into bytes: dictionaries, lists and tuples of tensors, arrays, numbers, texts and None.
+    """Turn an example into bytes: dictionaries, lists, tuples and dataclasses of tensors, arrays, numbers and texts.
 
     Raises:
         TypeError: There is something else in it. The message names it.
@@ -25,11 +26,17 @@ def to_bytes(example: Mapping[str, Any]) -> bytes:
     return len(text).to_bytes(_LENGTH, "little") + text + save(tensors)
 
 
-def from_bytes(data: bytes) -> dict[str, Any]:
-    """Turn bytes back into an example."""
+def from_bytes(data: bytes, types: Sequence[type] = ()) -> dict[str, Any]:
+    """Turn bytes back into an example.
+
+    Args:
+        data: What `to_bytes` returned.
+        types: The dataclasses that may be in it; none is imported by name.
+    """
     length = int.from_bytes(data[:_LENGTH], "little")
     tensors = load(data[_LENGTH + length :])
-    return _filled(json.loads(data[_LENGTH : _LENGTH + length]), tensors)
+    known = {own.__qualname__: own for own in types}
+    return _filled(json.loads(data[_LENGTH : _LENGTH + length]), tensors, known)
 
 
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
@@ -44,21 +51,28 @@ def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         kind = "tensor" if isinstance(value, Tensor) else "array"
         tensors[path] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
         return {kind: path}
+    if isinstance(value, bytes):
+        return {"bytes": value.hex()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {type(value).__qualname__: _outline(fields, tensors, path)}
     if value is None or isinstance(value, bool | int | float | str):
         return {"value": value}
     raise TypeError(
         f"{path}: is a {type(value).__name__} in the dataset's examples, which a cache does not keep. Let the dataset "
-        "return tensors, arrays, numbers, texts, or lists and dictionaries of them."
+        "return tensors, arrays, numbers, texts, or lists, dictionaries and dataclasses of them."
     )
 
 
-def _filled(outline: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+def _filled(outline: Mapping[str, Any], tensors: Mapping[str, Tensor], types: Mapping[str, type]) -> Any:
     ((kind, value),) = outline.items()
+    if kind in types:
+        return types[kind](**_filled(value, tensors, types))
     if kind == "mapping":
-        return {name: _filled(own, tensors) for name, own in value.items()}
+        return {name: _filled(own, tensors, types) for name, own in value.items()}
     if kind in ("list", "tuple"):
-        parts = [_filled(own, tensors) for own in value]
+        parts = [_filled(own, tensors, types) for own in value]
         return parts if kind == "list" else tuple(parts)
     if kind in ("tensor", "array"):
         return tensors[value] if kind == "tensor" else tensors[value].numpy()
-    return value
+    return bytes.fromhex(value) if kind == "bytes" else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -207,6 +208,19 @@ class Store:
                 f"Choose a folder on another disk. {remedy}"
             )
         return True
+
+
+def number_of_bytes(name: str, value: int | str) -> int:
+    """Return a number of bytes that is given as such or as a text, 40GiB or 500 MB.
+
+    Raises:
+        UserError: It is not one. The message begins with its `name`.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    count = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if count < 1:
+        raise UserError(f"{name}={value!r}: must be a number of bytes, e.g. 40GiB or 500MB.")
+    return int(count)
 
 
 def _check(line: Any) -> int:

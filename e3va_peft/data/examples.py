@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -89,6 +90,20 @@ class Split:
                 "the missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
             )
         return np.where(ignored, self.ignore_index, ids)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that examples are read from: files by path, size and time of change, the rest as it is."""
+        digest = hashlib.sha256(repr((self.labels, self.kind, self.reduce_labels, self.ignore_index)).encode())
+        for row in self.rows:
+            for item in row.values():
+                path = item.get("path") if isinstance(item, dict) else None
+                if path and os.path.exists(path):
+                    found = os.stat(path)
+                    item = (path, found.st_size, found.st_mtime_ns)
+                elif isinstance(item, dict):
+                    item = hashlib.sha256(item["bytes"] or b"").hexdigest()
+                digest.update(repr(item).encode())
+        return digest.hexdigest()
 
     def where(self, index: int, column: str = "image") -> str:
         """Name an example in a message: by the path of its image, or label map, or by its row."""

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
+from e3va_peft.cache.store import number_of_bytes
 from e3va_peft.data.config import DataConfig
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import Rule, UserError, check_fields, check_value, nearest, one_of, read_text
@@ -55,6 +56,7 @@ _RULES: dict[str, Rule] = {
         "must be two numbers, 0 < low <= high, e.g. [0.5, 2].",
     ),
     "crop": (lambda side: side >= 1, "must be a positive number of pixels, e.g. crop: 512."),
+    "views": (lambda views: views >= 1, "must be at least 1, e.g. views: 4."),
 }
 
 
@@ -82,6 +84,29 @@ class AugmentConfig:
 
 
 @dataclass
+class CacheConfig:
+    """How the frozen backbone's passes are kept, so that it runs once per image and view: see `e3va_peft.cached`.
+
+    Attributes:
+        views: How often augmentation is drawn for each training image; epoch e sees view e mod views.
+        storage: exact; or rounded to fp16, int8 or int4.
+        folder: Where the records go. auto: a folder below $E3VA_CACHE, or ~/.cache/e3va_peft, that runs of the same
+            model, data and views share.
+        limit: Most bytes that the records of a split may take, e.g. 40GiB. None: as many as the disk has.
+    """
+
+    views: int = 1
+    storage: Literal["exact", "fp16", "int8", "int4"] = "int8"
+    folder: str = "auto"
+    limit: int | str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self, "cache.", _RULES)
+        if self.limit is not None:
+            number_of_bytes("cache.limit", self.limit)
+
+
+@dataclass
 class RunConfig:
     """One run of `e3va train`.
 
@@ -98,6 +123,8 @@ class RunConfig:
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
             None: what the model's image processor says.
         augment: How training images vary; false for not at all.
+        cache: Run the frozen backbone once per image and view, and read what it said in every epoch after; true for
+            the defaults, false for not at all. Needs method e3va, and images of one size in each batch.
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
@@ -112,6 +139,7 @@ class RunConfig:
     head: str | None = None
     image_size: int | None = None
     augment: AugmentConfig | None = field(default_factory=AugmentConfig)
+    cache: CacheConfig | None = None
     processor: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     lr_steps: list[int | float] | None = None
@@ -136,7 +164,7 @@ class RunConfig:
         """Return the config as it is written to `config.yaml`: every field, defaults included, but no token."""
         values = dataclasses.asdict(self)
         values["training"].pop("hub_token", None)
-        return values | {"augment": False if self.augment is None else values["augment"]}
+        return values | {name: False if values[name] is None else values[name] for name in ("augment", "cache")}
 
     def to_yaml(self) -> str:
         """YAML that `read_config` reads back to an equal config; words like `no` are quoted, as YAML 1.1 wants it."""
@@ -239,6 +267,8 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     values["data"] = _section("data", values["data"], DataConfig)
     augment = None if values.get("augment") is True else values.get("augment")
     values["augment"] = None if augment is False else _section("augment", augment, AugmentConfig)
+    cache = {} if values.get("cache") is True else values.get("cache")
+    values["cache"] = None if cache is None or cache is False else _section("cache", cache, CacheConfig)
     values["method"] = _method(values.get("method", "e3va"))
     values["output"] = values["output"].replace("{method}", values["method"]["name"])
     for name in ("processor", "model_options", "training"):
@@ -249,6 +279,11 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
+    if config.cache is not None and config.method_name != "e3va":
+        raise UserError(
+            f"cache: needs method: e3va, whose backbone never changes, and method is {config.method_name}. Leave it "
+            "out."
+        )
     return config
 
 

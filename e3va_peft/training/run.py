@@ -18,9 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import TrainingArguments, set_seed
 
+from e3va_peft.cache import cached
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
+from e3va_peft.data.objects import Objects
 from e3va_peft.data.verify import missing_classes, verify_split
+from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
 from e3va_peft.training.config import RunConfig
@@ -29,7 +32,7 @@ from e3va_peft.training.saving import check_disk, check_hub, full_disk_explained
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
-from e3va_peft.training.trainer import Curves, Progress, StopOnInterrupt, VisionTrainer
+from e3va_peft.training.trainer import Curves, NextView, Progress, StopOnInterrupt, VisionTrainer
 
 
 class Interrupted(Exception):
@@ -86,6 +89,8 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     with state.main_process_first(), full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
+    if config.cache is not None:
+        fill_cache(config, trainer, *splits)
     with full_disk_explained(output, state):
         seconds = _run(trainer, checkpoint, overwrite)
     _evaluate_at_end(trainer)
@@ -124,6 +129,46 @@ def _build_trainer(
         data_collator=task.collator(model, processor),
         callbacks=callbacks,
     )
+
+
+def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> None:
+    """Let a trainer read the frozen passes of its images instead of computing them, and compute those not there.
+
+    Raises:
+        UserError: Images of a batch have several sizes, there is no room, or see `cached`.
+    """
+    cache, arguments = config.cache, trainer.args
+    assert cache is not None
+    view = {name: value for name, value in config.to_dict().items() if name in ("task", "image_size", "processor")}
+    for name, own, views in (("train", split, cache.views), ("eval", eval_split, 1)):
+        if own is None:
+            continue
+        batch_size = getattr(arguments, f"per_device_{name}_batch_size")
+        augment = config.to_dict()["augment"] if name == "train" else False
+        found = cached(
+            getattr(trainer, f"{name}_dataset"),
+            trainer.model,
+            views=views,
+            storage=cache.storage,
+            folder="auto" if cache.folder == "auto" else Path(cache.folder) / name,
+            limit=cache.limit,
+            seed=config.seed,
+            batch_size=batch_size,
+            num_workers=arguments.dataloader_num_workers,
+            data_collator=trainer.data_collator,
+            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision),
+            key=f"{own.fingerprint()} {view} {augment}",
+            types=(Objects,),
+        )
+        sizes = sorted(found.store.sizes())
+        if len(sizes) > 1 and batch_size > 1:
+            raise UserError(
+                f"training.per_device_{name}_batch_size={batch_size}: the images have {len(sizes)} sizes, {sizes[0]} "
+                "and others, and padding changes what a backbone sees. Set it to 1 to train from a cache, or cache: "
+                "false."
+            )
+        setattr(trainer, f"{name}_dataset", found)
+    trainer.add_callback(NextView(trainer.train_dataset))
 
 
 def _summary(config: RunConfig, trainer: VisionTrainer, trained: int) -> str:

@@ -275,6 +275,23 @@ class Curves(TrainerCallback):
     on_train_end = on_evaluate
 
 
+class NextView(TrainerCallback):
+    """Says to a cached dataset which epoch it is, which the Trainer does in one process only.
+
+    Args:
+        dataset: The dataset.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say it."""
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
 class StopOnInterrupt(TrainerCallback):
     """Lets Ctrl-C end a run after the step it is in, with a checkpoint; pressed again, at once.
 

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel
 from transformers.utils import cached_file, logging
 
+from e3va_peft.cache.taking import RECORD
 from e3va_peft.card import PROCESSOR
 from e3va_peft.data.config import LabelKind
 from e3va_peft.errors import UserError, nearest, reason
@@ -198,6 +199,10 @@ def pad_batch(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         `pixel_values` `(B, 3, H, W)`, `pixel_mask` `(B, H, W)` and the lists.
     """
     batch: dict[str, Any] = {name: [example[name] for example in examples] for name in examples[0]}
+    if RECORD in batch:  # nothing to pad, see `fill_cache`
+        blank = torch.stack(batch["pixel_values"])
+        mask = torch.ones(len(blank), *blank.shape[-2:], dtype=torch.long)
+        return batch | {"pixel_values": blank, "pixel_mask": mask, RECORD: torch.stack(batch[RECORD])}
     heights, widths = zip(*(image.shape[-2:] for image in batch["pixel_values"]), strict=True)
     pad = partial(DetrImageProcessor().pad, padded_size=(max(heights), max(widths)))
     if "labels" in batch:  # copied: DETR's moves boxes in place
