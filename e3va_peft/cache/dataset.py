@@ -153,8 +153,10 @@ class Cached(Dataset[Any]):
         return self._images
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the view of an epoch. The Trainer calls it; where it does not (in several processes, whose sampler has
-        an epoch of its own), an image shows its next view each time that it is read.
+        """Take the view of an epoch.
+
+        The Trainer calls it. Where it does not, in several processes, an image shows its next view each time that it
+        is read.
         """
         self._epoch.fill_(epoch)
 
