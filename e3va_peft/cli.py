@@ -103,6 +103,7 @@ def train(
         e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml
         e3va recipes nuclei-cascade-mask-rcnn-swin > my.yaml  # objects: head, data.images, data.annotations
         e3va train my.yaml --set method=lora --set output=runs/lora
+        e3va train my.yaml --set cache=true --set sweep.learning_rate=[1e-3,2e-3,4e-3]  # the backbone runs once
         e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4
         accelerate launch --num_processes 2 -m e3va_peft train my.yaml
     """
@@ -110,10 +111,11 @@ def train(
         from e3va_peft.training.config import read_config
         from e3va_peft.training.folder import protect_source
         from e3va_peft.training.run import train as run
+        from e3va_peft.training.sweep import sweep
 
         read = read_config(config, overrides or ())
         protect_source(config, read, overwrite)
-        run(read, overwrite=overwrite)
+        (sweep if read.sweep else run)(read, overwrite=overwrite)
 
 
 @app.command()

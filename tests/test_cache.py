@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from e3va_peft.errors import UserError
 from e3va_peft.layer import E3VALayer
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
+from e3va_peft.training.sweep import sweep
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
@@ -562,3 +564,37 @@ def test_a_limit_is_read_in_bytes(tmp_path):
 def test_a_cache_of_a_method_that_changes_the_backbone_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cache: .* lora"):
         parse_config(classify(tmp_path) | {"cache": True, "method": "lora"})
+
+
+def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("E3VA_CACHE", str(tmp_path / "own"))
+    values = classify(tmp_path, num_train_epochs=1) | {"cache": True}
+    values["sweep"] = {"learning_rate": [1e-3, 1e-2], "seed": [0, 1]}
+    result = sweep(parse_config(values))
+    assert len(list(tmp_path.glob("own/frozen/*"))) == 2  # of the two splits
+    names = [f"learning_rate={rate},seed={seed}" for rate in (0.001, 0.01) for seed in (0, 1)]
+    assert sorted(result["runs"]) == sorted(names)
+    assert list(result["runs"].values()) == sorted(result["runs"].values(), reverse=True)
+    for name in names:
+        record = json.loads((tmp_path / "run" / name / "metrics.json").read_text())
+        assert record["metrics"]["accuracy"] == result["runs"][name]
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == result
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/metrics.json")}
+    assert sweep(parse_config(values)) == result  # nothing is trained again
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"learning_rate": 1e-3}, "sweep.learning_rate"),
+        ({"learning_rate": []}, "sweep.learning_rate"),
+        ({"learning_rte": [1]}, "learning_rte"),
+        ({"method.rr": [1]}, "method.rr"),
+    ],
+)
+def test_a_bad_sweep_is_named_before_anything_is_trained(fields, named, tmp_path):
+    values = classify(tmp_path) | {"sweep": fields}
+    with pytest.raises(UserError, match=named):
+        sweep(parse_config(values))
+    assert not (tmp_path / "run").exists()

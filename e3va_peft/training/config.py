@@ -129,6 +129,9 @@ class RunConfig:
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
         training: Any field of `transformers.TrainingArguments`.
+        sweep: Fields with a list of values each, e.g. learning_rate: [1e-3, 2e-3]; method.r: [8, 16]. Every
+            combination is trained, in a folder of its own in `output`, and ranked in its sweep.json. A name without a
+            dot is a training argument.
     """
 
     task: TaskName
@@ -144,6 +147,7 @@ class RunConfig:
     model_options: dict[str, Any] = field(default_factory=dict)
     lr_steps: list[int | float] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    sweep: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_fields(self, "", _RULES)
@@ -226,7 +230,22 @@ def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"--set {override}: write key=value, e.g. --set training.learning_rate=1e-3.")
-    *sections, last = key.strip().split(".")
+    set_field(values, key.strip(), parse_yaml(text, f"--set {override}"), f"--set {override}")
+
+
+def set_field(values: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Set one field, with dots into sections, in nested mappings.
+
+    Args:
+        values: The mapping.
+        key: The field, `section.key`.
+        value: Its value.
+        where: What asks for it, for messages.
+
+    Raises:
+        UserError: There is a value where a section is needed.
+    """
+    *sections, last = key.split(".")
     place = values
     for i, section in enumerate(sections):
         inner = place.get(section)
@@ -235,10 +254,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         if inner is None or isinstance(inner, bool):
             inner = {}
         if not isinstance(inner, dict):
-            raise UserError(f"--set {override}: {'.'.join(sections[: i + 1])} holds {inner!r}, no section.")
+            raise UserError(f"{where}: {'.'.join(sections[: i + 1])} holds {inner!r}, no section.")
         place[section] = inner
         place = inner
-    place[last] = parse_yaml(text, f"--set {override}")
+    place[last] = value
 
 
 _REQUIRED = {
@@ -271,7 +290,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     values["cache"] = None if cache is None or cache is False else _section("cache", cache, CacheConfig)
     values["method"] = _method(values.get("method", "e3va"))
     values["output"] = values["output"].replace("{method}", values["method"]["name"])
-    for name in ("processor", "model_options", "training"):
+    for name in ("processor", "model_options", "training", "sweep"):
         values[name] = _mapping(name, values.get(name))
     _check_training(values["training"])
     config = RunConfig(**values)
@@ -279,6 +298,9 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
+    for name, listed in config.sweep.items():
+        if not isinstance(listed, list) or not listed:
+            raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
     if config.cache is not None and config.method_name != "e3va":
         raise UserError(
             f"cache: needs method: e3va, whose backbone never changes, and method is {config.method_name}. Leave it "

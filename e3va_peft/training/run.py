@@ -152,7 +152,6 @@ def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_spl
             storage=cache.storage,
             folder="auto" if cache.folder == "auto" else Path(cache.folder) / name,
             limit=cache.limit,
-            seed=config.seed,
             batch_size=batch_size,
             num_workers=arguments.dataloader_num_workers,
             data_collator=trainer.data_collator,

@@ -1,0 +1,82 @@
+"""A sweep: the same run with every combination of some fields, and which of them scored best."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from rich.table import Table
+
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import RunConfig, parse_config, set_field
+from e3va_peft.training.folder import MARKER, finished, write_whole
+from e3va_peft.training.run import train
+from e3va_peft.training.tasks import task_of
+
+SWEEP = "sweep.json"
+
+
+def runs_of(config: RunConfig) -> dict[str, RunConfig]:
+    """Return the runs of a sweep by name, `learning_rate=0.001,seed=1`, each in a folder of that name.
+
+    Raises:
+        UserError: A combination cannot work.
+    """
+    found = {}
+    for values in itertools.product(*config.sweep.values()):
+        chosen = dict(zip(config.sweep, values, strict=True))
+        name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
+        fields = replace(config, sweep={}).to_dict()
+        fields["output"] = str(Path(config.output) / name)
+        for key, value in chosen.items():
+            set_field(fields, key if "." in key else f"training.{key}", value, f"sweep.{key}")
+        found[name] = parse_config(fields)
+    return found
+
+
+def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
+    """Train every run of a sweep that is not finished, and rank them.
+
+    Where runs read a cache they share its records: the backbone runs once for all of them.
+
+    Args:
+        config: A run with a `sweep`.
+        overwrite: Train finished runs again.
+
+    Returns:
+        What is in `sweep.json`: the main metric, the runs from best to worst, and each one's fields and score.
+
+    Raises:
+        UserError: See `train`, and there is nothing to evaluate on, or the folder holds a run.
+    """
+    output, metric = Path(config.output), task_of(config).main_metric
+    if (output / MARKER).exists():
+        raise UserError(f"output={config.output!r}: holds a single run. Choose another folder for a sweep.")
+    runs = runs_of(config)
+    scores = {}
+    for name, own in runs.items():
+        record = None if overwrite else finished(own)
+        record = record or train(own, overwrite)
+        if metric not in record["metrics"]:
+            raise UserError("sweep: needs a score to rank by. Set data.eval_split, or data.eval_fraction.")
+        scores[name] = record["metrics"][metric]
+    ranked = sorted(scores, key=lambda name: -scores[name])
+    result = {"metric": metric, "sweep": config.sweep, "runs": {name: scores[name] for name in ranked}}
+    if PartialState().is_main_process:
+        write_whole(output / SWEEP, json.dumps(result, indent=2) + "\n")
+        _show(output, result)
+    return result
+
+
+def _show(output: Path, result: dict[str, Any]) -> None:
+    table = Table("run", result["metric"])
+    for name, score in result["runs"].items():
+        table.add_row(name, f"{score:.4f}")
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"saved: {output / SWEEP}; the best run is {output / next(iter(result['runs']))}", markup=False)
