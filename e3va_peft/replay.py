@@ -80,12 +80,14 @@ class Blueprint:
         calls: Stage -> further arguments and keywords of the patch merging behind it.
         outputs: The outputs of the exit.
         skipped: Modules in front of the live blocks -> their outputs.
+        live: Whether there are any.
     """
 
     grids: dict[int, Grid] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
     outputs: Tree | None = None
     skipped: dict[str, Tree] = field(default_factory=dict)
+    live: bool = False
 
 
 class Captured(Exception):
@@ -151,7 +153,8 @@ class Capture:
             dict(frozen.grids),
             {stage: (call.args, call.kwargs) for stage, call in calls.items()},
             Tree.of(frozen.outputs, batch),
-            {name: Tree.of(output, batch) for name, output in outputs.items()} if live else {},
+            {name: Tree.of(output, batch) for name, output in outputs.items()},
+            live is not None,
         )
         raise Captured
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,9 @@ from e3va_peft.cache.store import INDEX, number_of_bytes
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
 from e3va_peft.layer import E3VALayer
+from e3va_peft.methods import adapt
+from e3va_peft.plan.cached import cached_image
+from e3va_peft.plan.estimate import FakeStep
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep
@@ -598,3 +602,13 @@ def test_a_bad_sweep_is_named_before_anything_is_trained(fields, named, tmp_path
     with pytest.raises(UserError, match=named):
         sweep(parse_config(values))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["swin-classifier", "dinov2-classifier"])
+def test_the_plan_predicts_the_bytes_of_an_image(name):
+    case, method = BY_NAME[name], {"name": "e3va", "r": 4}
+    step = FakeStep(case.build, partial(adapt, method=method), "image-classification", case.size[0], None, "cpu")
+    expected = cached_image(step).bytes
+    model = adapt(case.base(), method)
+    found = {storage: cached(Images(case), model, storage=storage)[0][RECORD].numel() for storage in expected}
+    assert found == expected

@@ -175,10 +175,14 @@ class Cached(Dataset[Any]):
         return [self[index] for index in indices]
 
 
+def cache_home() -> Path:
+    """Return the folder of the caches that have no folder of their own."""
+    return Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser() / "frozen"
+
+
 def _own_folder(identity: Mapping[str, Any]) -> Path:
     """Return the folder of records of an identity."""
-    root = Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser()
-    return root / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_home() / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:

@@ -70,16 +70,16 @@ class Layout:
         self.norm = norm
         self.entries: dict[str, Entry] = {}
         self.bytes = 0
-        read = {tensor.data_ptr() for name, tensor in tensors.items() if not name.startswith((TAP, MERGING))}
-        first: dict[tuple[int, int], str] = {}  # where it lies and how much there is -> name
+        read = {memory(tensor) for name, tensor in tensors.items() if not name.startswith((TAP, MERGING))}
+        first: dict[Any, str] = {}  # where it lies and how much there is -> name
         for name in sorted(tensors, key=lambda name: (not name.startswith(MERGING), name)):
             tensor = tensors[name]
             kind = storage
             if storage.startswith("int") and not name.startswith(TAP):
-                only_merged = name.startswith(MERGING) and tensor.data_ptr() not in read
+                only_merged = name.startswith(MERGING) and memory(tensor) not in read
                 kind = "int4" if only_merged else "int8"
             entry = _entry(tensor, kind, widths)
-            same = first.setdefault((tensor.data_ptr(), tensor.numel()), name)
+            same = first.setdefault((memory(tensor), tensor.numel()), name)
             if same != name and not name.startswith(TAP) and _is_dense(tensor):
                 self.entries[name] = entry._replace(same_as=same)
             else:
@@ -124,6 +124,11 @@ class Layout:
                 base = found[entry.same_as]
                 found[name] = base.as_strided((len(rows), *entry.shape), (base.stride(0), *entry.strides))
         return found
+
+
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """Return where a tensor begins: its storage, and the place in it; also of one without memory."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
 
 
 def _entry(tensor: Tensor, storage: str, widths: Sequence[int]) -> Entry:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from e3va_peft.cache.layout import TAP, Layout
+from e3va_peft.cache.layout import TAP, Layout, memory
 from e3va_peft.errors import UserError
 from e3va_peft.hooks import Hook
 from e3va_peft.layer import E3VALayer
@@ -124,16 +124,10 @@ class Taker:
             UserError: The model says something else of the record than of the images.
         """
         batch = self._batch(examples)
-        own = {name: tensor.clone() for name, tensor in capture.tensors.items()}  # each in memory of its own
-        always = {name for name in own if not name.startswith(("output.", "tail", "end."))}
-        probe = _Probe(capture.blueprint, own, len(examples))
-        watch = _Touched({name: tensor for name, tensor in own.items() if name not in always})
-        instead = {**batch, self.image: _blank(batch[self.image].shape, self.model)}
         with _as_it_was(self.model), torch.no_grad(), self._precision():
-            for training in (True, False):
-                self.model.train(training)
-                with SOURCE.set(probe), watch, _seeded():
-                    found = self.model(**instead)
+            read, found = names_read(
+                self.model, capture, {**batch, self.image: _blank(batch[self.image].shape, self.model)}
+            )
             with _seeded():
                 expected = self.model(**batch)
         if not _agree(found, expected):
@@ -141,7 +135,7 @@ class Taker:
                 f"model={type(self.model).__name__}: says something else when its backbone is read from a record than "
                 "when it runs: it reads the image beside the backbone, or draws at random. Train without a cache."
             )
-        return (always | watch.touched) - probe.made
+        return read
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything of the model that decides what is in a record, by name."""
@@ -161,6 +155,29 @@ class Taker:
     def _root(self, name: str) -> str:
         """Name of a module of the base model in the model as it is."""
         return next(own for own, _ in self.model.named_modules() if own == name or own.endswith(f".{name}"))
+
+
+def names_read(model: nn.Module, capture: Capture, batch: Mapping[str, Any]) -> tuple[set[str], Any]:
+    """Find out what a model reads of a frozen pass, in training and in evaluation.
+
+    Args:
+        model: The adapted model; it is left in evaluation mode.
+        capture: A frozen pass of a batch.
+        batch: The batch; its images are not looked at.
+
+    Returns:
+        The names, and the model's outputs in evaluation.
+    """
+    own = {name: tensor.clone() for name, tensor in capture.tensors.items()}  # each in memory of its own
+    always = {name for name in own if not name.startswith(("output.", "tail", "end."))}
+    probe = _Probe(capture.blueprint, own, len(next(iter(own.values()))))
+    watch = _Touched({name: tensor for name, tensor in own.items() if name not in always})
+    outputs = None
+    for training in (True, False):
+        model.train(training)
+        with SOURCE.set(probe), watch, _seeded():
+            outputs = model(**batch)
+    return (always | watch.touched) - probe.made, outputs
 
 
 class FromCache(Hook):
@@ -238,7 +255,7 @@ class _Probe(Replay):
 
     def choose(self, name: str, leaf: Any) -> Any:
         """Return a leaf of the outputs: as the live blocks made it, or as it was recorded."""
-        if isinstance(leaf, Tensor) and not leaf.isnan().any():
+        if self.blueprint.live and isinstance(leaf, Tensor) and not leaf.isnan().any():
             self.made.add(name)
             return leaf
         return super().choose(name, leaf)
@@ -249,12 +266,12 @@ class _Touched(TorchDispatchMode):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.names = {tensor.untyped_storage().data_ptr(): name for name, tensor in tensors.items()}
+        self.names = {memory(tensor)[0]: name for name, tensor in tensors.items()}
         self.touched: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for value in tree_flatten((args, kwargs))[0]:
-            if isinstance(value, Tensor) and (name := self.names.get(value.untyped_storage().data_ptr())):
+            if isinstance(value, Tensor) and (name := self.names.get(memory(value)[0])):
                 self.touched.add(name)
         return func(*args, **(kwargs or {}))
 

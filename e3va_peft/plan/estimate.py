@@ -30,6 +30,7 @@ from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
 from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
+from e3va_peft.plan.cached import CachedImage, cached_image
 from e3va_peft.plan.cards import GIB
 from e3va_peft.training.tasks.base import extras_at
 
@@ -94,6 +95,7 @@ class Plan:
         live_blocks: Most blocks that can be live, with tap_storage="recompute", so that a step fits; None where no
             memory was given, or none fits.
         refused: Methods that cannot adapt this model, and what they say.
+        cached: One of its images in a cache (`e3va_peft.cached`), for E3VA without live blocks.
     """
 
     model: str
@@ -106,6 +108,7 @@ class Plan:
     methods: list[MethodPlan]
     live_blocks: int | None = None
     refused: dict[str, str] = field(default_factory=dict)
+    cached: CachedImage | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
@@ -173,9 +176,10 @@ def plan(
         if live is not None:
             place = sum(row.method.startswith("E3VA") for row in rows)
             rows.insert(place, _row(*_live(live[0]), live[1], batch_size, memory))
+        image = cached_image(fake_step("a cached image", {"name": "e3va"}))
     assert size is not None  # every step says its size
     live_blocks = None if live is None else live[0]
-    return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused)
+    return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused, image)
 
 
 def most_live_blocks(
@@ -319,13 +323,13 @@ class FakeStep:
 
     def saved_bytes(self, batch_size: int) -> int:
         """Run a forward and return the bytes that autograd keeps for backward."""
-        with self._faking():
+        with self.faking():
             forward = partial(self._loss, make_batch(self.task, batch_size, self.image_size))
             return count_saved(forward, [*self.model.parameters(), *self.model.buffers()])
 
     def _trace(self, batch_size: int) -> Trace:
         """Run a step and return what it held."""
-        with self._faking():
+        with self.faking():
             optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
             parameters = list(self.model.parameters())
@@ -339,7 +343,8 @@ class FakeStep:
         return Trace(meter.split(), np.array(meter.totals))
 
     @contextmanager
-    def _faking(self) -> Iterator[None]:
+    def faking(self) -> Iterator[None]:
+        """Make tensors without memory, by the rules of the device that is planned for."""
         with self.mode, _quietly(), _by_the_rules_of_cuda() if self.autocast == "cuda" else nullcontext():
             yield
 

@@ -1,0 +1,89 @@
+"""A cache, predicted: bytes of an image, and whether reading them beats running the backbone on this machine."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from e3va_peft.cache.dataset import cache_home
+from e3va_peft.cache.layout import Layout
+from e3va_peft.cache.taking import names_read
+from e3va_peft.layer import E3VALayer
+from e3va_peft.plan.blueprint import make_batch
+from e3va_peft.replay import SOURCE, Capture, Captured
+
+if TYPE_CHECKING:
+    from e3va_peft.plan.estimate import FakeStep
+
+_TRIED = 64 * 2**20  # bytes that are written and read to see how fast the disk is
+_SIDE = 2048  # of the matrices that are multiplied to see how fast the machine is
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """One image in a cache.
+
+    Attributes:
+        bytes: Storage -> bytes of its record.
+        flops: Floating-point operations of the backbone, which reading saves.
+    """
+
+    bytes: dict[str, int]
+    flops: int
+
+    def seconds(self) -> tuple[float, float]:
+        """Seconds that the backbone and the reading of an int8 record take here, by a matmul and a file of now."""
+        return self.flops / flops_a_second(), self.bytes["int8"] / bytes_a_second(cache_home())
+
+
+def cached_image(step: FakeStep) -> CachedImage:
+    """Predict the record of an image of a step's size, for a model whose blocks are not live."""
+    with step.faking(), torch.no_grad():
+        batch = {**make_batch(step.task, 2, step.image_size), **step.extras}
+        capture = Capture()
+        with FlopCounterMode(display=False) as counter, SOURCE.set(capture), suppress(Captured):
+            step.model(**batch)
+        read, _ = names_read(step.model, capture, batch)
+        (layer,) = (module for module in step.model.modules() if isinstance(module, E3VALayer))
+        tensors = {name: tensor for name, tensor in capture.tensors.items() if name in read}
+        widths = [stage.width for stage in layer.stages]
+        found = {
+            storage: Layout(tensors, storage, layer.tap_norm, widths).bytes
+            for storage in ("exact", "fp16", "int8", "int4")
+        }
+    return CachedImage(found, counter.get_total_flops() // 2)
+
+
+def flops_a_second() -> float:
+    """Measure the fp32 floating-point operations a second of a large matmul here."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    left = torch.rand(_SIDE, _SIDE, device=device)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        (left @ left)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * _SIDE**3 / min(seconds)
+
+
+def bytes_a_second(folder: Path) -> float:
+    """Measure how fast a disk reads what is not in memory; where the system keeps it there all the same, that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(os.urandom(_TRIED))
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        file.seek(0)
+        start = time.perf_counter()
+        file.read()
+        return _TRIED / (time.perf_counter() - start)
