@@ -28,9 +28,9 @@ class Law:
     """One law, and whether it holds.
 
     Attributes:
-        name: What it says.
+        name: The law in a sentence.
         holds: Whether it does.
-        detail: What was found: where it broke, or what was left out.
+        detail: The finding: where it broke, or what was left out.
     """
 
     name: str
@@ -125,7 +125,7 @@ class _Trial:
 
     @cached_property
     def observed(self) -> dict[str, _Block]:
-        """Run the base, and return what each adapted block saw and did."""
+        """Run the base, and record the input, output and taps of each adapted block."""
         base = copy.deepcopy(self.base)
         blocks: dict[str, tuple[int, int]] = {}
         seen: dict[Any, Tensor] = {}

@@ -25,8 +25,8 @@ def about() -> None:
     Will it fit? [bold]e3va plan[/bold] predicts the memory of each method on your card, and downloads no weights.
 
     Train on your own data: [bold]e3va recipes[/bold] lists configs to start from, [bold]e3va train[/bold] runs one,
-    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees. [bold]e3va compare[/bold] holds
-    methods against each other on it.
+    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees. [bold]e3va compare[/bold] trains
+    several methods on it and tabulates score, memory and time.
     """
 
 

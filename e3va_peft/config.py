@@ -61,7 +61,7 @@ class E3VAConfig(PeftConfig):
     taps: Sequence[str] | None = field(
         default=None,
         metadata={
-            "help": "What is read of each block, one adapter for each: branches by the backbone's own names, before "
+            "help": "Points of a block to read, one adapter for each: branches by the backbone's own names, before "
             "their residual add, such as ('attention', 'mlp') or ('branch',); or ('block',), their sum, which halves "
             "what taps keep for backward. None means all of the backbone's branches."
         },
@@ -84,7 +84,7 @@ class E3VAConfig(PeftConfig):
             "backward runs the frozen backbone once more. 'int8': rounded, with a scale per token, a quarter of the "
             "bytes of fp32. 'int4': with a scale per 32 channels, a seventh. The highway reads the rounded tap in "
             "training, in forward and backward alike; without gradients nothing is rounded. Patch merging keeps its "
-            "input in int8, unless 'exact'. Of adapters that are active together the most exact decides."
+            "input in int8, unless 'exact'. Of adapters that are active together, the most exact setting holds."
         },
     )
     live_blocks: int = field(
@@ -170,7 +170,7 @@ class E3VAConfig(PeftConfig):
 
         Args:
             save_directory: The adapter's folder.
-            kwargs: What PEFT passes on; `auto_mapping_dict` is completed with what rebuilding the base model needs.
+            kwargs: PEFT's own; `auto_mapping_dict` is completed with all that rebuilds the base model.
         """
         if self.base is not None:
             kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping()

@@ -24,7 +24,7 @@ class Exit:
         name: Name of the exit; where it is a method, of the module whose method it is.
         module: The exit, or that module.
         family: Its family.
-        site: What surrounds it.
+        site: Its surroundings.
     """
 
     name: str

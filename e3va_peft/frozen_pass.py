@@ -28,7 +28,7 @@ class MergingCall(NamedTuple):
         x: The stream that entered, (B, N, C) or (B, H, W, C).
         args: Its further arguments.
         kwargs: Likewise, by keyword.
-        output: What left it, likewise; None where it was computed in another precision than the lane's.
+        output: Its output, likewise; None where it was computed in another precision than the lane's.
     """
 
     x: Tensor
@@ -45,7 +45,7 @@ class FrozenPass:
         taps: (stage, index of its adapter) -> what is kept of the tap (B, N, C), see `highway.Lane.keep`.
         mergings: Stage -> the patch merging behind it.
         grids: Stage -> how its tokens lie in the image.
-        tail: What entered the modules behind the last block, (B, N, C).
+        tail: Input of the modules behind the last block, (B, N, C).
         ends: Stage -> what entered the module at its end, (B, N, C) or (B, H, W, C).
         outputs: The outputs.
     """

@@ -63,7 +63,7 @@ def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]],
 
     Args:
         factors: U1, V1, b1, U2, V2, b2 of the n adapters, stacked along the first dimension.
-        taps: What is kept of each tap (`storage.keep`).
+        taps: The kept form of each tap (`storage.keep`).
         norm: How they are read.
     """
     return _SumOfAdapters.apply(compute_dtype(factors[0]), norm, *factors, *(t for tap in taps for t in tap))
@@ -88,7 +88,7 @@ def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
     """N x (..., r + 1) -> (..., C): the last factors of n adapters and their sum, as one matmul.
 
     Args:
-        reduced: What `reduce` made of each tap.
+        reduced: The result of `reduce` for each tap.
         v2: (n, r, C).
         b2: (n, C).
     """

@@ -38,7 +38,7 @@ class Origin:
 
     Args:
         module: The module.
-        args: What it was called with.
+        args: Its arguments.
         kwargs: Likewise, by keyword.
         output: The tensor.
     """
@@ -83,7 +83,7 @@ class Tap(Hook):
         index: Index of the adapter that reads it.
         read: The module's first input (a forward pre-hook) or its output (a forward hook).
         parts: Number of branches that add up to the tap.
-        name: What it reads, for messages.
+        name: Block and branch that it reads, for messages.
     """
 
     def __init__(
@@ -248,10 +248,10 @@ def check_input(inputs: Iterable[Any], front: Mapping[str, Front]) -> None:
 
     Args:
         inputs: Of the exit.
-        front: What the frozen modules in front of it have seen.
+        front: Notes of the frozen modules in front of it.
 
     Raises:
-        ValueError: What made the input wants a gradient, or something in a frozen module does.
+        ValueError: A module that made the input wants a gradient, or something in a frozen module does.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return

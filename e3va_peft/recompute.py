@@ -123,7 +123,7 @@ class Segment:
         first: Index of the first adapter.
         last: Index behind the last.
         grad: Gradient of their sum (B, N, C).
-        running: What their taps have added so far, of each highway.
+        running: Gradients that their taps have added to so far, of each highway.
         done: All of them have.
     """
 
@@ -165,7 +165,7 @@ class State:
 def in_parts(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let modules that map each token by itself see a part of them at a time, for the time of a `with` statement.
 
-    What an MLP widens is most of what a frozen backbone holds at once, and backward has gradients to hold besides.
+    The widened tokens of an MLP are most of what a frozen backbone holds at once, and backward holds gradients too.
     Modules that may draw random numbers, which parts would draw otherwise, or that are compiled stay whole.
     """
     changed = [

@@ -132,7 +132,7 @@ class Recorder:
         return x.movedim(-1, 1) if self.family.channels == "first" else x
 
     def read(self, stage: int, index: int, parts: int, value: Tensor, name: str) -> Tensor | None:
-        """Take a tap, or one of several parts that add up; in a live block, return what is added where it was read."""
+        """Take a tap, or one of several parts that add up; in a live block, return the value that replaces it."""
         key = (stage, index)
         if key in self.frozen.taps:
             raise RuntimeError(

@@ -48,7 +48,7 @@ def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
     """Return the tap (B, N, C) in `dtype`, as the highway reads it.
 
     Args:
-        kept: What `pack` returned.
+        kept: The tuple that `pack` returned.
         width: Channels C.
         dtype: Dtype to compute in.
     """
@@ -92,7 +92,7 @@ def read(kept: Sequence[Tensor], width: int, dtype: torch.dtype, norm: str) -> t
     """The tap as an adapter reads it, (..., C), and the deviation that it answers in, (..., 1) or None.
 
     Args:
-        kept: What `keep` returned.
+        kept: The tensors that `keep` returned.
         width: Channels C.
         dtype: Dtype to compute in.
         norm: How the tap is read.

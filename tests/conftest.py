@@ -1,5 +1,6 @@
 """Settings that every test shares."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: without network they would wait and try again
@@ -7,7 +8,33 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: without netw
 import pytest
 import torch
 
+from tests.models import Case
+
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+CORE = {
+    "adapters", "architecture", "check", "counts", "golden", "highway", "laws", "live_blocks", "recompute", "refusals",
+    "saved", "storage",
+}  # fmt: skip
+CORE_MODELS = {
+    "swin-classifier", "swin-early-maps", "vit-classifier", "dinov2-classifier", "convnext-classifier", "timm-swin",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `core` the tests of the tuner itself, on a few of the models, that are not slow."""
+    for item in items:
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        few = not isinstance(case, Case) or case.name in CORE_MODELS
+        if few and item.path.stem.removeprefix("test_") in CORE and item.get_closest_marker("slow") is None:
+            item.add_marker(pytest.mark.core)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out of every later garbage collection what the libraries hold, a million objects."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from peft import get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
+from tests.helpers import assert_same, base_outputs, every_way, outputs, ways
 from tests.models import BY_NAME, every_model, train_steps
-from tests.test_laws import assert_same, every_way, outputs
 
 
 def layer_of(model: nn.Module) -> E3VALayer:
@@ -31,7 +31,7 @@ def test_a_second_adapter_does_not_disturb_the_first(case, way):
     model.add_adapter("second", E3VAConfig(r=2, **way))
     assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
     model.set_adapter("second")
-    assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
+    assert_same(outputs(model, case.batch()), base_outputs(case), rtol=1e-5, atol=1e-6)
     train_steps(model, case.training_batch(), steps=2)
     assert_same(own_state(model, "first"), weights, rtol=0, atol=0)
     model.set_adapter("first")
@@ -43,7 +43,7 @@ def test_a_second_adapter_does_not_disturb_the_first(case, way):
     outputs(model, case.batch())
 
 
-@every_way
+@ways("", "live")  # in forward, "recompute" is the first
 @every_model
 def test_two_adapters_without_modules_of_their_own_add_up_in_one_lane(case, way):
     config = {"r": 4, "modules_to_save": [], "init_weights": False} | way
@@ -80,7 +80,7 @@ def test_two_equal_adapters_double_a_plain_lane():
 def test_two_adapters_with_heads_or_norms_of_their_own_are_refused_together(case):
     model = get_peft_model(case.base(), E3VAConfig(r=4), adapter_name="first")
     model.add_adapter("second", E3VAConfig(r=4, modules_to_save=[]))
-    with pytest.raises(ValueError, match=r"\['first'\] have heads or norms of their own.*modules_to_save=\[\]"):
+    with pytest.raises(ValueError, match=r"\['first'\].*modules_to_save=\[\]"):
         model.base_model.set_adapter(["first", "second"])
     assert model.active_adapters == ["first"]
     outputs(model, case.batch())
@@ -93,7 +93,7 @@ def test_two_adapters_with_heads_or_norms_of_their_own_are_refused_together(case
 def test_adapters_of_one_model_share_how_they_read(field, value):
     case = BY_NAME["swin-classifier"]
     model = get_peft_model(case.base(), E3VAConfig(r=4))
-    words = re.escape(f"{field}={value!r}: adapter 'second' joins adapters that have")
+    words = re.escape(f"{field}={value!r}: adapter 'second'")
     with pytest.raises(ValueError, match=words):
         model.add_adapter("second", E3VAConfig(r=4, **{field: value}))
     assert list(model.peft_config) == ["default"]
@@ -147,7 +147,7 @@ def test_saved_modules_of_two_adapters_may_not_overlap():
     ):
         case = BY_NAME["swin-upernet"]
         model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=first))
-        with pytest.raises(ValueError, match=f"'{second[0]}': overlaps '{first[0]}'"):
+        with pytest.raises(ValueError, match=f"'{second[0]}': .*'{first[0]}'"):
             model.add_adapter("second", E3VAConfig(r=4, modules_to_save=second))
         outputs(model, case.batch())
 

@@ -406,9 +406,9 @@ def test_masks_come_back_from_their_encoding():
 
 
 def test_masks_that_are_no_masks_are_refused():
-    with pytest.raises(TypeError, match=r"masks must be booleans, got float64: pass masks > 0\.5"):
+    with pytest.raises(TypeError, match=r"masks .*float64"):
         encode_masks(np.zeros((1, 4, 4)))
-    with pytest.raises(ValueError, match=r"masks must have shape \(n, H, W\), got \(4, 4\): pass one mask as"):
+    with pytest.raises(ValueError, match=r"masks .*\(n, H, W\).*\(4, 4\)"):
         encode_masks(np.zeros((4, 4), dtype=bool))
 
 
@@ -427,6 +427,6 @@ def test_numbers_of_images_that_differ_are_refused(score):
 def test_masks_that_are_missing_are_refused():
     without = dataclasses.replace(FOUND, masks=None), dataclasses.replace(TRUTH, masks=None)
     for found, truth in ((without[0], TRUTH), (FOUND, without[1])):
-        with pytest.raises(ValueError, match="an image has 2 labels and 0 masks: pass one each, or masks=False"):
+        with pytest.raises(ValueError, match=r"2 labels.*0 masks.*masks=False"):
             coco_scores([found], [truth], 2, masks=True)
     assert coco_scores([without[0]], [without[1]], 2)["box_ap"] == pytest.approx(1)

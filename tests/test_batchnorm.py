@@ -14,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
 from e3va_peft.training.batchnorm import allow_single_values
+from tests.helpers import assert_same
 from tests.models import BY_NAME, loss_of
-from tests.test_laws import assert_same
 
 KINDS = {nn.BatchNorm1d: (4,), nn.BatchNorm2d: (4, 1, 1), nn.BatchNorm3d: (4, 1, 1, 1)}
 

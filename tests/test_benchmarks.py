@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 GPU = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
 
 
+@pytest.mark.slow
 def test_the_check_of_a_gpu_rehearses_on_the_cpu_and_says_so(tmp_path):
     selection = ["--settings=vit-b,voc-retinanet-swin-l", "--methods=e3va-int4,lora", "--precisions=fp32,fp16"]
     command = [sys.executable, GPU, "--quick", "--no-compile", *selection, f"--output={tmp_path}"]

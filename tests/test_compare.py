@@ -1,4 +1,4 @@
-"""`e3va compare`: fair to every method, stopped and gone on with, and clear about what it cannot do."""
+"""`e3va compare`: fair to every method, stopped and resumed, and clear about what it cannot do."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
 from e3va_peft.training import trainer
 from e3va_peft.training.run import train
+from tests.helpers import Stop, adapter_weights, stop_after
 from tests.inputs import classify, segment, write
-from tests.test_train_command import Stop, adapter_weights, stop_after
 
 COMPARED = ("full", "head-only", "adapter")
 
@@ -64,7 +64,8 @@ def watched(monkeypatch):
     return seen
 
 
-def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_goes_on(tmp_path, watched, monkeypatch):
+@pytest.mark.slow
+def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_path, watched, monkeypatch):
     trained: list[str] = []
 
     def train_four(config, *args):
@@ -113,15 +114,14 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_goes_on(tmp_pa
     assert not watched and again[0].scores == rows[2].scores and len(again[0].step_rounds) == 1
     assert again[0].backbone_share is None
     assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]) == 1
-    with pytest.raises(
-        FileExistsError, match=r"learning_rate: 0.001 there, 0.1 now.*--overwrite".replace(".*", "[^$]*")
-    ):
+    with pytest.raises(FileExistsError, match=r"(?s)learning_rate: 0.001.*0.1 .*--overwrite"):
         compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]))
     compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]), overwrite=True)
     assert list(watched) == ["adapter-seed0"]
 
 
-def test_a_run_that_is_cut_goes_on_with_the_modules_that_were_put_in(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_run_that_is_cut_resumes_with_the_modules_that_were_put_in(tmp_path, monkeypatch):
     whole, cut = (
         read_comparison(config(tmp_path), tmp_path / name, "lorand").run("lorand", 0) for name in ("whole", "cut")
     )
@@ -137,6 +137,7 @@ def test_a_run_that_is_cut_goes_on_with_the_modules_that_were_put_in(tmp_path, m
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_command_line_compares_segmenters(tmp_path):
     arguments = ["compare", str(config(tmp_path, segment)), "--output", str(tmp_path / "out"), "--methods"]
     arguments += ["lora-checkpointing,e3va", "--learning-rate", "e3va=5e-3", "--set", "training.num_train_epochs=1"]
@@ -168,19 +169,19 @@ def test_the_configs_own_method_keeps_its_options_and_its_rate(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"methods": "e3va,adaptorformer"}, r"methods='adaptorformer': must be among .*mean adaptformer"),
-        ({"methods": "e3va,lora,e3va"}, "names e3va twice"),
-        ({"methods": ","}, "names none"),
-        ({"seeds": "0,one"}, "'one' is not a whole number"),
-        ({"seeds": "-1"}, "'-1' is not a whole number"),
-        ({"seeds": "1,1"}, "all different"),
-        ({"rates": ["lora=1e-3"]}, r"'lora' is not among the methods full, head-only, adapter"),
-        ({"rates": ["adapter"]}, r"must be a positive number. Write --learning-rate adapter=1e-3"),
-        ({"rates": ["adapter=-1"]}, "must be a positive number"),
-        ({"overrides": ["method=lora"]}, "Use --methods"),
-        ({"overrides": ["training.seed=3"]}, "Use --seeds"),
-        ({"overrides": ["training.learning_rate=3"]}, "Use --learning-rate METHOD=RATE"),
-        ({"overrides": ["output=there"]}, "Use --output"),
+        ({"methods": "e3va,adaptorformer"}, r"methods='adaptorformer': .*adaptformer"),
+        ({"methods": "e3va,lora,e3va"}, "methods=.*e3va.*twice"),
+        ({"methods": ","}, "methods="),
+        ({"seeds": "0,one"}, "seeds=.*'one'"),
+        ({"seeds": "-1"}, "seeds=.*'-1'"),
+        ({"seeds": "1,1"}, "seeds='1,1'"),
+        ({"rates": ["lora=1e-3"]}, "'lora' .*full, head-only, adapter"),
+        ({"rates": ["adapter"]}, "--learning-rate adapter="),
+        ({"rates": ["adapter=-1"]}, "adapter=-1"),
+        ({"overrides": ["method=lora"]}, "--methods"),
+        ({"overrides": ["training.seed=3"]}, "--seeds"),
+        ({"overrides": ["training.learning_rate=3"]}, "--learning-rate"),
+        ({"overrides": ["output=there"]}, "--output"),
         ({"overrides": ["training.epochs=3"]}, "training.epochs"),
     ],
 )
@@ -192,20 +193,20 @@ def test_what_cannot_be_compared_is_said_before_anything_is_loaded(arguments, wo
 def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_path, watched, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds no comparison"):
+    with pytest.raises(FileExistsError, match=r"output=.*out"):
         compare(plan(tmp_path))
-    with pytest.raises(UserError, match="is a file"):
+    with pytest.raises(UserError, match=r"output=.*config\.yaml"):
         compare(read_comparison(config(tmp_path), tmp_path / "config.yaml"))
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        with pytest.raises(UserError, match="runs in one process"):
+        with pytest.raises(UserError, match="num_processes"):
             compare(read_comparison(config(tmp_path), tmp_path / "new"))
     with monkeypatch.context() as patch:
         patch.setattr("e3va_peft.methods.base.find_exits", lambda model: [])
         with pytest.raises(UserError, match="holds no backbone"):
             compare(read_comparison(config(tmp_path), tmp_path / "new"))
     (tmp_path / "colors" / "test").rename(tmp_path / "colors" / "holiday")
-    with pytest.raises(UserError, match="no split to score on"):
+    with pytest.raises(UserError, match=r"data\.eval_split"):
         compare(read_comparison(config(tmp_path), tmp_path / "new"))
     assert not watched and not (tmp_path / "new").exists()
 

@@ -9,8 +9,8 @@ from transformers import Dinov2Backbone, Dinov2Config, SwinBackbone, SwinConfig,
 
 from e3va_peft import E3VAConfig
 from e3va_peft.meter import backbone_share
+from tests.models import SWIN_B
 
-SWIN_B = {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32], "window_size": 7}
 SWIN_L = {"embed_dim": 192, "depths": [2, 2, 18, 2], "num_heads": [6, 12, 24, 48], "window_size": 7}
 
 

@@ -99,7 +99,7 @@ def test_a_model_is_evaluated_on_roboflow_by_names(tmp_path):
     config = roboflow(tmp_path, test=2)
     split = load_eval_split(config, "boxes", ["WBC", "RBC"])
     assert split is not None and split[0][1].labels.tolist() == [0]
-    with pytest.raises(UserError, match=r"test.*_annotations\.coco\.json: has the classes \['WBC'\]"):
+    with pytest.raises(UserError, match=r"test.*_annotations\.coco\.json: .*\['WBC'\]"):
         load_eval_split(config, "boxes", ["RBC"])
 
 
@@ -178,7 +178,7 @@ def test_an_image_is_not_guessed_among_several_of_its_name(tmp_path):
     config = label_studio(tmp_path, "../upload/x.jpg", "images/1/x.jpg")
     assert len(load_splits(config, "boxes")[0]) == 1
     picture(tmp_path / "images" / "2" / "x.jpg")
-    with pytest.raises(UserError, match=r"result\.json: 1 of its 1 images .*\.\./upload/x\.jpg.*data\.images"):
+    with pytest.raises(UserError, match=r"result\.json: 1 of its 1 .*\.\./upload/x\.jpg.*data\.images"):
         load_splits(config, "boxes")
 
 

@@ -259,10 +259,10 @@ def test_annotations_may_have_no_ids_and_are_then_named_by_their_place(tmp_path)
 def test_names_of_the_config_replace_those_of_the_file_in_the_order_of_its_ids(tmp_path):
     split, _ = coco(tmp_path, labels=["Katze", "Hund"])
     assert split.labels == ("Katze", "Hund") and split[0][1].labels.tolist() == [1]
-    with pytest.raises(UserError, match=r"data\.labels: has 3 names, the dataset 2"):
+    with pytest.raises(UserError, match=r"data\.labels: .*3.*2"):
         coco(tmp_path, labels=["a", "b", "c"])
     for labels in (["dog", "cat"], ["dog", "wolf"]):
-        with pytest.raises(UserError, match=r"calls class 0 'dog', and in the dataset that is class 1"):
+        with pytest.raises(UserError, match=r"0 'dog'.* 1"):
             coco(tmp_path, labels=labels)
 
 
@@ -287,13 +287,13 @@ def test_a_split_most_of_whose_boxes_leave_their_images_is_refused(wrong, tmp_pa
     split, _ = coco(tmp_path / "half", content=many([wrong] * 5 + [[1, 1, 5, 5]] * 5))
     assert any("annotation 0" in note for note in notes(split))
     split, _ = coco(tmp_path / "most", content=many([wrong] * 6 + [[1, 1, 5, 5]] * 4))
-    with pytest.raises(UserError, match=r"6 of the 10 boxes .*annotation 0.*read as x, y .*width, height.*box_format"):
+    with pytest.raises(UserError, match=r"6 of the 10 .*annotation 0.*box_format"):
         notes(split)
 
 
 def test_boxes_between_0_and_1_are_refused_as_pixels(tmp_path):
     split, _ = coco(tmp_path, content=many([[0.5, 0.5, 0.2, 0.2]] * 10))
-    with pytest.raises(UserError, match=r"10 boxes .*between 0 and 1.*data\.box_format: cxcywh"):
+    with pytest.raises(UserError, match=r"10 .*data\.box_format: cxcywh"):
         notes(split)
 
 
@@ -320,15 +320,15 @@ def test_dropped_objects_are_warned_of_once_for_a_split(tmp_path):
 
 
 def test_a_folder_of_images_or_a_pattern_that_matches_nothing_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"no such file for any of the splits \['train'"):
+    with pytest.raises(UserError, match=r"\['train'"):
         load("boxes", images=str(tmp_path), annotations=str(tmp_path / "{split}.json"))
     (tmp_path / "objects.json").write_text(json.dumps(COCO))
-    with pytest.raises(UserError, match=r"data\.images=.*nowhere.*no such folder"):
+    with pytest.raises(UserError, match=r"data\.images=.*nowhere"):
         load("boxes", images=str(tmp_path / "nowhere"), annotations=str(tmp_path / "objects.json"))
 
 
 def test_annotations_that_are_not_there_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"data\.annotations=.*none\.json.*no such file"):
+    with pytest.raises(UserError, match=r"data\.annotations=.*none\.json"):
         load("boxes", images=str(tmp_path), annotations=str(tmp_path / "none.json"))
 
 
@@ -346,7 +346,7 @@ def test_an_image_that_exif_turns_without_changing_its_size_is_refused(orientati
     exif[0x0112] = orientation
     picture(tmp_path / "images" / "a.jpg", exif=exif)
     split, _ = coco(tmp_path, content=changed("images", file_name="a.jpg"))
-    with pytest.raises(UserError, match=r"(?s)image 'a\.jpg'.*a\.jpg is turned by its EXIF tag.*drop the tag"):
+    with pytest.raises(UserError, match=r"(?s)image 'a\.jpg'.*a\.jpg.*EXIF"):
         split[0]
 
 
@@ -355,7 +355,7 @@ def test_an_image_that_exif_rotates_away_from_its_boxes_is_refused(tmp_path):
     exif[0x0112] = 6  # turned by 90 degrees when it is shown
     picture(tmp_path / "images" / "a.jpg", exif=exif)
     split, _ = coco(tmp_path, content=changed("images", file_name="a.jpg"))
-    with pytest.raises(UserError, match=r"(?s)a\.jpg.*EXIF.*rotate"):
+    with pytest.raises(UserError, match=r"(?s)a\.jpg.*EXIF"):
         split[0]
     upright = changed("images", file_name="a.jpg", width=HEIGHT, height=WIDTH)  # boxes of what is seen
     assert coco(tmp_path, content=upright)[0][0][0].size == (HEIGHT, WIDTH)
@@ -437,10 +437,10 @@ def test_a_malformed_xml_is_named(objects, parts, tmp_path):
 
 def test_voc_that_does_not_match_its_folder_is_refused(tmp_path):
     lists(voc(tmp_path, "a", thing()), train="a\nb")
-    with pytest.raises(UserError, match=r"1 of 2 images have no annotations: .*b\.xml"):
+    with pytest.raises(UserError, match=r"1 of 2 .*b\.xml"):
         load("boxes", source=str(tmp_path))
     (tmp_path / "Annotations" / "b.xml").write_text("<annotation></annotation>")
-    with pytest.raises(UserError, match=r"1 of 2 images are not there: .*JPEGImages.b"):
+    with pytest.raises(UserError, match=r"1 of 2 .*JPEGImages.b"):
         load("boxes", source=str(tmp_path))
 
 
@@ -457,15 +457,15 @@ def test_voc_may_leave_its_size_open(size, tmp_path):
 
 
 def test_voc_has_no_masks_and_says_so(tmp_path):
-    with pytest.raises(UserError, match=r"XML has no masks.*object-detection"):
+    with pytest.raises(UserError, match=r"masks.*object-detection"):
         load("instances", source=str(lists(voc(tmp_path, "a", thing()), train="a")))
 
 
 def test_voc_without_lists_of_images_says_what_to_write(tmp_path):
-    with pytest.raises(UserError, match=r"no ImageSets/Main/\*\.txt.*Write train\.txt"):
+    with pytest.raises(UserError, match=r"ImageSets/Main/\*\.txt.*train\.txt"):
         load("boxes", source=str(voc(tmp_path, "a", thing())))
     lists(tmp_path, dog_train="a  1\n", cat_train="a -1\n")
-    with pytest.raises(UserError, match=r"no ImageSets/Main"):
+    with pytest.raises(UserError, match=r"ImageSets/Main"):
         load("boxes", source=str(tmp_path))
 
 
@@ -473,7 +473,7 @@ def test_voc_names_its_own_classes_and_refuses_others_than_those_trained_on(tmp_
     voc(tmp_path, "a", thing("wbc") + thing("rbc"))
     voc(tmp_path, "b", thing("platelet"))
     assert load("boxes", source=str(lists(tmp_path, train="a")))[0].labels == ("rbc", "wbc")
-    with pytest.raises(UserError, match=r"b\.xml, object 1 of 1: has the label 'platelet'.*data\.labels"):
+    with pytest.raises(UserError, match=r"b\.xml, object 1 of 1: .*'platelet'.*data\.labels"):
         load("boxes", source=str(lists(tmp_path, val="b")))
 
 
@@ -482,12 +482,12 @@ def test_of_two_images_of_one_name_none_is_guessed_and_other_files_do_not_matter
     (tmp_path / "JPEGImages" / "a.txt").write_text("0 0.5 0.5 1 1")
     assert len(load("boxes", source=str(tmp_path))[0]) == 1
     picture(tmp_path / "JPEGImages" / "a.png")
-    with pytest.raises(UserError, match=r"a\.png: has the name of a\.jpg"):
+    with pytest.raises(UserError, match=r"a\.png: .*a\.jpg"):
         load("boxes", source=str(tmp_path))
 
 
 def test_training_images_are_not_scored_on(tmp_path):
-    with pytest.raises(UserError, match=r"data\.eval_split='val': 1 of its 1 images are trained on"):
+    with pytest.raises(UserError, match=r"data\.eval_split='val': 1 of its 1"):
         load("boxes", source=str(lists(voc(tmp_path, "a", thing()), trainval="a", val="a")), train_split="trainval")
 
 
@@ -526,7 +526,7 @@ def test_boxes_of_every_format_are_the_same(form, box, tmp_path):
 def test_boxes_of_another_format_are_refused(tmp_path):
     source = parquet(tmp_path, [{"bbox": [[2.0, 1.0, 10.0, 6.0]], "category": ["dog"]}])
     split, _ = load("boxes", source=source, box_format="cxcywh")
-    with pytest.raises(UserError, match=r"row 0, object 1 of 1.*shares of the image.*data\.box_format"):
+    with pytest.raises(UserError, match=r"row 0, object 1 of 1.*data\.box_format"):
         verify_split(split)
 
 
@@ -592,7 +592,7 @@ def test_a_row_without_objects_stays_and_a_class_in_lists_is_refused(tmp_path):
 def test_the_size_that_a_table_states_is_checked(tmp_path):
     objects = [{"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}]
     split, _ = load("boxes", source=parquet(tmp_path, objects, width=[21], height=[10]))
-    with pytest.raises(UserError, match=r"row 0: is 21 x 10 pixels, its image .* 20 x 10"):
+    with pytest.raises(UserError, match=r"row 0: .*21 x 10.* 20 x 10"):
         split[0]
 
 
@@ -626,5 +626,5 @@ def test_fields_that_cannot_work_together_are_refused(data, parts):
 )
 @pytest.mark.parametrize("task", ["image-classification", "semantic-segmentation"])
 def test_tasks_without_objects_refuse_their_fields(task, field):
-    with pytest.raises(UserError, match=f"{next(iter(field))}=.*{task} has no objects"):
+    with pytest.raises(UserError, match=f"{next(iter(field))}=.*{task}"):
         parse_config({"task": task, "model": "m", "output": "o", "data": {"source": "s", **field}})

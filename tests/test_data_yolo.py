@@ -163,7 +163,7 @@ def test_a_model_is_evaluated_by_the_names_of_its_classes(tmp_path):
     config = ultralytics(tmp_path)
     split = load_eval_split(config, "boxes", ["bird", "dog", "cat"])
     assert split is not None and split.labels == ("bird", "dog", "cat") and split[0][1].labels.tolist() == [1]
-    with pytest.raises(UserError, match=r"data\.yaml: has the classes \['cat'\], which the model does not know"):
+    with pytest.raises(UserError, match=r"data\.yaml: .*\['cat'\]"):
         load_eval_split(config, "boxes", ["bird", "dog"])
     config.labels = ["Katze", "Hund"]
     split = load_eval_split(config, "boxes", ["Katze", "Hund"])

@@ -28,6 +28,7 @@ def tiny_vit(tmp_path, monkeypatch):
     return tmp_path / "vit"
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_road(tiny_vit, tmp_path):
     output = tmp_path / "run"
     arguments = ["demo", "--epochs", "1", "--output", str(output)]

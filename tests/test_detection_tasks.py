@@ -24,9 +24,9 @@ from e3va_peft.training.predict import draw_objects, evaluate, load_trained, pre
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import pad_batch
+from tests.helpers import Stop, adapter_weights, stop_after
 from tests.inputs import detect, save_swin, segment, small_head
 from tests.models import BY_NAME
-from tests.test_train_command import Stop, adapter_weights, stop_after
 
 EVERY_HEAD = sorted({*HEADS["object-detection"], *HEADS["instance-segmentation"]})
 
@@ -112,7 +112,7 @@ def test_an_image_that_is_resized_to_nothing_is_named(tmp_path):
     split, _ = splits(run)
     processor = run.build_processor()
     for view in (run.training_view(processor), run.evaluation_view(processor)):
-        with pytest.raises(UserError, match=r"train0\.png: 4000 x 1 pixels cannot be prepared.*Crop or remove it"):
+        with pytest.raises(UserError, match=r"train0\.png: 4000 x 1"):
             Examples(split, view)[0]
 
 
@@ -158,12 +158,12 @@ def test_a_padded_batch_moves_boxes_and_masks_along():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"masks": False}, "model_options.masks: is decided by task and head"),
-        ({"num_labels": 7}, "model_options.num_labels: is decided by the classes of the data"),
-        ({"iou_thresholds": [0.5]}, "model_options=.*Give one of each for every stage"),
+        ({"masks": False}, "model_options.masks: .*task.*head"),
+        ({"num_labels": 7}, "model_options.num_labels: .*classes"),
+        ({"iou_thresholds": [0.5]}, "model_options=.*iou_thresholds"),
         ({"fpn_channels": "many"}, "model_options=.*fpn_channels"),
-        ({"anchor_scales": []}, "model_options=.*one or more numbers above 0"),
-        ({"box_weights": [[10, 10, 5]] * 3}, "model_options=.*four numbers above 0"),
+        ({"anchor_scales": []}, "model_options=.*anchor_scales"),
+        ({"box_weights": [[10, 10, 5]] * 3}, "model_options=.*box_weights"),
     ],
 )
 def test_options_that_something_else_decides_or_that_contradict_each_other_are_refused(options, match, tmp_path):
@@ -179,7 +179,7 @@ def test_options_that_something_else_decides_or_that_contradict_each_other_are_r
     ids=str,
 )
 def test_a_size_that_does_not_keep_the_aspect_ratio_within_bounds_is_refused(size, root):
-    with pytest.raises(UserError, match=r"processor\.size=.*wants shortest_edge and longest_edge.*image_size alone"):
+    with pytest.raises(UserError, match=r"processor\.size=.*shortest_edge.*longest_edge.*image_size"):
         task(root, "retinanet", processor={"size": size}).build_processor()
 
 
@@ -202,12 +202,13 @@ def test_mask2former_refuses_to_be_scored_with_padding(root):
     model = run.build_model(split.labels).eval()
     view = run.evaluation_view(processor)
     inputs = run.collator(model, processor)([view(*split[i]) for i in (0, 1)])  # of two sizes
-    with pytest.raises(UserError, match=r"per_device_eval_batch_size=2: .*differ in size.*Set it to 1"):
+    with pytest.raises(UserError, match="per_device_eval_batch_size=2"):
         run.evidence(model(inputs["pixel_values"]), inputs, processor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["retinanet", "mask2former"])
-def test_a_run_that_was_cut_off_goes_on_and_ends_where_a_whole_one_does(head, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_resumes_and_ends_where_a_whole_one_does(head, tmp_path, monkeypatch):
     arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
     values = {name: detect(tmp_path, head, "coco", name, **arguments) for name in ("whole", "cut")}
     for config in values.values():
@@ -241,6 +242,7 @@ def test_a_run_is_scored_where_only_the_images_to_evaluate_on_are(layout, tmp_pa
         path.unlink()  # after the images, what lists them
 
 
+@pytest.mark.slow
 def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
     record = train(parse_config(detect(tmp_path, "retinanet", "coco", num_train_epochs=12, learning_rate=1e-2)))
     path = tmp_path / "shapes" / "coco" / "val.json"
@@ -254,10 +256,11 @@ def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
     assert scores["box_ap"] == pytest.approx(record["metrics"]["box_ap"], abs=1e-4) and scores["box_ap"] > 0.01
     content["categories"][0]["name"] = "triangle"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"val\.json: has the classes \['triangle'\], which the model does not know"):
+    with pytest.raises(UserError, match=r"val\.json: .*\['triangle'\]"):
         evaluate(str(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
     options = {"num_train_epochs": 4, "learning_rate": 2e-3, "load_best_model_at_end": False}
@@ -286,6 +289,7 @@ def test_an_instance_segmenter_trains_on_polygons_of_yolo(tmp_path):
     assert list(record["per_class"]["mask_ap"]) == ["square", "disc"] and record["metrics"]["mask_ap"] >= 0
 
 
+@pytest.mark.slow
 def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     values = detect(tmp_path, "cascade-mask-rcnn", "coco", num_train_epochs=30, learning_rate=1e-2)
     values["training"] |= {"eval_strategy": "no"}
@@ -421,28 +425,28 @@ def test_plain_transformers_become_detectors(name, root, tmp_path):
 
 
 def test_a_head_of_another_task_is_refused(root):
-    with pytest.raises(UserError, match=r"head='upernet': is for task: semantic-segmentation, and task is object"):
+    with pytest.raises(UserError, match=r"head='upernet': .*semantic-segmentation.*object"):
         parse_config(detect(root) | {"head": "upernet"})
-    with pytest.raises(UserError, match=r"head='mask2former': is for task: semantic-segmentation or instance-seg"):
+    with pytest.raises(UserError, match=r"head='mask2former': .*semantic-segmentation.*instance-seg"):
         parse_config(detect(root) | {"head": "mask2former"})
-    with pytest.raises(UserError, match=r"head='yolo': must be one of retinanet, faster-rcnn"):
+    with pytest.raises(UserError, match=r"head='yolo': .*retinanet"):
         parse_config(detect(root) | {"head": "yolo"})
 
 
 def test_a_detector_of_the_other_task_is_refused(root, tmp_path):
     task(root, "mask-rcnn").build_model(["a", "b"]).save_pretrained(tmp_path / "detector")
     values = detect(root, "retinanet") | {"model": str(tmp_path / "detector"), "head": None}
-    with pytest.raises(UserError, match=r"finds masks, and task is object-detection"):
+    with pytest.raises(UserError, match=r"detector.*object-detection"):
         task_of(parse_config(values)).build_model(["a", "b"])
 
 
 def test_what_is_no_backbone_is_refused_with_those_that_are(root, tmp_path):
     BY_NAME["swin-upernet"].base().save_pretrained(tmp_path / "segmenter")
-    with pytest.raises(UserError, match=r"upernet.*neither a detector.*Use Swin, ViT or DINOv2"):
+    with pytest.raises(UserError, match=r"upernet.*Swin, ViT"):
         task(root, "retinanet", model=str(tmp_path / "segmenter")).build_model(["a", "b"])
 
 
 def test_mask2former_wants_several_resolutions(root, tmp_path):
     BY_NAME["dinov2-classifier"].base().save_pretrained(tmp_path / "plain")
-    with pytest.raises(UserError, match=r"head=mask2former: wants a backbone of several resolutions"):
+    with pytest.raises(UserError, match="head=mask2former"):
         task(root, "mask2former", model=str(tmp_path / "plain")).build_model(["a", "b"])

@@ -16,8 +16,8 @@ from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.fused import Merging
 from e3va_peft.highway import Highway
 from e3va_peft.lane import Lane
+from tests.helpers import adapted, assert_same, base_outputs, layers, outputs
 from tests.models import BY_NAME, every_model, loss_of
-from tests.test_laws import adapted, assert_same, layers, outputs
 
 META = torch.device("meta")
 
@@ -108,7 +108,7 @@ def test_a_model_whose_later_stages_are_elsewhere_runs():
 def test_a_model_dispatched_to_one_device_adapts_like_one_that_is_not(case):
     base = dispatch_model(case.base(), {"": "cpu"}, force_hooks=True)
     model = get_peft_model(base, E3VAConfig(r=4)).eval()
-    assert_same(outputs(model, case.batch()), outputs(case.base(), case.batch()), rtol=1e-5, atol=1e-6)
+    assert_same(outputs(model, case.batch()), base_outputs(case), rtol=1e-5, atol=1e-6)
     loss_of(model.train()(**case.training_batch())).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -131,7 +131,7 @@ def offload_one_stage(base: nn.Module, folder: str) -> nn.Module:
 def test_an_offloaded_base_is_refused_before_it_is_changed(offload, tmp_path):
     case = BY_NAME["swin-classifier"]
     base = offload(case.base(), str(tmp_path))
-    with pytest.raises(ValueError, match=r"device_map: \d+ modules \(swin.encoder.layers.* are offloaded"):
+    with pytest.raises(ValueError, match=r"device_map: \d+ .*swin.encoder.layers"):
         get_peft_model(base, E3VAConfig(r=4))
     assert_same(outputs(base, case.batch()), outputs(case.base(), case.batch()), rtol=0, atol=0)
 
@@ -143,7 +143,7 @@ def test_an_adapted_model_can_be_offloaded_for_inference_only(name):
     expected = outputs(model, case.batch())
     cpu_offload(model, execution_device="cpu")
     assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="the highway is offloaded, so its gradients would be lost"):
+    with pytest.raises(ValueError, match="highway"):
         model(**case.training_batch())
 
 
@@ -151,5 +151,5 @@ def test_offloaded_patch_merging_in_bf16_is_refused():
     case = BY_NAME["swin-classifier"]
     model = get_peft_model(case.base().bfloat16(), E3VAConfig(r=4)).eval()
     cpu_offload(model, execution_device="cpu")
-    with pytest.raises(ValueError, match="patch merging is offloaded and not in fp32"):
+    with pytest.raises(ValueError, match=r"patch merging.*fp32"):
         outputs(model, {"pixel_values": case.batch()["pixel_values"].bfloat16()})

@@ -18,25 +18,8 @@ from e3va_peft.hooks import MergingInput, MergingOutput
 from e3va_peft.lane import Lane
 from e3va_peft.recorder import CURRENT, Recorder
 from e3va_peft.storage import NORMS, STORAGES, keep, normalized
+from tests.helpers import lane_of, written_out
 from tests.models import BY_NAME, registered
-
-
-def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
-    """The formula for adapter i, written out."""
-    scale = (t.var(-1, correction=0, keepdim=True) + 1e-8).sqrt() if stage.norm == "relative" else 1
-    if stage.norm != "none":
-        t = F.layer_norm(t, t.shape[-1:], eps=1e-8)
-    hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
-    return scale * (hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i])
-
-
-def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
-    """A lane that stands behind the one block of the first of two stages."""
-    lane = Lane(
-        [Highway([8], [1], tap_storage=tap_storage)], FrozenPass(), [1, 1], mergings=[fused.Merging([module], in_turn)]
-    )
-    lane.z, lane.block = z, 1
-    return lane
 
 
 def branches(base: nn.Module, batch: dict, points: list[tuple[nn.Module, bool]]) -> list[Tensor]:
@@ -400,11 +383,11 @@ def test_patch_merging_runs_in_the_lane_as_it_ran_in_the_backbone(storage, autoc
 def test_patch_merging_that_cannot_carry_the_lane_is_an_error_that_names_it():
     lane = lane_of(torch.ones(1), nn.Linear(1, 1))
     with CURRENT.set(recorder_of(lane)):
-        with pytest.raises(TypeError, match=r"layers.2: was given as the patch merging behind stage 2, but was not"):
+        with pytest.raises(TypeError, match=r"layers.2: .*stage 2.*by position"):
             MergingInput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
-        with pytest.raises(TypeError, match=r"layers.2: .*returned no tensor"):
+        with pytest.raises(TypeError, match=r"layers.2: .*stage 2.*returned"):
             MergingOutput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
-    with pytest.raises(RuntimeError, match="stage 0: its patch merging did not run"):
+    with pytest.raises(RuntimeError, match=r"stage 0: .*patch merging"):
         lane.behind(1, 1)
 
 
@@ -413,7 +396,7 @@ def test_parts_of_a_tap_add_up_whichever_comes_first():
     recorder = recorder_of(lane)
     first, second = torch.randn(1, 4, 8), torch.randn(1, 4, 8)
     recorder.read(0, 0, 2, first, "a")
-    with pytest.raises(RuntimeError, match=r"the taps \[0\] were not read"):
+    with pytest.raises(RuntimeError, match=r"taps \[0\]"):
         lane.behind(0, 1)
     recorder.read(0, 0, 2, second, "b")
     torch.testing.assert_close(lane.frozen.take(0, 0, 1)[0][0], first + second)
@@ -422,7 +405,7 @@ def test_parts_of_a_tap_add_up_whichever_comes_first():
 def test_a_missing_tap_is_an_error_that_says_so():
     lane = Lane([Highway(widths=[8], num_adapters=[2], r=2)], FrozenPass(), [1], taps_per_block=2)
     lane.frozen.taps[0, 0] = lane.keep(0, 0, torch.randn(1, 4, 8))
-    with pytest.raises(RuntimeError, match=r"stage 0: the taps \[1\] were not read"):
+    with pytest.raises(RuntimeError, match=r"stage 0: .*taps \[1\]"):
         lane.behind(0, 1)
 
 
@@ -432,10 +415,10 @@ def test_the_lane_moves_forward_only():
         lane.frozen.taps[0, i] = lane.keep(0, i, torch.randn(1, 4, 8))
     second = lane.behind(0, 2)
     for stage, block in ((0, 1), (0, 0)):
-        with pytest.raises(RuntimeError, match="behind block 2 of stage 0 and moves forward only"):
+        with pytest.raises(RuntimeError, match="block 2 of stage 0"):
             lane.behind(stage, block)
     assert lane.behind(0, 2) is second and lane.behind(0, 3) is not second
-    with pytest.raises(RuntimeError, match="stage 0: its patch merging did not run"):
+    with pytest.raises(RuntimeError, match=r"stage 0: .*patch merging"):
         lane.ahead(0)
 
 
@@ -446,5 +429,5 @@ def test_a_stage_that_is_not_shown_is_not_kept_and_asking_for_it_says_so():
     lane.frozen.mergings[0] = MergingCall(torch.randn(2, 15, 8), ((3, 5),), {}, None)
     lane.leave(0)
     assert not lane.passed
-    with pytest.raises(RuntimeError, match=r"behind block 1 of stage 0 is gone.*Backbone\.shown"):
+    with pytest.raises(RuntimeError, match=r"block 1 of stage 0.*Backbone\.shown"):
         lane.behind(0, 1)

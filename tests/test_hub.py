@@ -27,10 +27,10 @@ from e3va_peft import E3VAConfig, load_adapter
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
+from tests.helpers import assert_same, outputs
 from tests.hub_server import TOKEN, HubServer
 from tests.inputs import classify
 from tests.models import BY_NAME, train_steps
-from tests.test_laws import assert_same, outputs
 
 CASE = BY_NAME["swin-classifier"]
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
@@ -191,6 +191,7 @@ def test_the_other_loaders_take_the_id_too(load, pushed):
     assert_equal(load(), pushed)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_needs_nothing_but_the_id(hub, pushed, tmp_path):
     code = (
         "import torch, e3va_peft; torch.set_num_threads(1)\n"
@@ -227,7 +228,7 @@ def test_an_adapter_with_a_name_of_its_own_loads_from_its_subfolder(hub, base_id
     model.eval().push_to_hub("me/adapter")
     fresh_cache(tmp_path / "second", monkeypatch)
     assert_equal(load_adapter("me/adapter", subfolder="nuclei")[0], model)
-    with pytest.raises(FileNotFoundError, match=r"subfolder='': has no adapter_config\.json.*subfolder of their name"):
+    with pytest.raises(FileNotFoundError, match=r"subfolder='': .*adapter_config\.json"):
         load_adapter("me/adapter")
 
 
@@ -246,7 +247,7 @@ def test_what_was_loaded_once_loads_again_without_a_connection(hub, pushed, monk
 def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pushed, monkeypatch):
     log_out(monkeypatch)
     hub.repos["me/adapter"].private = hub.repos["me/base"].private = True
-    with pytest.raises(FileNotFoundError, match=r"adapter='me/adapter'.*a private.*`hf auth login`, or pass token="):
+    with pytest.raises(FileNotFoundError, match=r"adapter='me/adapter'.*`hf auth login`.*token="):
         load_adapter("me/adapter")
     again, processor = load_adapter("me/adapter", token=TOKEN)
     assert_equal(again, pushed)
@@ -254,10 +255,10 @@ def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pu
 
 
 def test_a_refused_token_is_said_to_be_refused(hub, pushed, monkeypatch):
-    with pytest.raises(PermissionError, match=r"adapter='me/adapter': the Hub refuses token=.*expired"):
+    with pytest.raises(PermissionError, match=r"adapter='me/adapter': .*token="):
         load_adapter("me/adapter", token="hf_wrong")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
-    with pytest.raises(PermissionError, match="the Hub refuses the token you are logged in with"):
+    with pytest.raises(PermissionError, match=r"adapter='me/adapter': .*logged in"):
         load_adapter("me/adapter")
     assert_equal(load_adapter("me/adapter", token=False)[0], pushed)
 
@@ -276,23 +277,23 @@ def test_a_push_without_a_right_token_changes_nothing(hub, pushed, token):
 def test_a_repository_that_is_not_there_is_named(name, logged_in, hub, monkeypatch):
     if not logged_in:
         log_out(monkeypatch)
-    with pytest.raises(FileNotFoundError, match=f"adapter='{name}': no such folder, and no such repository"):
+    with pytest.raises(FileNotFoundError, match=f"adapter='{name}'"):
         load_adapter(name)
 
 
 def test_a_revision_that_is_not_there_is_named(pushed):
-    with pytest.raises(FileNotFoundError, match="revision='v9': 'me/adapter' has no such branch, tag or commit"):
+    with pytest.raises(FileNotFoundError, match="revision='v9': 'me/adapter'"):
         load_adapter("me/adapter", revision="v9")
 
 
 def test_a_repository_without_an_adapter_is_named(base_id):
-    with pytest.raises(FileNotFoundError, match=r"adapter='me/base'.*has no adapter_config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"adapter='me/base'.*adapter_config\.json"):
         load_adapter(base_id)
 
 
 def test_a_base_model_that_is_gone_is_named_with_its_adapter(hub, pushed):
     del hub.repos["me/base"]
-    with pytest.raises(OSError, match=r"its base model 'me/base' cannot.*base_model_name_or_path"):
+    with pytest.raises(OSError, match=r"'me/base'.*base_model_name_or_path"):
         load_adapter("me/adapter")
 
 
@@ -301,14 +302,14 @@ def test_a_base_model_in_a_folder_of_another_machine_is_named(base_id, tmp_path)
     Swin.from_pretrained(base_id).save_pretrained(folder)
     get_peft_model(Swin.from_pretrained(folder), E3VAConfig(r=4)).push_to_hub("me/adapter")
     folder.rename(tmp_path / "gone")
-    with pytest.raises(OSError, match=f"its base model '{folder}' cannot be loaded.*base_model_name_or_path"):
+    with pytest.raises(OSError, match=f"'{folder}'.*base_model_name_or_path"):
         load_adapter("me/adapter")
 
 
 # Cut
 
 
-def test_a_push_goes_on_after_a_cut(hub, model):
+def test_a_push_resumes_after_a_cut(hub, model):
     hub.requests.clear()
     hub.cuts["put_object"] = 1
     model.push_to_hub("me/adapter")
@@ -334,7 +335,7 @@ def test_a_push_that_stays_cut_leaves_both_sides_as_they_were(cut, hub, model, t
     assert_equal(load_adapter("me/adapter")[0], model)
 
 
-def test_a_load_goes_on_where_it_was_cut(hub, pushed):
+def test_a_load_resumes_where_it_was_cut(hub, pushed):
     hub.cuts["get_object"] = 1
     assert_equal(load_adapter("me/adapter")[0], pushed)
     assert sum(request.startswith("GET /store") for request in hub.requests) == 3  # base, adapter, and one's rest
@@ -360,9 +361,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub, pushed):
     hub.shutdown()
     hub.server_close()
     _http.close_session()  # a connection that stays open would still be answered
-    with pytest.raises(
-        ConnectionError, match=r"adapter='me/adapter': the Hub cannot be reached.*once there is a conn"
-    ):
+    with pytest.raises(ConnectionError, match=r"adapter='me/adapter'"):
         load_adapter("me/adapter")
 
 
@@ -392,9 +391,9 @@ def test_a_token_in_a_config_is_not_written_down(hub, tmp_path, monkeypatch):
 
 def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    with pytest.raises(UserError, match=r"hub_model_id='me/colors': the Hub does not let you write.*`hf auth login`"):
+    with pytest.raises(UserError, match=r"hub_model_id='me/colors': .*`hf auth login`"):
         train(run_config(tmp_path, hub_model_id="me/colors", hub_token="hf_wrong"))
-    with pytest.raises(UserError, match=r"needs training.hub_model_id"):
+    with pytest.raises(UserError, match=r"training.hub_model_id"):
         train(run_config(tmp_path))  # nothing is there yet to lose, so the settings may change
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
@@ -406,7 +405,7 @@ def test_a_push_that_fails_after_training_leaves_the_finished_run_whole(hub, tmp
         raise HTTPError("connection reset")
 
     monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    with pytest.raises(UserError, match=r"could not be pushed.*whole in .*adapter; push it again with `hf upload"):
+    with pytest.raises(UserError, match=r"adapter.*`hf upload"):
         train(run_config(tmp_path, hub_model_id="me/colors"))
     assert (tmp_path / "run" / "metrics.json").is_file()
     load_adapter(tmp_path / "run" / "adapter")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -11,33 +10,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from e3va_peft import E3VAConfig, E3VALayer
+from e3va_peft import E3VALayer
 from e3va_peft.meter import measure_step
 from e3va_peft.storage import NORMS
-from tests.models import BY_NAME, Case, every_model_but, loss_of, tensors
-from tests.test_highway import written_out
-from tests.test_laws import adapted, assert_same, layers, outputs
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def double(value: Any) -> Any:
-    """A batch in fp64."""
-    if isinstance(value, dict):
-        return {key: double(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [double(item) for item in value]
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def step(model: nn.Module, case: Case) -> dict[str, Tensor]:
-    """The gradients of one step in fp64."""
-    model.zero_grad()
-    torch.manual_seed(0)  # Mask2Former and the detectors sample
-    loss_of(model(**double(case.training_batch()))).backward()
-    return gradients(model)
+from tests.helpers import adapted, assert_same, double, gradients, layers, outputs, step, written_out
+from tests.models import BY_NAME, every_model_but, loss_of, tensors
 
 
 def written_into(base: nn.Module, layer: E3VALayer) -> None:
@@ -158,21 +135,15 @@ def test_the_checkpoint_has_the_same_keys_whatever_is_live_and_comes_back(name, 
 def test_more_live_blocks_than_there_are_is_an_error_with_their_number(name):
     case = BY_NAME[name]
     depth = layers(adapted(case))[0].depth
-    with pytest.raises(ValueError, match=rf"live_blocks=9: the backbone has {sum(depth)} blocks to adapt"):
+    with pytest.raises(ValueError, match=rf"live_blocks=9: .*{sum(depth)}"):
         adapted(case, live_blocks=9)
-
-
-@pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
-def test_live_blocks_are_a_number(value):
-    with pytest.raises(ValueError, match=r"live_blocks=.*must be a number of blocks"):
-        E3VAConfig(live_blocks=value)
 
 
 def test_checkpointing_of_timms_own_is_refused_with_live_blocks():
     case = BY_NAME["timm-vit"]
     model = adapted(case, live_blocks=2).train()
     layers(model)[0].exit.set_grad_checkpointing(True)
-    with pytest.raises(ValueError, match=r"Call set_grad_checkpointing\(False\)"):
+    with pytest.raises(ValueError, match=r"set_grad_checkpointing\(False\)"):
         model(**case.training_batch())
     with torch.no_grad():
         model(**case.batch())

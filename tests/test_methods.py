@@ -16,8 +16,7 @@ from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.methods.base import Bottleneck
 from e3va_peft.methods.lorand import LoRand
 from e3va_peft.methods.mona import Enter, Mona
-from tests.models import BY_NAME, every_model, loss_of, registered, train_steps
-from tests.test_counts import SWIN_B
+from tests.models import BY_NAME, SWIN_B, every_model, loss_of, registered, train_steps
 
 every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize(
@@ -228,7 +227,7 @@ def test_mona_is_placed_on_the_stream_behind_each_residual_add():
 
 def test_mona_refuses_tokens_that_lie_in_no_grid():
     enter = Enter(registered("swin"), nn.Identity())
-    with pytest.raises(UserError, match="method=mona: the 100 tokens of Identity are not 0 and a grid of 16 x 8, as "):
+    with pytest.raises(UserError, match=r"method=mona: .*100 .*16 x 8"):
         enter(nn.Identity(), (torch.zeros(2, 100, 8), (16, 8)))
 
 

@@ -261,36 +261,34 @@ def test_what_is_kept_of_an_image_is_small():
 
 
 def test_ids_that_are_no_class_are_refused_with_their_place():
-    with pytest.raises(
-        ValueError, match=r"references must be 0\.\.2 or ignore_index 255, got 7 at \(0, 1\) .*relabel"
-    ):
+    with pytest.raises(ValueError, match=r"references .*ignore_index 255.*7 at \(0, 1\)"):
         MeanIoU(3).compute(predictions=[[[0, 0]]], references=[[[0, 7]]])
-    with pytest.raises(ValueError, match=r"references must be .* got -1 at \(0, 1\) and 1 more places"):
+    with pytest.raises(ValueError, match=r"references .*-1 at \(0, 1\)"):
         confusion_matrix(torch.zeros(1, 3).long(), torch.tensor([[0, -1, -1]]), 3)
-    with pytest.raises(ValueError, match=r"references must be 0\.\.2, got 3 at \(1,\)"):
+    with pytest.raises(ValueError, match=r"references .*3 at \(1,\)"):
         accuracy_scores(torch.zeros(2, 3), torch.tensor([0, 3]))
-    with pytest.raises(ValueError, match=r"predictions must be 0\.\.2, got 255 at \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"predictions .*255 at \(0, 1\)"):
         MeanIoU(3).add(prediction=[[0, 255]], reference=[[0, 1]])
 
 
 def test_no_class_at_all_is_refused():
-    with pytest.raises(ValueError, match="num_labels must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"num_labels .*0"):
         confusion_matrix(torch.zeros(1, 1).long(), torch.zeros(1, 1).long(), 0)
 
 
 def test_floating_point_labels_are_refused():
-    with pytest.raises(TypeError, match=r"predictions must be class ids in integers, got torch\.float64"):
+    with pytest.raises(TypeError, match=r"predictions .*torch\.float64"):
         MeanIoU(3).add(prediction=np.zeros((2, 2)), reference=np.zeros((2, 2), int))
-    with pytest.raises(TypeError, match=r"references must be class ids in integers, got torch\.float32"):
+    with pytest.raises(TypeError, match=r"references .*torch\.float32"):
         accuracy_scores(torch.eye(2), torch.tensor([0.2, 0.7]))
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match=r"predictions and references .* got \(1, 2\) and \(2, 1\): resize"):
+    with pytest.raises(ValueError, match=r"predictions and references .*\(1, 2\).*\(2, 1\)"):
         MeanIoU(3).add(prediction=[[0, 1]], reference=[[0], [1]])
-    with pytest.raises(ValueError, match=r"must have the same shape, got \(2,\) and \(1,\)"):
+    with pytest.raises(ValueError, match=r"\(2,\).*\(1,\)"):
         accuracy_scores(torch.zeros(2, 3), torch.zeros(1).long())
-    with pytest.raises(ValueError, match=r"scores must have shape \(N, K\), got \(2,\)"):
+    with pytest.raises(ValueError, match=r"scores .*\(N, K\).*\(2,\)"):
         accuracy_scores(torch.zeros(2), torch.zeros(2).long())
-    with pytest.raises(ValueError, match=r"confusion must be a square matrix \(K, K\), got shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"confusion .*\(K, K\).*\(2, 3\)"):
         segmentation_scores(torch.zeros(2, 3))

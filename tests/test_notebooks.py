@@ -22,7 +22,7 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-# Processes, each of which imports everything, take longer than all they do.
+# Processes, each of which imports everything, take longer than all they do: in 02 the first command is one.
 IN_PROCESS = """
 from e3va_peft.cli import app
 def e3va(*arguments):
@@ -61,6 +61,7 @@ def pictures_of(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
     return [out for cell in notebook.cells for out in cell.get("outputs", ()) if "image/png" in out.get("data", {})]
 
 
+@pytest.mark.slow
 def test_quickstart_goes_from_base_model_to_reloaded_adapter(tmp_path):
     model, data = save_swin(tmp_path / "model"), save_colors(tmp_path / "data", test=3)
     notebook = run(
@@ -73,6 +74,7 @@ def test_quickstart_goes_from_base_model_to_reloaded_adapter(tmp_path):
     assert "| eval_accuracy |" in card and "green, red" in card
 
 
+@pytest.mark.slow
 def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
     model, data = save_swin(tmp_path / "model"), save_discs(tmp_path / "my-data", train=8, val=4)
     parameters = (
@@ -80,7 +82,7 @@ def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
         "LABELS, REDUCE_LABELS = ['ground', 'disc'], True\n"
         "IMAGE_SIZE, HEAD_WIDTH, EPOCHS, BATCH = 32, 16, 3, 4"
     )
-    notebook = run("02_train_your_own.ipynb", parameters, tmp_path)
+    notebook = run("02_train_your_own.ipynb", parameters, tmp_path, in_process=True)
     runs = tmp_path / "runs"
     assert (runs / "e3va" / "adapter" / "adapter_model.safetensors").is_file()
     records = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("e3va", "head-only")}
@@ -95,6 +97,7 @@ def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
     assert "100.0% of the pixels as `e3va predict` says" in text_of(notebook)
 
 
+@pytest.mark.slow
 def test_where_the_memory_goes_shows_it(tmp_path):
     parameters = (
         "SWIN = dict(image_size=32, patch_size=2, embed_dim=8, depths=[1, 2, 1], num_heads=[1, 2, 2], window_size=4)\n"
@@ -105,6 +108,7 @@ def test_where_the_memory_goes_shows_it(tmp_path):
     assert "lora-checkpointing" in text_of(notebook) and "ms per step" in text_of(notebook)
 
 
+@pytest.mark.slow
 def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
     model, shapes = save_swin(tmp_path / "model"), save_shapes(tmp_path / "shapes")
     discs = save_discs(tmp_path / "discs")
@@ -125,6 +129,7 @@ def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
     assert "trained parameters for a backbone of" in text_of(notebook) and "mask_ap" in str(notebook.cells)
 
 
+@pytest.mark.slow
 def test_add_a_backbone_goes_from_a_wrong_declaration_to_a_reloaded_adapter(tmp_path):
     notebook = run("05_add_a_backbone.ipynb", "STEPS = 3", tmp_path)
     wrong, right = (text for cell in notebook.cells if "  Saved and loaded" in (text := text_of_cell(cell)))

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
+from tests.helpers import adapted, assert_same, blocks, every_way, outputs
 from tests.models import BY_NAME, Case, every_model, loss_of, train_steps
-from tests.test_laws import adapted, assert_same, blocks, every_way, outputs
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ STORED = [{}, {"tap_storage": "int8"}, {"tap_storage": "recompute", "live_blocks
 def test_ddp_sees_no_unused_parameter(case, way, process_group):
     model = get_peft_model(case.base(), E3VAConfig(r=4, **way)).train()
     model = DistributedDataParallel(model, find_unused_parameters=False)
-    for _ in range(3):  # DDP complains at the next step about parameters that got no gradient in this one
+    for _ in range(2):  # DDP complains at the next step about parameters that got no gradient in this one
         loss_of(model(**case.training_batch())).backward()
 
 
@@ -180,6 +180,7 @@ def trained_by_two(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", SHARDED)
 def test_two_processes_that_shard_train_save_and_resume_like_one(key, trained_by_two):
     name, config, _ = SHARDED[key]
@@ -275,7 +276,7 @@ def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
     model = get_peft_model(case.base(), E3VAConfig(r=4))
     model.base_model.model.vit.base_layer.layers[0].mlp.fc1.weight.requires_grad = True
     compiled = torch.compile(model, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"ViTModel\.layers\.0\.mlp\.fc1\.weight has requires_grad=True"):
+    with pytest.raises(ValueError, match=r"ViTModel\.layers\.0\.mlp\.fc1\.weight"):
         compiled.train()
 
 

@@ -154,15 +154,15 @@ def test_the_command_ends_with_an_error_where_an_image_is_broken_and_without_whe
 
 def test_images_of_one_name_are_refused_before_anything_is_loaded(pictures, tmp_path):
     given = [str(pictures / "a.jpg"), str(pictures / "below" / "a.png")]
-    with pytest.raises(UserError, match=r"below/a\.png.*has the name of .*a\.jpg.*two folders"):
+    with pytest.raises(UserError, match=r"below/a\.png.*a\.jpg"):
         predict("./not-looked-at", given, tmp_path / "found")
 
 
 def test_nothing_to_predict_is_refused_before_anything_is_loaded(pictures, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no images there \(\.bmp, .*\.webp\)"):
+    with pytest.raises(UserError, match=r"\(\.bmp, .*\.webp\)"):
         predict("./not-looked-at", [str(tmp_path / "empty")], tmp_path / "found")
-    with pytest.raises(UserError, match=r"nowhere.*no such file or folder"):
+    with pytest.raises(UserError, match="nowhere"):
         predict("./not-looked-at", [str(pictures), str(tmp_path / "nowhere")], tmp_path / "found")
 
 
@@ -170,7 +170,7 @@ def test_earlier_predictions_are_kept_unless_overwrite_is_said(adapters, picture
     output = tmp_path / "found"
     predict(str(adapters / "segmenter"), [str(pictures / "a.jpg")], output)
     before = (output / "predictions.json").read_bytes()
-    with pytest.raises(FileExistsError, match=r"found.*holds predictions\.json.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"found.*predictions\.json.*--overwrite"):
         predict(str(adapters / "segmenter"), [str(pictures)], output)
     assert (output / "predictions.json").read_bytes() == before
     predict(str(adapters / "segmenter"), [str(pictures)], output, overwrite=True)
@@ -223,9 +223,9 @@ def test_the_folder_of_a_whole_model_works_like_an_adapter(name, adapters, pictu
 
 def test_a_folder_without_anything_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is not a run, adapter or model"):
+    with pytest.raises(UserError, match="empty"):
         load_trained(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="nowhere"):
         load_trained(str(tmp_path / "nowhere"))
 
 
@@ -233,7 +233,7 @@ def test_an_adapter_without_image_processor_is_refused(adapters, tmp_path):
     for file in (adapters / "classifier").iterdir():
         if file.name != "preprocessor_config.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match=r"has no image processor \(preprocessor_config\.json\)\. Save one beside"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         load_trained(str(tmp_path))
 
 
@@ -243,7 +243,7 @@ def test_an_adapter_whose_base_model_is_gone_is_explained(adapters, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     gone = str(tmp_path / "gone")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": gone}))
-    with pytest.raises(UserError, match=r"cannot be loaded: .*base_model_name_or_path"):
+    with pytest.raises(UserError, match="base_model_name_or_path"):
         load_trained(str(tmp_path))
 
 
@@ -267,9 +267,9 @@ def test_code_beside_an_adapter_or_a_model_is_neither_run_nor_asked_about(adapte
         with pytest.raises(UserError, match="cannot be loaded"):
             load_trained(str(folder))
         assert not (folder / "ran").exists()
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json names no image processor.*not run unasked"):
+    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
         e3va_peft.load_adapter(tmp_path / "classifier")
-    with pytest.raises(UserError, match=r"preprocessor_config\.json: cannot be read.*author's is not run"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         find_processor(str(tmp_path / "classifier-base"))
 
 
@@ -311,10 +311,10 @@ def run_folder(tmp_path: Path, method: str = "e3va", model: str = "m", **data: A
 
 
 @pytest.mark.parametrize("method", ["e3va", "lora", "head-only", "full"])
-def test_a_run_that_is_not_finished_is_refused_with_how_to_go_on(method, tmp_path):
+def test_a_run_that_is_not_finished_is_refused_with_how_to_resume(method, tmp_path):
     run = run_folder(tmp_path, method)
     (run / "checkpoint-5").mkdir()
-    with pytest.raises(UserError, match=r"run: holds a run that is not finished.*e3va train"):
+    with pytest.raises(UserError, match=r"run: .*e3va train"):
         load_trained(str(run))
 
 
@@ -334,7 +334,7 @@ def test_a_whole_model_that_lacks_weights_is_refused_by_their_names(part, adapte
     BitImageProcessor(size={"shortest_edge": 32}).save_pretrained(folder)
     load_trained(str(folder))
     without(folder, part)
-    with pytest.raises(UserError, match=rf"model: has no weights for \d+ parameters.*\['{part}.*would be random"):
+    with pytest.raises(UserError, match=rf"model: .*\['{part}"):
         load_trained(str(folder))
 
 
@@ -348,7 +348,7 @@ def test_a_lora_adapter_that_lacks_weights_is_refused_by_their_names(part, adapt
     BitImageProcessor(size={"shortest_edge": 32}).save_pretrained(run / "adapter")
     load_trained(str(run))
     without(run / "adapter", part)
-    with pytest.raises(UserError, match=rf"adapter: the adapter there lacks \d+ weights, '.*{part}.*Restore the file"):
+    with pytest.raises(UserError, match=rf"adapter: .*'.*{part}"):
         load_trained(str(run))
 
 
@@ -362,12 +362,12 @@ def test_an_adapter_and_a_base_model_that_lack_weights_are_refused_when_they_sha
     (tmp_path / "classifier" / "adapter_config.json").write_text(json.dumps(config))
     assert len(predict(str(tmp_path / "classifier"), [str(pictures)], tmp_path / "found")) == 4
     for broken, part, words in (
-        ("classifier-base", "swin.encoder.layers.0", r"classifier-base' has no weights for \d+ parameters"),
-        ("classifier", "e3va_highway", r"the adapter lacks \d+ of its \d+ weights"),
+        ("classifier-base", "swin.encoder.layers.0", r"classifier-base' .*\d+ parameters"),
+        ("classifier", "e3va_highway", r"\d+ of its \d+ weights"),
     ):
         whole = next((tmp_path / broken).glob("*model.safetensors")).read_bytes()
         without(tmp_path / broken, part)
-        with pytest.raises(UserError, match=rf"classifier: cannot be loaded: .*{words}"):
+        with pytest.raises(UserError, match=rf"classifier: .*{words}"):
             predict(str(tmp_path / "classifier"), [str(pictures)], tmp_path / "other")
         next((tmp_path / broken).glob("*model.safetensors")).write_bytes(whole)
 
@@ -375,7 +375,7 @@ def test_an_adapter_and_a_base_model_that_lack_weights_are_refused_when_they_sha
 def test_a_run_whose_config_is_broken_is_named(tmp_path):
     run = run_folder(tmp_path)
     (run / "config.yaml").write_text("task: [")
-    with pytest.raises(UserError, match=r"config\.yaml: is not valid YAML"):
+    with pytest.raises(UserError, match=r"config\.yaml"):
         load_trained(str(run))
 
 
@@ -421,7 +421,7 @@ def test_an_adapter_alone_needs_a_config_to_be_scored_and_its_classes_must_be_th
     config = load_trained(str(finished)).config
     assert config is not None
     config.data.labels = ["disc", "edge", "ground"]
-    with pytest.raises(UserError, match=r"data\.labels: .*\['disc', 'edge', 'ground'\].*in the model's order"):
+    with pytest.raises(UserError, match=r"data\.labels: .*\['disc', 'edge', 'ground'\]"):
         evaluate(str(adapters / "classifier"), config)
-    with pytest.raises(UserError, match=r"task=image-classification: .*for semantic-segmentation"):
+    with pytest.raises(UserError, match=r"task=image-classification: .*semantic-segmentation"):
         evaluate(str(adapters / "segmenter"), config)

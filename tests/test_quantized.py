@@ -19,8 +19,8 @@ import e3va_peft
 from e3va_peft import E3VAConfig, E3VALayer
 from e3va_peft.meter import backbone_share, measure_step
 from e3va_peft.training import training_arguments
+from tests.helpers import assert_same, outputs
 from tests.models import BY_NAME, Case, loss_of, train_steps
-from tests.test_laws import assert_same, outputs
 
 
 def four_bit(spared: list[str] | None) -> BitsAndBytesConfig:
@@ -183,7 +183,7 @@ def test_a_quantised_head_is_refused_before_anything_is_changed(method, load):
     base = load(case, everything)
     before = [(name, type(module), len(module._forward_hooks)) for name, module in base.named_modules()]
     with pytest.raises(
-        ValueError, match=r"modules_to_save=\['classifier'\].*classifier\.weight is a .*not_convert=\['classifier'\]"
+        ValueError, match=r"modules_to_save=\['classifier'\].*classifier\.weight.*not_convert=\['classifier'\]"
     ):
         get_peft_model(base, E3VAConfig())
     assert before == [(name, type(module), len(module._forward_hooks)) for name, module in base.named_modules()]
@@ -208,7 +208,7 @@ def test_a_head_of_convolutions_needs_no_exception(how, load):
 def test_patch_merging_that_rounds_its_input_is_refused(load):
     case = BY_NAME["swin-classifier"]
     base = load(case, BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=HEAD))
-    with pytest.raises(ValueError, match=r"drown.*llm_int8_skip_modules=\['swin\.encoder\.layers\.0\.downsample'"):
+    with pytest.raises(ValueError, match=r"llm_int8_skip_modules=\['swin\.encoder\.layers\.0\.downsample'"):
         get_peft_model(base, E3VAConfig())
     spared = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=[*HEAD, ".*downsample"])
     model = get_peft_model(load(case, spared), E3VAConfig(r=4)).eval()

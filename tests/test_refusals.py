@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import types
 import warnings
 from collections import OrderedDict
@@ -16,38 +17,34 @@ from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
 from e3va_peft import Backbone, E3VAConfig, E3VALayer, register_backbone, registered_backbones
+from tests.helpers import ways
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
 
 @pytest.mark.parametrize(
-    ("argument", "value", "remedy"),
+    ("argument", "value"),
     [
-        ("r", 0, "at least 1"),
-        ("r", 2.5, "whole number"),
-        ("r", True, "whole number"),
-        ("bottleneck_ratio", 0, "positive"),
-        ("bottleneck_ratio", float("nan"), "positive"),
-        ("bottleneck_ratio", "half", "positive"),
-        ("taps", (), "sequence of names"),
-        ("taps", ("attention", "attention"), "each once"),
-        ("taps", "attention", "sequence of names"),
-        ("taps", ("mlp", 1), "sequence of names"),
-        ("taps", ("block", "mlp"), r"\('block',\) alone"),
-        ("tap_storage", "fp8", "one of .*int8"),
-        ("target_modules", "all-linear", "the exit is found by itself"),
-        ("target_modules", 3, "list of module names"),
-        ("exclude_modules", [""], "list of module names"),
-        ("modules_to_save", "classifier", r"\['classifier'\]"),
-        ("modules_to_save", [3], "list of module names"),
-        ("init_weights", "zeros", "True or False"),
-        ("bias", "all", "no gradient enters"),
-        *(("task_type", task, "Leave it None") for task in TaskType),
+        *(("r", value) for value in (0, 2.5, True)),
+        *(("bottleneck_ratio", value) for value in (0, float("nan"), "half")),
+        *(("taps", value) for value in ((), ("attention", "attention"), "attention", ("mlp", 1), ("block", "mlp"))),
+        ("tap_storage", "fp8"),
+        *(("live_blocks", value) for value in (-1, 1.5, True, "2")),
+        *(("target_modules", value) for value in ("all-linear", 3)),
+        ("exclude_modules", [""]),
+        *(("modules_to_save", value) for value in ("classifier", [3])),
+        ("init_weights", "zeros"),
+        ("bias", "all"),
     ],
 )
-def test_config_refuses(argument, value, remedy):
-    with pytest.raises(ValueError, match=remedy) as error:
+def test_config_refuses_by_name_and_value(argument, value):
+    with pytest.raises(ValueError, match=re.escape(f"{argument}={value!r}")):
         E3VAConfig(**{argument: value})
-    assert str(error.value).startswith(f"{argument}=")
+
+
+@pytest.mark.parametrize("task", TaskType)
+def test_config_refuses_every_task_type(task):
+    with pytest.raises(ValueError, match="task_type="):
+        E3VAConfig(task_type=task)
 
 
 def test_config_keeps_what_it_was_given_in_a_normal_form():
@@ -101,7 +98,7 @@ def refused(model: nn.Module, match: str, **config) -> None:
 def test_a_bare_root_is_refused_with_what_to_do_instead():
     refused(
         ViTModel(ViTConfig(**PLAIN)),
-        "model=ViTModel: the model itself is the backbone's exit.*ViTForImageClassification",
+        "model=ViTModel: .*ViTForImageClassification",
     )
 
 
@@ -115,7 +112,7 @@ def test_target_modules_that_are_no_exit_are_refused():
     refused(case.base(), r"target_modules=\['q_proj'\].*\['swin.encoder'\]", target_modules=["q_proj"])
     refused(case.base(), r"target_modules='.*layers.*'", target_modules=r".*layers.*")
     refused(case.base(), r"target_modules=\['swin.encoder', 'nope'\]", target_modules=["swin.encoder", "nope"])
-    refused(case.base(), r"exclude_modules=\['encoder'\]: leaves no backbone", exclude_modules=["encoder"])
+    refused(case.base(), r"exclude_modules=\['encoder'\]", exclude_modules=["encoder"])
 
 
 def test_exit_names_may_be_given():
@@ -179,7 +176,7 @@ def test_a_module_in_front_of_the_backbone_that_wants_a_gradient_is_refused():
         )
         model.stem = nn.Conv2d(3, 3, 1)
         adapted = get_peft_model(model, E3VAConfig(r=4)).train()
-        with pytest.raises(ValueError, match="a module in front of the backbone wants a gradient"):
+        with pytest.raises(ValueError, match=r"in front of the backbone.*modules_to_save"):
             adapted(**case.training_batch())
         frozen = get_peft_model(adapted.unload(), E3VAConfig(r=4, modules_to_save=["head"])).train()
         loss_of(frozen(**case.training_batch())).backward()
@@ -188,7 +185,7 @@ def test_a_module_in_front_of_the_backbone_that_wants_a_gradient_is_refused():
 def test_a_module_under_two_names_and_a_part_of_a_saved_module_are_refused():
     model = BY_NAME["swin-in-own-head"].base()
     model.alias = model.head
-    with pytest.raises(ValueError, match="'head' is registered again as 'alias'"):
+    with pytest.raises(ValueError, match=r"'head'.*'alias'"):
         get_peft_model(model, E3VAConfig(r=4))
     case = BY_NAME["swin-upernet"]
     refused(case.base(), "is a part of 'decode_head'", modules_to_save=["decode_head", "decode_head.classifier"])
@@ -226,18 +223,19 @@ def test_requires_grad_set_by_hand_in_the_frozen_region_is_refused_at_the_next_s
         frozen = next(m for n, m in model.named_modules() if n.endswith(name) or type(m).__name__ in name)
         parameter_name, parameter = next(iter(frozen.named_parameters()))
         parameter.requires_grad = True
-        with pytest.raises(ValueError, match=rf"{parameter_name} has requires_grad=True.*never train"):
+        with pytest.raises(ValueError, match=f"{parameter_name} .*requires_grad"):
             model(**case.training_batch())
         parameter.requires_grad = False
     model(**case.training_batch())
 
 
+@ways("", "live")
 @every_model
-def test_a_gradient_for_the_input_warns_and_stays_none(case):
-    model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
+def test_a_gradient_for_the_input_warns_and_stays_none(case, way):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, **way)).train()
     batch = case.training_batch()
     batch["pixel_values"].requires_grad_()
-    with pytest.warns(UserWarning, match="input of the backbone requires a gradient.*disable_adapter"):
+    with pytest.warns(UserWarning, match="input.*disable_adapter"):
         loss_of(model(**batch)).backward()
     assert batch["pixel_values"].grad is None
 
@@ -246,7 +244,7 @@ def test_a_gradient_for_the_input_warns_and_stays_none(case):
 def test_merging_is_refused_with_what_to_do_instead(case):
     model = get_peft_model(case.base(), E3VAConfig(r=4))
     for attempt in (model.merge_and_unload, model.merge_adapter, model.unmerge_adapter):
-        with pytest.raises(NotImplementedError, match=r"E3VA cannot be merged.*unload\(\)"):
+        with pytest.raises(NotImplementedError, match=r"unload\(\)"):
             attempt()
     model(**case.batch())
 
@@ -266,7 +264,7 @@ def test_mixed_is_refused():
 def test_bare_parameters_beside_the_backbone_stay_frozen_and_that_is_said():
     model = BY_NAME["swin-in-own-head"].base()
     model.temperature = nn.Parameter(torch.ones(1))
-    with pytest.warns(UserWarning, match=r"\['temperature'\] sit directly on HeadOnModel.*stay frozen"):
+    with pytest.warns(UserWarning, match=r"\['temperature'\].*HeadOnModel"):
         adapted = get_peft_model(model, E3VAConfig(r=4))
     assert not adapted.base_model.model.temperature.requires_grad
 
@@ -312,9 +310,9 @@ def test_register_backbone_refuses_what_it_cannot_take():
     with pytest.raises(TypeError, match="must be an"):
         register_backbone(Backbone)
     swin = registered_backbones()["swin"]
-    with pytest.raises(ValueError, match=r"name='swin': taken by the family of .*SwinEncoder"):
+    with pytest.raises(ValueError, match=r"name='swin': .*SwinEncoder"):
         register_backbone(replace(swin, exits=("mine.MyEncoder",)))
-    with pytest.raises(ValueError, match=r"exits=\['.*SwinEncoder'\]: adapted by the family 'swin'"):
+    with pytest.raises(ValueError, match=r"exits=\['.*SwinEncoder'\]: .*'swin'"):
         register_backbone(replace(swin, name="mine"))
 
 
@@ -341,7 +339,7 @@ class PromptInFront(nn.Module):
 def test_a_module_between_embeddings_and_exit_that_wants_a_gradient_is_refused():
     model = get_peft_model(PromptInFront(), E3VAConfig(r=4)).train()
     batch = BY_NAME["dinov2-classifier"].training_batch()
-    with pytest.raises(ValueError, match="a module in front of the backbone wants a gradient"):
+    with pytest.raises(ValueError, match=r"in front of the backbone.*modules_to_save"):
         model(**batch)
     model.base_model.model.prompt.requires_grad_(False)
     loss_of(model(**batch)).backward()
@@ -364,7 +362,7 @@ def test_bare_parameters_of_a_method_s_module_are_held_frozen():
     case = BY_NAME["timm-vit"]
     model = get_peft_model(case.base(), E3VAConfig(r=4)).train()
     model.base_model.model.model.pos_embed.requires_grad = True
-    with pytest.raises(ValueError, match=r"VisionTransformer\.pos_embed has requires_grad=True"):
+    with pytest.raises(ValueError, match=r"VisionTransformer\.pos_embed"):
         model(**case.training_batch())
 
 
@@ -393,5 +391,5 @@ def test_blocks_that_share_a_module_which_is_read_are_refused():
     model = case.base()
     model.dinov2.encoder.layer[1] = model.dinov2.encoder.layer[0]
     adapted = get_peft_model(model, E3VAConfig(r=4)).train()
-    with pytest.raises(RuntimeError, match=r"layer\.\d: attention: was read twice in one forward"):
+    with pytest.raises(RuntimeError, match=r"layer\.\d: attention: .*twice"):
         adapted(**case.training_batch())

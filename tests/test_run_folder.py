@@ -21,8 +21,8 @@ from e3va_peft.training.config import parse_config
 from e3va_peft.training.folder import LOCK, MARKER, locked
 from e3va_peft.training.predict import load_trained
 from e3va_peft.training.run import train
+from tests.helpers import Stop, stop_after
 from tests.inputs import classify, write
-from tests.test_train_command import Stop, stop_after
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,7 @@ def quick(root: Path, output: str = "run", **training: Any) -> dict[str, Any]:
 def test_a_project_of_somebodys_own_is_refused_before_any_work_and_stays_as_it_is(method, overwrite, tmp_path):
     before = foreign(tmp_path / "run")
     config = parse_config(quick(tmp_path) | {"method": method, "data": {"source": str(tmp_path / "nowhere")}})
-    with pytest.raises(FileExistsError, match=r"output='.*run': is not empty and holds no run.*another folder\.$"):
+    with pytest.raises(FileExistsError, match=r"output='.*run': (?!.*empty file)"):
         train(config, overwrite=overwrite)
     assert contents(tmp_path / "run") == before
 
@@ -65,7 +65,7 @@ def test_a_project_of_somebodys_own_is_refused_before_any_work_and_stays_as_it_i
 def test_a_config_that_could_be_a_runs_makes_no_run_of_a_folder(overwrite, tmp_path):
     config = parse_config(quick(tmp_path))
     before = foreign(tmp_path / "run", config.to_yaml())
-    with pytest.raises(FileExistsError, match=rf"holds no run.*an earlier version.*put an empty file \{MARKER} there"):
+    with pytest.raises(FileExistsError, match=rf"output=.*\{MARKER}"):
         train(config, overwrite=overwrite)
     assert contents(tmp_path / "run") == before
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_is_a_link_is_put_aside_and_its_target_is_not_touched(ov
     load_trained(str(tmp_path / "run"))
 
 
-def test_a_run_in_the_home_folder_is_in_one_place_and_goes_on_there(tmp_path, monkeypatch):
+def test_a_run_in_the_home_folder_is_in_one_place_and_resumes_there(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     values = quick(tmp_path, num_train_epochs=2) | {
@@ -198,7 +198,7 @@ def test_a_config_is_not_written_over_by_the_run_that_was_read_from_it(tmp_path)
         assert contents(tmp_path / "own") == {"config.yaml": before}
 
 
-def test_a_runs_own_config_goes_on_with_it_and_keeps_its_comments(tmp_path, monkeypatch):
+def test_a_runs_own_config_resumes_it_and_keeps_its_comments(tmp_path, monkeypatch):
     values = quick(tmp_path, num_train_epochs=2)
     with monkeypatch.context() as patch:
         stop_after(4, patch)
@@ -237,7 +237,7 @@ def test_a_folder_in_which_another_run_trains_is_refused_before_any_work(tmp_pat
     lock = hold(tmp_path / "run", os.getppid(), socket.gethostname())
     before = contents(tmp_path / "run")
     for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match=rf"process {os.getppid()} on .* is training there.*remove {lock}"):
+        with pytest.raises(FileExistsError, match=rf"process {os.getppid()} .*{lock}"):
             train(config, overwrite=overwrite)
     assert contents(tmp_path / "run") == before
 
@@ -246,7 +246,7 @@ def test_a_folder_in_which_another_run_trains_is_refused_before_any_work(tmp_pat
 def test_a_lock_of_which_nothing_can_be_known_is_kept(text, tmp_path):
     lock = hold(tmp_path / "run", 1, "another-host")
     lock.write_text(text)
-    with pytest.raises(FileExistsError, match=rf"is training there.*remove {lock}"):
+    with pytest.raises(FileExistsError, match=f"{lock}"):
         train(parse_config(quick(tmp_path)))
     assert lock.read_text() == text
 
@@ -260,7 +260,7 @@ def test_a_lock_whose_process_has_ended_is_taken_over(pid, tmp_path):
 
 def test_two_runs_of_one_process_do_not_share_a_folder(tmp_path):
     config = parse_config(quick(tmp_path))
-    with locked(tmp_path / "run"), pytest.raises(FileExistsError, match=f"process {os.getpid()} on"):
+    with locked(tmp_path / "run"), pytest.raises(FileExistsError, match=f"process {os.getpid()}"):
         train(config)
     assert train(config)["steps"] == 3
 

@@ -28,8 +28,8 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import e3va_peft
 from e3va_peft import E3VAConfig
+from tests.helpers import assert_same, outputs
 from tests.models import BY_NAME, STAGES, SWIN, dinov2_config, every_model, registered, train_steps
-from tests.test_laws import assert_same, outputs
 
 CLASSIFIERS = [
     "swin-classifier",
@@ -100,7 +100,7 @@ def test_config_names_what_was_trained_in_full(case, tmp_path):
 
 
 @every_model
-def test_training_goes_on_after_loading(case, tmp_path):
+def test_training_continues_after_loading(case, tmp_path):
     model = trained(case)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(case.base(), tmp_path, is_trainable=True)
@@ -174,7 +174,7 @@ def test_another_number_of_classes_fails_with_both_numbers_and_the_call(load, pr
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     get_peft_model(base, E3VAConfig(r=4)).save_pretrained(tmp_path / "adapter")
     other = SwinForImageClassification.from_pretrained(pretrained)
-    with pytest.raises(ValueError, match=r"has 5 classes.*trained for 3.*num_labels=3.*e3va_peft\.load_adapter"):
+    with pytest.raises(ValueError, match=r"5 .*3.*num_labels=3"):
         load(other, tmp_path / "adapter")
 
 
@@ -224,27 +224,23 @@ def test_a_head_that_was_not_saved_is_missed_when_the_base_is_put_together(tmp_p
     base = BY_NAME["dinov2-upernet"].base()
     base.backbone = Dinov2Backbone.from_pretrained(tmp_path / "dinov2", out_features=STAGES)
     get_peft_model(base, E3VAConfig(r=4, modules_to_save=["auxiliary_head"])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"no weights for \['decode_head'\]"):
+    with pytest.raises(ValueError, match=r"\['decode_head'\]"):
         e3va_peft.load_adapter(tmp_path / "adapter")
 
 
 def test_what_cannot_be_rebuilt_says_why(tmp_path):
     trained(BY_NAME["swin-classifier"]).save_pretrained(tmp_path / "nameless")
-    with pytest.raises(
-        ValueError, match=r"does not know where the weights of its base model are.*base_model_name_or_path"
-    ):
+    with pytest.raises(ValueError, match="base_model_name_or_path"):
         e3va_peft.load_adapter(tmp_path / "nameless")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="adapter="):
         e3va_peft.load_adapter(tmp_path / "missing")
     get_peft_model(BY_NAME["swin-classifier"].base(), LoraConfig(target_modules=["q_proj"])).save_pretrained(
         tmp_path / "lora"
     )
-    with pytest.raises(ValueError, match=r"holds .*LORA, not E3VA"):
+    with pytest.raises(ValueError, match=r"LORA.*E3VA"):
         e3va_peft.load_adapter(tmp_path / "lora")
     trained(BY_NAME["swin-in-own-head"]).save_pretrained(tmp_path / "own")
-    with pytest.raises(
-        ValueError, match=r"tests\.models\.HeadOnModel, code of its author's.*PeftModel\.from_pretrained"
-    ):
+    with pytest.raises(ValueError, match=r"tests\.models\.HeadOnModel.*PeftModel\.from_pretrained"):
         e3va_peft.load_adapter(tmp_path / "own")
 
 
@@ -253,7 +249,7 @@ def test_an_adapter_of_another_depth_is_refused(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     config["modules_to_save"] = []
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"the base model no such highway.*out_features"):
+    with pytest.raises(ValueError, match="out_features"):
         PeftModel.from_pretrained(BY_NAME["swin-early-maps"].base(), tmp_path)
 
 
@@ -299,7 +295,7 @@ def test_a_base_model_that_lacks_weights_of_its_backbone_is_refused_by_their_nam
         e3va_peft.load_adapter(adapter)
         return
     edit(pretrained, drop(part))
-    with pytest.raises(ValueError, match=rf"pretrained' has no weights for \d+ parameters, \['{part}.*be random"):
+    with pytest.raises(ValueError, match=rf"pretrained' .*\['{part}"):
         e3va_peft.load_adapter(adapter)
 
 
@@ -307,7 +303,7 @@ def test_a_base_model_of_another_size_is_refused(adapter, pretrained):
     config = BY_NAME["swin-classifier"].base().config
     config.embed_dim *= 2
     SwinForImageClassification(config).save_pretrained(pretrained)
-    with pytest.raises(ValueError, match=r"has no weights for \d+ parameters, .*or has them in other sizes"):
+    with pytest.raises(ValueError, match=r"pretrained' .*\d+ parameters"):
         e3va_peft.load_adapter(adapter)
 
 
@@ -319,14 +315,14 @@ def test_a_backbone_that_lacks_weights_is_refused_where_the_base_was_put_togethe
     get_peft_model(base, E3VAConfig(r=4)).save_pretrained(tmp_path / "adapter")
     e3va_peft.load_adapter(tmp_path / "adapter")
     edit(tmp_path / "dinov2", drop("layer.1."))
-    with pytest.raises(ValueError, match=r"dinov2' has no weights for \d+ parameters, \['encoder\.layer\.1"):
+    with pytest.raises(ValueError, match=r"dinov2' .*\['encoder\.layer\.1"):
         e3va_peft.load_adapter(tmp_path / "adapter")
 
 
 def test_a_new_head_that_was_not_saved_is_missed(pretrained, tmp_path):
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     get_peft_model(base, E3VAConfig(r=4, modules_to_save=[])).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match=r"no weights for 2 parameters, \['classifier.bias', 'classifier.weight'\]"):
+    with pytest.raises(ValueError, match=r"\['classifier.bias', 'classifier.weight'\]"):
         e3va_peft.load_adapter(tmp_path / "adapter")
     base = SwinForImageClassification.from_pretrained(pretrained)
     model = get_peft_model(base, E3VAConfig(r=4, modules_to_save=[], init_weights=False)).eval()
@@ -348,19 +344,19 @@ LOADS = {
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (drop("e3va_highway"), r"the adapter lacks \d+ of its \d+ weights, '.*e3va_highway"),
-        (drop_half, r"the adapter lacks \d+ of its \d+ weights, '.*e3va_highway.*Restore the file"),
+        (drop("e3va_highway"), r"\d+ of its \d+ weights, '.*e3va_highway"),
+        (drop_half, r"\d+ of its \d+ weights, '.*e3va_highway"),
         (
             lambda weights: weights.update({"base_model.model.swin.embeddings.norm.weight": torch.full((16,), 9.0)}),
-            r"has swin\.embeddings\.norm\.weight, which is neither.*would change the frozen base",
+            r"swin\.embeddings\.norm\.weight",
         ),
         (
             lambda weights: weights.update({"base_model.model.swin.encoder.e3va_highway.x.y": torch.ones(1)}),
-            r"has .*e3va_highway.*x\.y of shape \(1,\), the base model no such highway",
+            r"e3va_highway.*x\.y of shape \(1,\)",
         ),
         (
             lambda weights: weights.update({"base_model.model.swin.layernorm.bias": torch.ones(7)}),
-            r"layernorm.*bias of shape \(7,\), the base model one of shape",
+            r"layernorm.*bias of shape \(7,\)",
         ),
     ],
     ids=["no-highway", "half", "frozen", "too-many", "size"],
@@ -374,7 +370,7 @@ def test_a_file_that_is_not_all_of_an_adapter_and_nothing_else_is_refused(load, 
 
 def test_a_head_that_is_not_in_the_file_is_named(adapter):
     edit(adapter, drop("classifier"))
-    with pytest.raises(ValueError, match=r"lacks the weights '.*classifier\.\w+', which .* modules_to_save"):
+    with pytest.raises(ValueError, match=r"'.*classifier\.\w+'.*modules_to_save"):
         e3va_peft.load_adapter(adapter)
 
 
@@ -402,7 +398,7 @@ def test_a_model_saved_by_transformers_itself_is_rebuilt_too(pretrained, tmp_pat
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     config = E3VAConfig(r=4, init_weights=False)
     if Version(peft.__version__) < Version(MIN_PEFT_VERSION):  # transformers 5.24 asks for a PEFT that is not out yet
-        with pytest.raises(ValueError, match=rf"version of PEFT .* use a version >= {MIN_PEFT_VERSION}"):
+        with pytest.raises(ValueError, match=f"PEFT .*{MIN_PEFT_VERSION}"):
             base.add_adapter(config)
         assert get_peft_model(base, config).get_nb_trainable_parameters()[0] > 0  # the model is as it was
         return
@@ -456,6 +452,7 @@ def test_a_model_card_of_the_users_own_is_not_overwritten(pretrained, tmp_path):
     assert (tmp_path / "adapter" / "preprocessor_config.json").read_text() == "{}"
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_adapter(pretrained, tmp_path):
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     model = get_peft_model(base, E3VAConfig(r=4, init_weights=False)).eval()

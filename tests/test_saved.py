@@ -23,8 +23,8 @@ from e3va_peft import E3VAConfig
 from e3va_peft.meter import measure_step
 from e3va_peft.methods import adapt
 from e3va_peft.saved import FILE_FROM, SavedModule
+from tests.helpers import assert_same, outputs
 from tests.models import BY_NAME, every_model, train_steps
-from tests.test_laws import assert_same, outputs
 
 OWN = BY_NAME["swin-in-own-head"]
 
@@ -91,6 +91,7 @@ def test_the_peak_of_a_step_holds_one_head_as_that_of_the_head_alone():
     assert ours.peak_bytes < 1.02 * alone.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_base_s_head_takes_no_memory_of_the_process():
     code = "from tests.test_saved import adapt_in_this_process; adapt_in_this_process()"

@@ -13,8 +13,8 @@ from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
 from e3va_peft.meter import measure_step
 from e3va_peft.storage import STORAGES, pack, unpack
+from tests.helpers import lane_of
 from tests.models import BY_NAME, every_model, loss_of, tensors
-from tests.test_highway import lane_of
 
 
 def with_outliers(width: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

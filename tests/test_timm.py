@@ -210,7 +210,7 @@ def test_dinos_name_for_intermediate_layers_is_adapted_too(name):
 @VITS
 def test_a_form_that_is_not_adapted_is_refused_by_its_argument(name, argument):
     model = adapted(base(name))
-    with pytest.raises(NotImplementedError, match=f"{argument}=True: E3VA does not adapt this form"):
+    with pytest.raises(NotImplementedError, match=f"{argument}=True"):
         run(model, "forward_intermediates", **{argument: True})
     with model.disable_adapter():
         run(model, "forward_intermediates", **{argument: True})  # the base may
@@ -220,7 +220,7 @@ def test_a_form_that_is_not_adapted_is_refused_by_its_argument(name, argument):
 def test_a_block_of_another_layout_is_refused_before_anything_is_changed(block):
     model = timm.create_model("vit_tiny_patch16_224", num_classes=3, block_fn=block, **TIMM_VIT)
     keys = [*model.__dict__], [*model.state_dict()], [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=rf"blocks\.0 \({block.__name__}\).*does not know this variant"):
+    with pytest.raises(ValueError, match=rf"blocks\.0 \({block.__name__}\)"):
         get_peft_model(model, E3VAConfig())
     assert keys == ([*model.__dict__], [*model.state_dict()], [p.requires_grad for p in model.parameters()])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -228,7 +228,7 @@ def test_a_block_of_another_layout_is_refused_before_anything_is_changed(block):
 
 def test_another_packages_vision_transformer_is_not_taken_for_timms():
     model = TorchvisionViT(28, 7, 2, 2, 16, 32, num_classes=3)
-    with pytest.raises(ValueError, match="model=VisionTransformer: holds no backbone that E3VA knows"):
+    with pytest.raises(ValueError, match="model=VisionTransformer"):
         get_peft_model(model, E3VAConfig())
 
 

@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer
+from tests.helpers import Stop, adapter_weights, stop_after
 from tests.inputs import classify, detect, segment, write
 
 
@@ -44,11 +44,6 @@ def losses(record: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in record["history"] if "loss" in entry]
 
 
-def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
-    return load_file(file)
-
-
 def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "e3va_peft", *map(str, arguments)],
@@ -58,6 +53,7 @@ def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProc
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "method"),
     [(segment, name) for name in ("e3va", "head-only", "lora", "full", "mona")]
@@ -90,12 +86,21 @@ def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
     assert evaluate(str(tmp_path / "run"), parse_config(values))[0]["accuracy"] == 1.0
 
 
-def test_an_e3va_adapter_is_complete_by_itself(tmp_path):
-    record = train(parse_config(classify(tmp_path)))
-    model, processor = e3va_peft.load_adapter(tmp_path / "run" / "adapter")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run that is finished, to be read only: the folder that it is in, and its record."""
+    root = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        return root, train(parse_config(classify(root)))
+
+
+def test_an_e3va_adapter_is_complete_by_itself(finished):
+    root, record = finished
+    model, processor = e3va_peft.load_adapter(root / "run" / "adapter")
     assert model.get_base_model().config.id2label == {0: "green", 1: "red"}
     assert processor.crop_size["height"] == 32
-    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    card = (root / "run" / "adapter" / "README.md").read_text()
     assert f"| accuracy | {record['metrics']['accuracy']:.4g} |" in card and "green, red" in card
 
 
@@ -111,23 +116,23 @@ def test_a_model_with_modules_put_in_is_loaded_from_its_run_and_refused_without_
     saved = load_trained(str(run)).model.state_dict()
     assert all(torch.equal(saved[name], value) for name, value in adapter_weights(run).items())
     assert any("baseline_adapter" in name for name in saved)
-    with pytest.raises(UserError, match=r"model: holds modules that a method has put into the backbone.*of the run"):
+    with pytest.raises(UserError, match=r"model: .*of the run"):
         load_trained(str(run / "model"))
     weights = {name: value for name, value in adapter_weights(run).items() if "baseline_adapter" not in name}
     save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        UserError, match=r"model: does not hold the weights of a model trained by method=mona.*Restore"
-    ):
+    with pytest.raises(UserError, match=r"model: .*method=mona"):
         load_trained(str(run))
 
 
-def test_a_finished_run_is_not_trained_again_unless_told(tmp_path):
+def test_a_finished_run_is_trained_again_only_if_told_and_what_it_did_not_write_stays(tmp_path):
     config = parse_config(classify(tmp_path))
     first = train(config)
-    with pytest.raises(FileExistsError, match=r"finished.*--overwrite"):
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="--overwrite"):
         train(config)
     again = train(config, overwrite=True)
     assert again["metrics"] == first["metrics"] and not again["resumed"]
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_the_method_can_be_part_of_the_output_so_that_a_comparison_is_one_word(tmp_path):
@@ -137,24 +142,15 @@ def test_the_method_can_be_part_of_the_output_so_that_a_comparison_is_one_word(t
     assert outputs == [str(tmp_path / "run-lora"), str(tmp_path / "run-full")]
 
 
-def test_other_settings_do_not_go_into_the_folder_of_a_run(tmp_path):
-    train(parse_config(classify(tmp_path)))
-    other = parse_config(classify(tmp_path, learning_rate=1e-4))
-    with pytest.raises(FileExistsError, match=r"training.learning_rate: 0.005 there, 0.0001 now"):
-        train(other)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "mine.txt").write_text("keep")
-    with pytest.raises(FileExistsError, match="not empty"):
-        train(parse_config(classify(tmp_path, "notes")), overwrite=True)
-    assert (tmp_path / "notes" / "mine.txt").read_text() == "keep"
-
-
-def test_overwriting_removes_what_the_run_wrote_and_nothing_else(tmp_path):
-    config = parse_config(classify(tmp_path))
-    train(config)
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    train(config, overwrite=True)
-    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+def test_other_settings_do_not_go_into_the_folder_of_a_run(finished):
+    root, _ = finished
+    with pytest.raises(FileExistsError, match=r"training.learning_rate: 0.005.*0.0001"):
+        train(parse_config(classify(root, learning_rate=1e-4)))
+    (root / "notes").mkdir()
+    (root / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(FileExistsError, match="notes"):
+        train(parse_config(classify(root, "notes")), overwrite=True)
+    assert (root / "notes" / "mine.txt").read_text() == "keep"
 
 
 def test_the_learning_rate_of_a_run_falls_at_its_lr_steps(tmp_path):
@@ -165,24 +161,8 @@ def test_the_learning_rate_of_a_run_falls_at_its_lr_steps(tmp_path):
     assert rates[3] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-5)
 
 
-class Stop(Exception):
-    pass
-
-
-def stop_after(step: int, monkeypatch, error: Exception | None = None) -> None:
-    """Let training die in the step after `step`, as a power cut would."""
-    original = VisionTrainer.training_step
-
-    def training_step(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise error or Stop
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(VisionTrainer, "training_step", training_step)
-
-
 @pytest.mark.parametrize("method", ["e3va", "full", "mona"])
-def test_the_same_command_goes_on_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
+def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
     arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
     options = {"method": method, "model_options": {"drop_path_rate": 0.0}}
     whole = train(parse_config(classify(tmp_path, "whole", **arguments) | options))
@@ -219,7 +199,7 @@ def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path
 
 @pytest.mark.parametrize("method", ["e3va", "lora"])
 @pytest.mark.parametrize("part", ["highway|lora_A", "classifier"])
-def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_gone_on_from(method, part, tmp_path, monkeypatch):
+def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_resumed_from(method, part, tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path) | {"method": method})
     with monkeypatch.context() as patch:
         stop_after(7, patch)
@@ -228,14 +208,14 @@ def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_gone_on_from(meth
     file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
     weights = {name: value for name, value in load_file(file).items() if not re.search(part, name)}
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"checkpoint-6: the adapter there lacks \d+ weights, '.*may be removed"):
+    with pytest.raises(UserError, match=rf"checkpoint-6: .*\d+ weights, '.*({part})"):
         train(config)
 
 
 @pytest.mark.parametrize("method", ["e3va", "lora"])
 def test_a_new_head_that_would_be_neither_trained_nor_saved_is_refused(method, tmp_path):
     values = classify(tmp_path) | {"method": {"name": method, "modules_to_save": []}}
-    with pytest.raises(UserError, match=r"modules_to_save: leaves out \['classifier.weight', 'classifier.bias'\]"):
+    with pytest.raises(UserError, match=r"modules_to_save: .*\['classifier.weight', 'classifier.bias'\]"):
         train(parse_config(values))
     values["method"]["modules_to_save"] = ["classifier"]
     assert train(parse_config(values))["steps"] == 9
@@ -243,7 +223,7 @@ def test_a_new_head_that_would_be_neither_trained_nor_saved_is_refused(method, t
 
 def test_a_part_of_a_new_segmenter_that_would_be_neither_trained_nor_saved_is_refused(tmp_path):
     values = segment(tmp_path) | {"method": {"name": "e3va", "modules_to_save": ["decode_head"]}}
-    with pytest.raises(UserError, match=r"leaves out \['backbone.hidden_states_norms.* which start at random"):
+    with pytest.raises(UserError, match=r"modules_to_save: .*\['backbone.hidden_states_norms"):
         train(parse_config(values))
 
 
@@ -257,23 +237,23 @@ def test_a_pretrained_head_may_stay_as_it_is(tmp_path):
     assert load_trained(str(tmp_path / "run")).labels == ("green", "red")
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_goes_on(tmp_path):
-    values = classify(tmp_path, num_train_epochs=4000, logging_steps=1, eval_strategy="no", save_strategy="no")
-    config = write(tmp_path / "config.yaml", values)
-    command = [sys.executable, "-m", "e3va_peft", "train", str(config)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    while line and "trained parameters" not in line:
-        line = process.stdout.readline()
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    step = int(re.search(r"stopped at step (\d+) of 12000", errors)[1])
-    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == f"checkpoint-{step}"
-    assert "Traceback" not in errors
+def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, monkeypatch):
+    config = write(tmp_path / "config.yaml", classify(tmp_path, eval_strategy="no", save_strategy="no"))
+    original = VisionTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTrainer, "training_step", training_step)
+        stopped = CliRunner().invoke(app, ["train", str(config)])
+    assert stopped.exit_code == 130 and "step 5 of 9" in stopped.output, stopped.output
+    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-5"
+    assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
+    record = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert record["resumed"] and record["steps"] == 9
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, monkeypatch):
@@ -286,7 +266,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionTrainer, "compute_loss", compute_loss)
-        with pytest.raises(UserError, match=r"loss is nan at step 8.*learning rate.*lower training.learning_rate"):
+        with pytest.raises(UserError, match=r"nan at step 8.*training.learning_rate"):
             train(config)
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
     assert train(config)["steps"] == 12
@@ -304,28 +284,30 @@ def test_label_maps_that_are_all_ignored_are_named_and_teach_nothing(tmp_path, c
     assert "1 label maps of" in shown and "teach nothing" in shown and "0.png" in shown
 
 
-def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp_path):
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")
+def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp_path, monkeypatch):
     # a real failure to write: files may not grow beyond a limit that the second file of a checkpoint exceeds
+    import resource
+
+    original = VisionTrainer._save_optimizer_and_scheduler
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limited(self, folder):
+        if self.state.global_step > 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10000, before[1]))
+        try:
+            original(self, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
     config = write(tmp_path / "config.yaml", classify(tmp_path))
-    code = (
-        "import resource, signal, sys\n"
-        "from e3va_peft.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "import transformers.trainer as t\n"
-        "save = t.Trainer._save_optimizer_and_scheduler\n"
-        "def limited(self, folder):\n"
-        "    if self.state.global_step > 3:\n"
-        "        resource.setrlimit(resource.RLIMIT_FSIZE, (10000, resource.RLIM_INFINITY))\n"
-        "    return save(self, folder)\n"
-        "t.Trainer._save_optimizer_and_scheduler = limited\n"
-        f"sys.argv = ['e3va', 'train', {str(config)!r}]\n"
-        "main()\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    assert "the disk is full" in done.stderr and "same command resumes" in done.stderr, done.stderr
-    assert "Traceback" not in done.stderr
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTrainer, "_save_optimizer_and_scheduler", limited)
+        done = CliRunner().invoke(app, ["train", str(config)])
+    signal.signal(signal.SIGXFSZ, ignored)
+    assert done.exit_code == 1
+    assert "the disk is full" in done.output and "same command resumes" in done.output, done.output
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-3"]
     assert train(parse_config(classify(tmp_path)))["resumed"]
 
@@ -340,7 +322,7 @@ def test_a_broken_image_is_named_before_training_starts(tmp_path):
     config = parse_config(classify(tmp_path))
     broken = tmp_path / "colors" / "train" / "red" / "3.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    with pytest.raises(UserError, match=r"1 of 12 examples:\n.*train/red/3.png: is cut short"):
+    with pytest.raises(UserError, match=r"1 of 12 examples:\n.*train/red/3.png"):
         train(config)
 
 
@@ -363,6 +345,7 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
     torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
     common = {"logging_steps": 1, "load_best_model_at_end": False}
     train(parse_config(classify(tmp_path, "one", **common)))
@@ -394,6 +377,7 @@ def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, 
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(scores))
 
 
+@pytest.mark.slow
 def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypatch):
     common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
     tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
@@ -416,6 +400,7 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypat
                 assert found[metric] == pytest.approx(value, abs=1e-6, nan_ok=True), (name, metric)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_scores_and_predicts(tmp_path):
     config = write(tmp_path / "config.yaml", segment(tmp_path))
     done = e3va("train", config, "--set", "training.num_train_epochs=1", HF_DATASETS_CACHE=str(tmp_path / "cache"))

@@ -11,8 +11,8 @@ from transformers import Trainer
 
 from e3va_peft import E3VAConfig
 from e3va_peft.training import MetricsToCard, training_arguments
+from tests.helpers import StopAt, assert_same, outputs
 from tests.models import BY_NAME, CASES, DETECTORS, Case, every_model_but
-from tests.test_laws import assert_same, outputs
 
 
 class Examples(Dataset):
@@ -81,14 +81,6 @@ def test_resume_equals_an_uninterrupted_run(name, tmp_path):
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == whole.state.global_step == 12
     assert_same(weights(resumed.model), weights(whole.model), rtol=1e-6, atol=1e-7)
-
-
-class StopAt(MetricsToCard):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 def test_load_best_model_at_end(tmp_path):

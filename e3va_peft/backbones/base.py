@@ -189,7 +189,7 @@ class ExitCall:
         method: The method; "" where the exit is the whole module.
         depth: Blocks that are adapted in each stage (`Site.depth`).
         tail: The modules named in `Backbone.tail`, trained copies where there are any.
-        tail_input: What entered the first of them, (B, N, C); None without a tail.
+        tail_input: Input of the first of them, (B, N, C); None without a tail.
         args: Positional arguments of the call.
         kwargs: Keyword arguments, which may decide what an output is.
         ends: Stage -> what entered the module at its end (`Backbone.ends`), channels last; empty without such modules.
@@ -227,13 +227,13 @@ class Backbone:
 
     Attributes:
         name: The family's name, as in the list of supported backbones.
-        about: What it is, in a few words, for that list.
+        about: A few words about it, for that list.
         exits: Qualified names of the exit's classes.
         methods: Where the exit is a method of such a class: its names; each of them is adapted.
         blocks: Pattern of the blocks' names relative to the exit: `layers.{stage}.blocks.{block}`, or, of one stage,
             `layers.{block}`.
         width: Name of a norm in a block, whose size is the stage's width C.
-        branches: What can be read of a block: name -> where, in the order in which they run.
+        branches: Branches of a block, in the order in which they run: name -> where to read it.
         tap_norm: How adapters read a tap where `E3VAConfig.tap_norm` is None.
         tokenwise: Name of the module in a block that maps each token (..., C) by itself and widens it on the way, its
             MLP: a second run of the backbone gives it a part of the tokens at a time. "" where no one module does.
@@ -247,7 +247,7 @@ class Backbone:
         ends: Where each stage ends in a norm inside the exit, so that outputs are behind it: its name,
             `stages.{stage}.layer_norm`. It stays frozen; what enters it must be the output of the stage's last block,
             and is there for the splice, which runs it again (`ExitCall.ends`).
-        hosts: What surrounds the exit, by the class of an ancestor. The first that fits is taken.
+        hosts: Surroundings of the exit, by the class of an ancestor. The first that fits is taken.
         shown: Whether the outputs of a call show the lane of stages before the last. It is kept for them, which takes
             memory; a splice that asks for it where it is not is refused.
         prepare: call -> (args, kwargs) of the frozen run, where the splice needs other outputs than were asked for.

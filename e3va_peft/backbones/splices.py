@@ -92,7 +92,7 @@ def stages_of_tokens(outputs: Any, lane: Lane, call: ExitCall, hidden_before_mer
     (B, C, H, W), or the stage *before* merging where the caller (a backbone) asked for that.
 
     Args:
-        outputs: What the encoder returned.
+        outputs: Outputs of the encoder.
         lane: The lane.
         call: The call.
         hidden_before_merging: The hidden states follow what the caller asked for too.

@@ -27,8 +27,8 @@ def draw_tradeoff(
         places: Name, mean and standard deviation (None: not known) of each method.
         costs: Where each method is on the x axis, which begins at 0.
         path: The PNG; replaced where it exists.
-        cost: What the costs are, with their unit.
-        metric: What the means are.
+        cost: Name of the costs, with their unit.
+        metric: Name of the metric.
     """
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)

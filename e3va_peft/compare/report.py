@@ -38,7 +38,7 @@ class Row:
         scores: Of each run, at the end of training.
         mean: Of the scores.
         deviation: Sample standard deviation of the scores; None for one run.
-        learning_rate: What it was trained with.
+        learning_rate: Learning rate of its training.
         trained_parameters: Number of trained parameters, head included.
         steps: Optimizer steps of a run.
         epochs: Epochs of a run.

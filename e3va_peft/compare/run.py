@@ -116,7 +116,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     they come from the random state that dropout and drop-path use, too.
 
     Args:
-        comparison: What is compared.
+        comparison: The comparison.
         overwrite: Train all runs again.
 
     Returns:
@@ -153,9 +153,9 @@ def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int)
     """Measure one training step of every method in interleaved rounds, so that a busy moment hits all alike.
 
     Args:
-        comparison: What is compared.
+        comparison: The comparison.
         task: Its task.
-        split: What is trained on; the first images are the batch.
+        split: The training split; its first images are the batch.
         rounds: How often each is measured.
     """
     first = comparison.run(comparison.methods[0], comparison.seeds[0])
@@ -238,7 +238,7 @@ def _check_place(output: Path) -> None:
 
 
 def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
-    """Find out before the first run what would stop a later one; return what is trained on."""
+    """Find out before the first run what would stop a later one; return the training split."""
     data = comparison.config.data
     split, eval_split = load_splits(data, task.label_kind, comparison.seeds[0])
     if eval_split is None:

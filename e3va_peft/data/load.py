@@ -36,7 +36,7 @@ def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Spl
 
     Args:
         config: The `data` section of a run.
-        kind: What is known of an image.
+        kind: Kind of the labels.
         seed: Of `train_samples`.
 
     Raises:
@@ -66,7 +66,7 @@ def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str], 
 
     Args:
         config: The `data` section of a run.
-        kind: What is known of an image.
+        kind: Kind of the labels.
         labels: The model's class names in the order of their ids. Those of the data are matched by name.
         seed: Of `eval_samples`.
 

@@ -18,7 +18,7 @@ from e3va_peft.detection.coco import LEAST_SIDE, are_numbers, encode_segmentatio
 from e3va_peft.errors import UserError
 
 Record: TypeAlias = dict[str, Any]
-"""The annotations of one image, undecoded; kept as JSON in a table, of which worker processes need no copy.
+"""Undecoded annotations of one image. A table keeps them as JSON, which worker processes share without a copy.
 
 `id`: of the image. `where`: what to call it in an error. `size`: height and width for which it was annotated, or None.
 `format`: of the boxes; with yolo, masks are shares of the image too. `objects`: one mapping each of `name`, `label`
@@ -93,7 +93,7 @@ class Decoded:
     """The objects of one image, and what was done to its annotations.
 
     Attributes:
-        objects: What is left.
+        objects: The remaining objects.
         dropped: Names of annotations whose box or mask has no area inside of the image.
         clipped: Names of boxes that left the image by more than a pixel.
         outside: Those of both lists whose box is the reason.

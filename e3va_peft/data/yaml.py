@@ -18,7 +18,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
     Args:
         text: The YAML.
-        where: What it is of, for messages.
+        where: Name of the file, for messages.
 
     Raises:
         UserError: It is not valid, gives a key twice, or has too many aliases.

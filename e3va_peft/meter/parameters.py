@@ -33,10 +33,10 @@ class BackboneShare:
 
 
 def backbone_share(model: PeftModel) -> BackboneShare:
-    """Report the share of a model's backbones that E3VA trains, the number to hold against the paper's 1.5 %.
+    """Report the share of a model's backbones that E3VA trains, to compare with the paper's 1.5 %.
 
     Args:
-        model: What `get_peft_model(model, E3VAConfig())` returned.
+        model: Result of `get_peft_model(model, E3VAConfig())`.
 
     Raises:
         ValueError: The model holds no E3VA adapter.

@@ -29,7 +29,7 @@ class Method:
     Attributes:
         name: Its word in configs and on the command line.
         title: Its name in tables.
-        trains: What it trains in the backbone, in a word or two.
+        trains: The parts of the backbone that it trains, in a word or two.
         adapt: (model, options) -> the model, made trainable.
         learning_rate: A rate to start from, with AdamW. Each method has its own best one: search it.
         source: Where it was published.
@@ -82,7 +82,7 @@ def refuse_lost(adapted: nn.Module, new: Sequence[str]) -> None:
     A whole model is saved with all it has; of an adapter's base only what it trains.
 
     Args:
-        adapted: What a method has made trainable.
+        adapted: A model with the parameters that a method has made trainable.
         new: Names of the parameters of its base that no checkpoint gave their values.
 
     Raises:

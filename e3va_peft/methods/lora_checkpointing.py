@@ -19,7 +19,7 @@ def lora_checkpointing(model: nn.Module, **options: Any) -> nn.Module:
 
 
 def checkpointed(model: nn.Module) -> nn.Module:
-    """Switch on checkpointing of every block, in the reentrant form, which keeps its inputs where the meter sees them.
+    """Switch on reentrant checkpointing of every block: the meter can count the inputs that this form keeps.
 
     It wants an input that requires a gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a
     tuple, so the hook sits behind the embeddings' dropout. transformers checkpoints Swin's stages and the blocks in

@@ -65,7 +65,7 @@ def model_config(model: str) -> Any:
 def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTrainedModel]:
     """Return a function that builds the model which `e3va train` would train, in fp32, without its weights.
 
-    What it builds is on the device of the context it is called in: `with torch.device("meta")` for one without memory.
+    The model is on the device of the surrounding context: `with torch.device("meta")` for one without memory.
 
     Args:
         model: Short name, folder or Hub id.

@@ -170,7 +170,7 @@ def runs_on(capability: tuple[int, int], built_for: Sequence[str]) -> bool | Non
 
     Args:
         capability: CUDA compute capability of the card.
-        built_for: What `torch.cuda.get_arch_list()` says. Empty, for a PyTorch without CUDA, gives None.
+        built_for: Result of `torch.cuda.get_arch_list()`. Empty, for a PyTorch without CUDA, gives None.
     """
     if not built_for:
         return None

@@ -54,7 +54,7 @@ class MethodPlan:
 
     Attributes:
         method: Name of the method.
-        trains: What it trains besides the head.
+        trains: The parts that it trains besides the head.
         trainable_parameters: Number of elements in parameters that are trained.
         peak_bytes: Peak of live tensor bytes over forward, backward and AdamW step, as `measure_step` counts it.
         peak_parameters: Part of the peak: parameters and buffers.
@@ -328,7 +328,7 @@ class FakeStep:
             return count_saved(forward, [*self.model.parameters(), *self.model.buffers()])
 
     def _trace(self, batch_size: int) -> Trace:
-        """Run a step and return what it held."""
+        """Run a step and return its peak and what that consists of."""
         with self.faking():
             optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
@@ -464,7 +464,7 @@ class _CudaAutocast(TorchFunctionMode):
 def _by_the_rules_of_cuda() -> Iterator[None]:
     """Let `_CudaAutocast` decide for the time of a `with` statement, and in backward, where autograd lifts all modes.
 
-    What backward runs again is modules, so the mode is entered by a hook on the outermost that is called.
+    Backward runs modules again, so the mode is entered by a hook on the outermost that is called.
     """
     entered: list[tuple[nn.Module, _CudaAutocast]] = []
 

@@ -44,11 +44,11 @@ class VisionTrainer(Trainer):
     Args:
         task: What to score.
         processor: The model's image processor, which turns outputs into predictions.
-        callbacks: In place of Trainer's own progress bar and printer.
+        callbacks: Instead of Trainer's own progress bar and printer.
         kwargs: For `Trainer`.
 
     Attributes:
-        scores: What the last evaluation gave, per-class scores included.
+        scores: Scores of the last evaluation, per-class scores included.
     """
 
     def __init__(self, task: Task, processor: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:

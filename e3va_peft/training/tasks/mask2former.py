@@ -42,7 +42,7 @@ def build(config: Any, task: str, source: str, new: bool) -> Mask2FormerForUnive
         config: Config of the model. Notes the task, which no other part of the model tells.
         task: Name of the task.
         source: Hub id or folder of the model, or of the backbone alone.
-        new: It is of the backbone alone.
+        new: Whether the source is the backbone alone.
     """
     config.task = task
     if not new:

@@ -1,0 +1,132 @@
+"""Helpers for tests of tiny models and runs: adapt one, run it, compare outputs and gradients, stop a run."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from e3va_peft import E3VAConfig, E3VALayer, fused
+from e3va_peft.backbones.base import in_turn
+from e3va_peft.frozen_pass import FrozenPass
+from e3va_peft.highway import Highway, Stage
+from e3va_peft.lane import Lane
+from e3va_peft.training import MetricsToCard
+from e3va_peft.training.trainer import VisionTrainer
+from tests.models import Case, loss_of, tensors
+
+WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute"}}
+
+
+def ways(*names: str) -> pytest.MarkDecorator:
+    """Parametrise over some of the ways to configure an adapter."""
+    return pytest.mark.parametrize("way", [WAYS[name] for name in names], ids=names)
+
+
+every_way = ways(*WAYS)
+
+
+def adapted(case: Case, **config) -> nn.Module:
+    return get_peft_model(case.base(), E3VAConfig(r=4, **config)).eval()
+
+
+def outputs(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return dict(tensors(model(**batch, output_hidden_states=True)))
+
+
+@cache
+def base_outputs(case: Case) -> dict[str, torch.Tensor]:
+    """What the base gives for a case's batch, computed once: compare with it, change nothing of it."""
+    return outputs(case.base(), case.batch())
+
+
+def assert_same(left: dict, right: dict, **tolerance) -> None:
+    assert left.keys() == right.keys()
+    for key in left:
+        torch.testing.assert_close(left[key], right[key], msg=lambda text, key=key: f"{key}: {text}", **tolerance)
+
+
+def layers(model: nn.Module) -> list[E3VALayer]:
+    return [module for module in model.modules() if isinstance(module, E3VALayer)]
+
+
+def blocks(model: nn.Module, case: Case) -> list[nn.Module]:
+    found = [module for module in model.modules() if type(module).__name__ in case.blocks]
+    assert found
+    return found
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def double(value: Any) -> Any:
+    """A batch in fp64."""
+    if isinstance(value, dict):
+        return {key: double(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [double(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def step(model: nn.Module, case: Case) -> dict[str, Tensor]:
+    """The gradients of one step in fp64."""
+    model.zero_grad()
+    torch.manual_seed(0)  # Mask2Former and the detectors sample
+    loss_of(model(**double(case.training_batch()))).backward()
+    return gradients(model)
+
+
+def written_out(t: Tensor, stage: Stage, i: int) -> Tensor:
+    """The formula for adapter i, written out."""
+    scale = (t.var(-1, correction=0, keepdim=True) + 1e-8).sqrt() if stage.norm == "relative" else 1
+    if stage.norm != "none":
+        t = F.layer_norm(t, t.shape[-1:], eps=1e-8)
+    hidden = F.gelu(t @ stage.u1[i] @ stage.v1[i] + stage.bias1[i])
+    return scale * (hidden @ stage.u2[i] @ stage.v2[i] + stage.bias2[i])
+
+
+def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
+    """A lane that stands behind the one block of the first of two stages."""
+    lane = Lane(
+        [Highway([8], [1], tap_storage=tap_storage)], FrozenPass(), [1, 1], mergings=[fused.Merging([module], in_turn)]
+    )
+    lane.z, lane.block = z, 1
+    return lane
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step: int, monkeypatch, error: Exception | None = None) -> None:
+    """Let training die in the step after `step`, as a power cut would."""
+    original = VisionTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step:
+            raise error or Stop
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTrainer, "training_step", training_step)
+
+
+class StopAt(MetricsToCard):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
+    return load_file(file)
