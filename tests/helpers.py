@@ -18,6 +18,7 @@ from e3va_peft.backbones.base import in_turn
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
+from e3va_peft.meter.step import count_saved
 from e3va_peft.training import MetricsToCard
 from e3va_peft.training.trainer import VisionTrainer
 from tests.models import Case, loss_of, tensors
@@ -43,9 +44,16 @@ def outputs(model: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
 
 
 @cache
-def base_outputs(case: Case) -> dict[str, torch.Tensor]:
-    """What the base gives for a case's batch, computed once: compare with it, change nothing of it."""
-    return outputs(case.base(), case.batch())
+def base_outputs(case: Case, size: tuple[int, int] | None = None) -> dict[str, torch.Tensor]:
+    """Outputs of the base for a case's batch, computed once: compare with them, change nothing of them."""
+    return outputs(case.base(), case.batch(size=size))
+
+
+def saved_bytes(model: nn.Module, case: Case) -> int:
+    """Bytes that autograd keeps of a forward in training, besides the model's own."""
+    model.train()
+    fixed = [*model.parameters(), *model.buffers()]
+    return count_saved(lambda: loss_of(model(**case.training_batch())), fixed)
 
 
 def assert_same(left: dict, right: dict, **tolerance) -> None:

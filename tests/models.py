@@ -442,6 +442,8 @@ CASES = [
 BY_NAME = {case.name: case for case in CASES}
 DETECTORS = ("swin-retinanet", "swin-cascade", "vit-retinanet", "dinov2-cascade", "convnext-retinanet")
 every_model = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+first_of = {case.family: case for case in reversed(CASES)}
+every_family = pytest.mark.parametrize("case", first_of.values(), ids=lambda case: case.name)  # by one model of each
 
 
 def every_model_that(**has: Any) -> pytest.MarkDecorator:

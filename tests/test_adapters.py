@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
-from tests.helpers import assert_same, base_outputs, every_way, outputs, ways
+from tests.helpers import assert_same, base_outputs, outputs, ways
 from tests.models import BY_NAME, every_model, train_steps
 
 
@@ -22,7 +22,7 @@ def own_state(model: nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items() if f".{name}." in key}
 
 
-@every_way
+@ways("", "live")
 @every_model
 def test_a_second_adapter_does_not_disturb_the_first(case, way):
     model = get_peft_model(case.base(), E3VAConfig(r=4, **way), adapter_name="first")

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import E3VALayer
-from e3va_peft.meter import measure_step
 from e3va_peft.storage import NORMS
-from tests.helpers import adapted, assert_same, double, gradients, layers, outputs, step, written_out
+from tests.helpers import adapted, assert_same, double, gradients, layers, outputs, saved_bytes, step, written_out
 from tests.models import BY_NAME, every_model_but, loss_of, tensors
 
 
@@ -98,9 +97,7 @@ def test_checkpointing_changes_no_gradient_and_keeps_less(case):
         torch.manual_seed(0)
         model = adapted(case, init_weights=False, live_blocks=2, checkpoint_live_blocks=checkpoint)
         found[checkpoint] = step(copy.deepcopy(model).double(), case)
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
-        report = measure_step(model.train(), case.training_batch(), optimizer, loss_fn=loss_of, repeats=1)
-        kept[checkpoint] = report.saved_bytes
+        kept[checkpoint] = saved_bytes(model, case)
     assert_same(found[True], found[False], rtol=1e-8, atol=1e-10)
     assert kept[True] < kept[False]
 

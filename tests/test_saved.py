@@ -6,7 +6,6 @@ import copy
 import gc
 import io
 import pickle
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -91,14 +90,8 @@ def test_the_peak_of_a_step_holds_one_head_as_that_of_the_head_alone():
     assert ours.peak_bytes < 1.02 * alone.peak_bytes
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_base_s_head_takes_no_memory_of_the_process():
-    code = "from tests.test_saved import adapt_in_this_process; adapt_in_this_process()"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])  # where nothing else grows
-
-
-def adapt_in_this_process() -> None:
     model = OWN.base()
     model.head = nn.Sequential(nn.Linear(32, 2**19), nn.Linear(2**19, 3))  # 64 + 6 MiB, and 2 of biases
     before = in_anonymous_memory()

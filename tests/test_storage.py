@@ -11,9 +11,8 @@ from e3va_peft import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
-from e3va_peft.meter import measure_step
 from e3va_peft.storage import STORAGES, pack, unpack
-from tests.helpers import lane_of
+from tests.helpers import lane_of, saved_bytes
 from tests.models import BY_NAME, every_model, loss_of, tensors
 
 
@@ -103,8 +102,7 @@ def test_rounded_taps_train_all_and_keep_less(case):
     for storage in STORAGES:
         model = get_peft_model(case.base(), E3VAConfig(r=4, tap_storage=storage)).train()
         wanted = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(wanted, lr=0.01)
-        kept[storage] = measure_step(model, case.training_batch(), optimizer, loss_fn=loss_of, repeats=1).saved_bytes
+        kept[storage] = saved_bytes(model, case)
         loss_of(model(**case.training_batch())).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in wanted)
     assert kept["int8"] < kept["exact"] and kept["int4"] < kept["exact"]
