@@ -101,10 +101,16 @@ def test_the_base_s_head_takes_no_memory_of_the_process():
     copy.deepcopy(wrapper_of(model).original_module)  # which can be read all the same
 
 
-def test_a_small_module_waits_in_memory_and_a_large_one_in_a_file(monkeypatch):
-    files = []
+@pytest.fixture
+def files(monkeypatch) -> list[int]:
+    """An entry for each temporary file that is made."""
+    made: list[int] = []
     real = tempfile.TemporaryFile
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **kwargs: files.append(1) or real(*args, **kwargs))
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **kwargs: made.append(1) or real(*args, **kwargs))
+    return made
+
+
+def test_a_small_module_waits_in_memory_and_a_large_one_in_a_file(files):
     per_channel = 4 * (32 + 1 + 4 + 3)
     width = (FILE_FROM - 8 - 12) // per_channel  # 8 bytes count batches, 12 are the last biases
     adapted(width)
@@ -186,6 +192,12 @@ def test_a_full_state_dict_goes_into_a_model_whose_base_waits(assign):
     assert bytes_of(target) == before
     assert_same(outputs(target, OWN.batch()), outputs(source, OWN.batch()), rtol=0, atol=0)
     assert_same(base_outputs(target), base_outputs(source), rtol=0, atol=0)
+
+
+def test_numbers_that_are_loaded_go_to_a_new_file(files):
+    model = adapted()
+    model.load_state_dict(model.state_dict())
+    assert len(files) == 2
 
 
 def test_a_state_dict_without_the_base_is_found_incomplete():

@@ -11,7 +11,7 @@ from e3va_peft import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
-from e3va_peft.storage import STORAGES, pack, unpack
+from e3va_peft.storage import STORAGES, keep, normalized, pack, read, unpack
 from tests.helpers import lane_of, saved_bytes
 from tests.models import BY_NAME, every_model, loss_of, tensors
 
@@ -45,6 +45,15 @@ def test_rounding_is_as_good_for_small_taps_as_for_large_ones(storage, worst, si
     tap = torch.randn(1, 50, 64)
     read = unpack(pack(size * tap, storage), 64, torch.float32) / size
     assert (read - tap).norm() < worst * tap.norm()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_relative_tap_is_read_as_its_norm_and_its_deviation(storage):
+    tap = 3 + 5 * torch.randn(2, 9, 64)
+    normed, deviation = read(keep(tap, storage, "relative"), 64, torch.float32, "relative")
+    expected, own = normalized(tap)
+    torch.testing.assert_close(deviation, own)
+    assert (normed - expected).norm() < 0.15 * expected.norm()
 
 
 def test_bytes_kept_are_those_of_the_docstring():
