@@ -26,7 +26,7 @@ from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
     [
         *(("r", value) for value in (0, 2.5, True)),
         *(("bottleneck_ratio", value) for value in (0, float("nan"), "half")),
-        *(("taps", value) for value in ((), ("attention", "attention"), "attention", ("mlp", 1), ("block", "mlp"))),
+        *(("taps", value) for value in ([], ["attention", "attention"], "attention", ["mlp", 1], ["block", "mlp"])),
         ("tap_storage", "fp8"),
         *(("live_blocks", value) for value in (-1, 1.5, True, "2")),
         *(("target_modules", value) for value in ("all-linear", 3)),
