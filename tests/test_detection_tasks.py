@@ -20,7 +20,8 @@ from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import HEADS, parse_config
-from e3va_peft.training.predict import draw_objects, evaluate, load_trained, predict
+from e3va_peft.training.drawing import draw_objects
+from e3va_peft.training.predict import evaluate, load_trained, predict
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import pad_batch
@@ -359,12 +360,12 @@ def test_lines_and_names_grow_with_the_image():
 
 @pytest.mark.parametrize("scores", [[0.3, 0.9], [0.9, 0.3]])
 def test_where_masks_overlap_the_better_one_is_seen(scores):
-    masks = np.zeros((2, 20, 30), dtype=bool)
-    masks[0, 5:15, 5:20], masks[1, 5:15, 10:25] = True, True
-    boxes, labels = np.array([[0.0, 0, 30, 20], [0, 0, 30, 20]]), np.array([0, 1])
+    masks = np.zeros((2, 60, 30), dtype=bool)
+    masks[0, 35:55, 5:20], masks[1, 35:55, 10:25] = True, True
+    boxes, labels = np.array([[0.0, 0, 30, 60], [0, 0, 30, 60]]), np.array([0, 1])
     found = Detections(boxes, np.array(scores), labels, encode_masks(masks))
-    drawn = np.asarray(draw_objects(Image.new("RGB", (30, 20)), found, ["one", "other"]))
-    first, shared, second = (tuple(drawn[12, x].tolist()) for x in (7, 15, 22))
+    drawn = np.asarray(draw_objects(Image.new("RGB", (30, 60)), found, ["one", "other"]))
+    first, shared, second = (tuple(drawn[45, x].tolist()) for x in (7, 15, 22))
     assert any(first) and any(second) and first != second
     assert shared == (first if scores[0] > scores[1] else second)
 

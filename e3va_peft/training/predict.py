@@ -12,15 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from matplotlib import font_manager
 from peft import PeftConfig, PeftModel
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 from torch import nn
-from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-from torchvision.utils import draw_bounding_boxes
 from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
 from e3va_peft import detection
@@ -28,13 +25,14 @@ from e3va_peft.data.examples import Examples
 from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
 from e3va_peft.data.load import load_eval_split
 from e3va_peft.data.names import class_names
-from e3va_peft.data.objects import Detections, Objects, decode_mask
+from e3va_peft.data.objects import Detections
 from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason
 from e3va_peft.loading import load_adapter
 from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
+from e3va_peft.training.drawing import draw_objects, draw_regions, palette
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.saving import plain
 from e3va_peft.training.tasks import task_of
@@ -43,8 +41,7 @@ from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
-_OPACITY = 0.5
-_FONT = "DejaVu Sans"  # which matplotlib brings along
+CLASSES = "classes.json"
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,13 @@ class Trained:
     def base(self) -> Any:
         """The transformers model inside PEFT's wrapper."""
         return _base(self.model)
+
+    @property
+    def first_label(self) -> int:
+        """The value in the user's own label maps of the first class: 1 where 0 means that a pixel does not count."""
+        if self.config is not None:
+            return int(self.config.data.reduce_labels)
+        return int(bool(getattr(self.processor, "do_reduce_labels", False)))
 
     @property
     def task(self) -> str:
@@ -236,8 +240,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Predict images and write what is found.
 
-    Writes `predictions.json`; for a segmenter `masks/` (one class id per pixel, with a palette) and `overlays/`; for a
-    detector `overlays/` with boxes, masks and names.
+    Writes `predictions.json`; for a segmenter `masks/` (one value per pixel, as in the label maps that it was trained
+    on, with a palette), `classes.json` (value -> class) and `overlays/`; for a detector `overlays/` with boxes, masks
+    and names.
     An image that is broken or cannot be prepared is named in its entry, and the others are predicted all the same.
 
     Args:
@@ -256,13 +261,16 @@ def predict(
         UserError: There are no images, or nothing that can be loaded.
     """
     files = _files(images)
-    there = [name for name in ("predictions.json", "masks", "overlays") if (output / name).exists()]
+    there = [name for name in ("predictions.json", "masks", "overlays", CLASSES) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"output={str(output)!r}: holds {', '.join(there)} already. Choose another folder, or --overwrite."
         )
     trained = load_trained(source)
     output.mkdir(parents=True, exist_ok=True)
+    if trained.task == "semantic-segmentation":
+        values = {trained.first_label + i: label for i, label in enumerate(trained.labels)}
+        (output / CLASSES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     entries = []
     for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
         try:
@@ -320,65 +328,20 @@ def _objects(trained: Trained, image: Image.Image, output: Path, name: str, thre
     return {"overlay": str(file), "objects": objects}
 
 
-def draw_objects(image: Image.Image, objects: Detections | Objects, labels: Sequence[str]) -> Image.Image:
-    """Draw boxes, masks where there are any, and the names of the classes if there are several.
-
-    One class: each object in a colour of its own. Several classes: one colour for each class. Where masks overlap, the
-    one with the higher score is seen, of annotated ones the first.
-
-    Args:
-        image: RGB, of the size that the objects are given in.
-        objects: Found or annotated.
-        labels: Class names in the order of their ids.
-    """
-    colors = [tuple(color) for color in palette(max(len(labels), len(objects)) + 1)[1:].tolist()]
-    chosen = [colors[label if len(labels) > 1 else i] for i, label in enumerate(objects.labels.tolist())]
-    if not len(objects):
-        return image
-    pixels = pil_to_tensor(image)
-    if objects.masks is not None:
-        painted = np.asarray(image).copy()  # torchvision's draw_segmentation_masks paints black where masks overlap
-        order = np.argsort(-objects.scores, kind="stable") if isinstance(objects, Detections) else range(len(objects))
-        for i in reversed(list(order)):
-            painted[decode_mask(objects.masks[i])] = chosen[i]
-        pixels = pil_to_tensor(Image.blend(image, Image.fromarray(painted), _OPACITY))
-    names = [labels[label] for label in objects.labels.tolist()]
-    if isinstance(objects, Detections):
-        names = [f"{name} {score:.2f}" for name, score in zip(names, objects.scores.tolist(), strict=True)]
-    shown = names if len(labels) > 1 else None
-    boxes = torch.from_numpy(objects.boxes)
-    longest = max(image.size)  # lines and names are as well seen on a photo of 4000 px as on one of 400
-    style = {"width": max(1, round(longest / 400)), "font_size": max(10, round(longest / 50))}
-    return to_pil_image(draw_bounding_boxes(pixels, boxes, shown, chosen, font=font_manager.findfont(_FONT), **style))
-
-
 def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
     """Write the label map and its overlay; return their files and the share of each class that is there."""
     ids = label_maps(trained.outputs(image), trained.processor, [image.size[::-1]])[0].cpu().numpy()
-    colors = palette(len(trained.labels))
+    first = trained.first_label
     mask_file, overlay_file = output / "masks" / f"{name}.png", output / "overlays" / f"{name}.png"
     for file in (mask_file, overlay_file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    if len(trained.labels) <= 256:
-        mask = Image.fromarray(ids.astype(np.uint8), mode="P")
-        mask.putpalette(colors.ravel().tolist())
+    if first + len(trained.labels) <= 256:
+        mask = Image.fromarray((ids + first).astype(np.uint8), mode="P")
+        mask.putpalette([0] * 3 * first + palette(len(trained.labels)).ravel().tolist())
     else:
-        mask = Image.fromarray(ids.astype(np.uint16))
+        mask = Image.fromarray((ids + first).astype(np.uint16))
     mask.save(mask_file)
-    Image.blend(image, Image.fromarray(colors[ids]), _OPACITY).save(overlay_file)
+    draw_regions(image, ids, trained.labels).save(overlay_file)
     shares = np.bincount(ids.ravel(), minlength=len(trained.labels)) / ids.size
     present = {label: float(share) for label, share in zip(trained.labels, shares, strict=True) if share}
     return {"mask": str(mask_file), "overlay": str(overlay_file), "shares": present}
-
-
-def palette(count: int) -> np.ndarray:
-    """Return colours for classes, `(count, 3)` uint8: Pascal VOC's, whose first is black.
-
-    Source: the bit-interleaving of the VOC development kit's `VOClabelcolormap`.
-    """
-    ids = np.arange(count)
-    colors = np.zeros((count, 3), dtype=np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            colors[:, channel] |= (((ids >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return colors
