@@ -7,7 +7,7 @@ Importing this package registers the method with PEFT:
 """
 
 from e3va_peft.backbones import Backbone, Branch, Host, Merging, register_backbone, registered_backbones
-from e3va_peft.cache import cached
+from e3va_peft.cache import backbone_once, cached
 from e3va_peft.card import record_metrics
 from e3va_peft.check import check_backbone
 from e3va_peft.config import E3VAConfig
@@ -29,6 +29,7 @@ __all__ = [
     "Host",
     "Merging",
     "__version__",
+    "backbone_once",
     "cached",
     "check_backbone",
     "load_adapter",

@@ -42,7 +42,7 @@ from e3va_peft.hooks import (
 from e3va_peft.lane import Lane, most_exact
 from e3va_peft.recompute import Keep, Recompute, in_parts
 from e3va_peft.recorder import Live, Recorder, Stop
-from e3va_peft.replay import SOURCE
+from e3va_peft.replay import SOURCE, Once
 
 METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
 
@@ -239,7 +239,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.adapters()]
         front = self._take_front()
         if self.disable_adapters or not active:
-            if source is not None:
+            if source is not None and not isinstance(source, Once):
                 raise ValueError(
                     "no adapter is active: the batch comes from a cache, which holds what adapters read and not the "
                     "images that the base model would need. Give it batches of the dataset itself."

@@ -116,7 +116,8 @@ class E3VAModel(BaseTuner):
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"adapter_names={kwargs['adapter_names']!r}: E3VA runs one set of adapters over the whole batch. Call "
-                "set_adapter() and run one batch per adapter."
+                "set_adapter() and run one batch per adapter; where they are to see the same images, within "
+                "e3va_peft.backbone_once(model), which runs the backbone once for all."
             )
         yield
 

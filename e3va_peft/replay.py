@@ -1,8 +1,11 @@
-"""Sources of a frozen pass other than the running backbone: `Capture` takes one down, `Replay` gives it back."""
+"""Sources of a frozen pass other than the running backbone.
+
+`Capture` takes one down, `Replay` gives it back, and `Once` does both: the backbone runs once for several adapters.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,16 +13,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
+from e3va_peft.fused import compute_dtype
 from e3va_peft.recorder import Current, Live, Recorder
 
 if TYPE_CHECKING:
     from e3va_peft.lane import Lane
     from e3va_peft.layer import E3VALayer
 
-Run = Callable[[], Any]
+Run = partial[Any]  # of the exit; its arguments are the name of a method and the exit's own
 
 
 class Leaf(NamedTuple):
@@ -106,6 +110,40 @@ class Watching(Recorder):
         return args
 
 
+class Taken(NamedTuple):
+    """What was taken down of a run of the frozen backbone.
+
+    Attributes:
+        frozen: Its record up to the live blocks, with whole taps: (stage, index) -> (tap,). Its outputs are all of the
+            backbone's.
+        entry: What enters the first live block, where there is one.
+        skipped: Modules in front of the live blocks -> their outputs.
+    """
+
+    frozen: FrozenPass
+    entry: Tensor | None
+    skipped: dict[str, Any]
+
+
+def take(layer: E3VALayer, run: Run, image: Any, live: Live | None) -> Taken:
+    """Run the frozen backbone as it is, without a lane, and take down what highways read and what it returns."""
+    frozen, start = FrozenPass(), live.start if live else (len(layer.depth), 0)
+
+    def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
+        return (tap,) if (stage, index) < start else ()
+
+    recorder = Watching(frozen, layer.exit, layer.family, keep, lambda stage: None, image)
+    skipped: dict[str, Any] = {}
+    with recorder.running(), torch.no_grad(), _noting(layer.exit, skippable(layer), skipped):
+        frozen.outputs = run()
+    recorder.check_versions()
+    frozen.taps = {place: kept for place, kept in frozen.taps.items() if kept}
+    frozen.mergings = {stage: call for stage, call in frozen.mergings.items() if stage < start[0]}
+    frozen.ends = {stage: x for stage, x in frozen.ends.items() if stage < start[0]}
+    frozen.tail = None if live else frozen.tail
+    return Taken(frozen, recorder.entry, skipped)
+
+
 class Capture:
     """A source that runs the frozen backbone as it is, takes down what the highway reads, and stops the forward.
 
@@ -126,34 +164,20 @@ class Capture:
             Captured: Always.
             ValueError: A part of the record does not split into images.
         """
-        frozen, start = FrozenPass(), live.start if live else (len(layer.depth), 0)
-
-        def keep(stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-            return (tap,) if (stage, index) < start else ()
-
-        recorder = Watching(frozen, layer.exit, layer.family, keep, lambda stage: None, image)
-        outputs: dict[str, Any] = {}
-        with recorder.running(), torch.no_grad(), _noting(layer.exit, skippable(layer), outputs):
-            frozen.outputs = run()
-        recorder.check_versions()
-        behind = live is None
-        found = {f"tap.{stage}.{index}": kept[0] for (stage, index), kept in frozen.taps.items() if kept}
-        calls = {stage: call for stage, call in frozen.mergings.items() if stage < start[0]}
-        found |= {f"merging.{stage}": call.x for stage, call in calls.items()}
-        found |= {f"end.{stage}": x for stage, x in frozen.ends.items() if stage < start[0]}
-        if behind and frozen.tail is not None:
-            found["tail"] = frozen.tail
-        if recorder.entry is not None:
-            found["live"] = recorder.entry
+        frozen, entry, skipped = take(layer, run, image, live)
+        found = {f"tap.{stage}.{index}": tap for (stage, index), (tap,) in frozen.taps.items()}
+        found |= {f"merging.{stage}": call.x for stage, call in frozen.mergings.items()}
+        found |= {f"end.{stage}": x for stage, x in frozen.ends.items()}
+        found |= {name: x for name, x in (("tail", frozen.tail), ("live", entry)) if x is not None}
         leaves = tree_flatten(frozen.outputs)[0]
         found |= {f"output.{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         batch = next(iter(found.values())).shape[0]
         self.tensors = {name: tensor.detach() for name, tensor in found.items()}
         self.blueprint = Blueprint(
             dict(frozen.grids),
-            {stage: (call.args, call.kwargs) for stage, call in calls.items()},
+            {stage: (call.args, call.kwargs) for stage, call in frozen.mergings.items()},
             Tree.of(frozen.outputs, batch),
-            {name: Tree.of(output, batch) for name, output in outputs.items()},
+            {name: Tree.of(output, batch) for name, output in skipped.items()},
             live is not None,
         )
         raise Captured
@@ -190,7 +214,9 @@ class Replay:
             device = next(iter(self.tensors.values()))[0].device
             leaves = [leaf.unknown(self.batch, device) for leaf in blueprint.outputs.leaves]
         else:
-            leaves = tree_flatten(self._run_live(layer, lane, run, image, live))[0]
+            entry, skipped = self.tensors["live"], blueprint.skipped
+            instead = {name: partial(_unknown, tree, self.batch, entry.device) for name, tree in skipped.items()}
+            leaves = tree_flatten(_run_live(layer, lane, run, image, live, entry, instead))[0]
         frozen.tail = self.tensors.get("tail", frozen.tail)
         frozen.ends |= {int(name[4:]): value for name, value in self.tensors.items() if name.startswith("end.")}
         own = [self.choose(f"output.{i}", leaf) for i, leaf in enumerate(leaves)]
@@ -200,20 +226,57 @@ class Replay:
         """Return a leaf of the outputs: as it was recorded, or else as it is without the record."""
         return self.tensors.get(name, leaf)
 
-    def _run_live(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live) -> Any:
-        """Run the exit with nothing in front of its live blocks."""
-        scratch, entry = FrozenPass(), self.tensors["live"]
-        live = live._replace(enter=lambda x: lane.enter(entry))
-        recorder = Recorder(scratch, layer.exit, layer.family, _unread, lambda stage: None, image, live)
-        skipping = _skipping(layer.exit, self.blueprint.skipped, self.batch, entry.device)
-        with skipping, recorder.running(), torch.set_grad_enabled(lane.grad):
-            outputs = run()
-        recorder.check_versions()
-        lane.frozen.tail, lane.frozen.ends = scratch.tail, scratch.ends
-        return outputs
+
+class Once:
+    """A source that runs the frozen backbone once for the same inputs: after that, it is read from its record.
+
+    A record holds whole taps and all outputs, exactly, until other inputs come.
+
+    Args:
+        places: Layer -> where it is in its model. Layers of several models at one place share a record.
+    """
+
+    def __init__(self, places: Mapping[E3VALayer, int]) -> None:
+        self.places = places
+        self.records: dict[Hashable, tuple[Any, Taken]] = {}
+
+    def fill(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live | None) -> None:
+        """Fill the record of a lane as a run of the backbone would."""
+        recorded, entry, skipped = self._taken(layer, run, image, live)
+        frozen = lane.frozen
+        lane.replays = lane.storage == "recompute"  # the taps are there: backward needs no second run
+        frozen.grids |= recorded.grids
+        frozen.taps |= {
+            place: (tap,) if lane.replays else lane.keep(*place, tap) for place, (tap,) in recorded.taps.items()
+        }
+        frozen.mergings |= recorded.mergings
+        for stage in sorted(recorded.mergings):
+            lane.leave(stage)
+        if live is None:
+            frozen.tail, frozen.ends = recorded.tail, dict(recorded.ends)
+            frozen.outputs = _copied(recorded.outputs)  # heads and users may change in place what they are given
+        else:
+            assert entry is not None
+            instead = {name: partial(_copy_of, output) for name, output in skipped.items()}
+            frozen.outputs = _run_live(layer, lane, run, image, live, entry, instead)
+
+    def _taken(self, layer: E3VALayer, run: Run, image: Any, live: Live | None) -> Taken:
+        """Return the record of the inputs, made if they are not those of the last one."""
+        key = self.places.get(layer, layer), type(layer.exit), layer.depth, layer.taps, layer.live
+        inputs = image, torch.is_inference_mode_enabled(), compute_dtype(next(layer.exit.parameters())), run.args
+        known = self.records.get(key)
+        if known is not None and _same(known[0], inputs):
+            return known[1]
+        self.records.pop(key, None)  # its memory goes before more is needed
+        inputs = _copied(inputs)  # they may be changed in place, by the run or by who brings the next images
+        taken = take(layer, run, image, live)
+        if live is not None:
+            taken.frozen.outputs = None  # the live blocks make others
+        self.records[key] = inputs, taken
+        return taken
 
 
-SOURCE: Current[Capture | Replay] = Current("e3va_source")
+SOURCE: Current[Capture | Replay | Once] = Current("e3va_source")
 
 
 def skippable(layer: E3VALayer) -> list[str]:
@@ -241,13 +304,37 @@ def _noting(exit: nn.Module, names: Sequence[str], outputs: dict[str, Any]) -> I
             hook.remove()
 
 
+def _run_live(
+    layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live, entry: Tensor, instead: Mapping[str, Any]
+) -> Any:
+    """Run the exit with nothing in front of its live blocks, which `entry` enters.
+
+    Args:
+        layer: The layer.
+        lane: The lane, at the live blocks.
+        run: Runs the exit.
+        image: (H, W) of the image, where it was seen.
+        live: The live blocks.
+        entry: What enters the first of them.
+        instead: Modules in front of them -> what to run instead.
+    """
+    scratch = FrozenPass()
+    live = live._replace(enter=lambda x: lane.enter(entry))
+    recorder = Recorder(scratch, layer.exit, layer.family, _unread, lambda stage: None, image, live)
+    with _replacing(layer.exit, instead), recorder.running(), torch.set_grad_enabled(lane.grad):
+        outputs = run()
+    recorder.check_versions()
+    lane.frozen.tail, lane.frozen.ends = scratch.tail, scratch.ends
+    return outputs
+
+
 @contextmanager
-def _skipping(exit: nn.Module, skipped: Mapping[str, Tree], batch: int, device: torch.device) -> Iterator[None]:
-    """Let modules return NaN of the right shape instead of running, for the time of a `with` statement."""
-    modules = {exit.get_submodule(name): tree for name, tree in skipped.items()}
+def _replacing(exit: nn.Module, instead: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+    """Run other functions instead of modules, for the time of a `with` statement."""
+    modules = {exit.get_submodule(name): function for name, function in instead.items()}
     before = {module: vars(module).get("forward") for module in modules}
-    for module, tree in modules.items():
-        module.forward = partial(_unknown, tree, batch, device)
+    for module, function in modules.items():
+        module.forward = function
     try:
         yield
     finally:
@@ -260,6 +347,27 @@ def _skipping(exit: nn.Module, skipped: Mapping[str, Tree], batch: int, device: 
 
 def _unknown(tree: Tree, batch: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     return tree.fill([leaf.unknown(batch, device) for leaf in tree.leaves])
+
+
+def _copy_of(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return _copied(output)
+
+
+def _copied(value: Any) -> Any:
+    """Return outputs or arguments with copies of their tensors."""
+    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Whether arguments are equal, to the bit."""
+    (own, spec), (others, other_spec) = tree_flatten(left), tree_flatten(right)
+    return spec == other_spec and all(map(_equal, own, others))
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return (left.dtype, left.device) == (right.dtype, right.device) and torch.equal(left, right)
+    return left is right or (type(left) is type(right) and isinstance(left, Hashable) and left == right)
 
 
 def _unread(*args: Any) -> Any:

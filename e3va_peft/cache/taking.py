@@ -49,7 +49,7 @@ class Taker:
         collate: Callable[[list[Any]], Mapping[str, Any]],
         autocast: torch.dtype | None = None,
     ) -> None:
-        layers = [module for module in model.modules() if isinstance(module, E3VALayer)]
+        layers = layers_of(model)
         if len(layers) != 1:
             raise ValueError(
                 f"model={type(model).__name__}: has {len(layers)} backbones with a highway, and a cache needs one. "
@@ -140,9 +140,8 @@ class Taker:
     def fingerprint(self) -> dict[str, Any]:
         """Everything of the model that decides what is in a record, by name."""
         layer = self.layer
-        modules = [*layer.frozen, *(self.model.get_submodule(self._root(name)) for name in layer.front)]
         return {
-            "backbone": _checksum(modules),
+            "backbone": checksum(frozen_modules(self.model, layer)),
             "family": layer.family.name,
             "taps": list(layer.taps),
             "tap_norm": layer.tap_norm,
@@ -151,10 +150,6 @@ class Taker:
             "storage": self.storage,
             "autocast": str(self.autocast) if self.autocast else None,
         }
-
-    def _root(self, name: str) -> str:
-        """Name of a module of the base model in the model as it is."""
-        return next(own for own, _ in self.model.named_modules() if own == name or own.endswith(f".{name}"))
 
 
 def names_read(model: nn.Module, capture: Capture, batch: Mapping[str, Any]) -> tuple[set[str], Any]:
@@ -317,13 +312,33 @@ def _seeded() -> Iterator[None]:
         yield
 
 
-def _checksum(modules: Sequence[nn.Module]) -> str:
+def layers_of(model: nn.Module) -> list[E3VALayer]:
+    """Return the layers of a model, one for each of its backbones."""
+    return [module for module in model.modules() if isinstance(module, E3VALayer)]
+
+
+def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
+    """Return the modules of a model that decide what a layer's frozen pass is."""
+    modules = dict(model.named_modules())
+
+    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
+        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
+
+    return [*layer.frozen, *map(find, layer.front)]
+
+
+def weights(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the weights of modules by name, without highways."""
+    for module in modules:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if "e3va_" not in name and isinstance(tensor, Tensor):
+                yield name, tensor
+
+
+def checksum(modules: Sequence[nn.Module]) -> str:
     """SHA-256 of the weights of modules, without highways."""
     digest = hashlib.sha256()
-    for module in modules:
-        for name, tensor in module.state_dict().items():
-            if "e3va_" in name or not isinstance(tensor, Tensor):
-                continue
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, tensor in weights(modules):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
