@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -201,6 +202,14 @@ def predict(
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="Score above which an object counts, for a detector.")
     ] = 0.5,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More runs or adapters of the same base, separated by commas: the backbone runs once an image for "
+            "all, and each writes into a folder of its name. Repeat for folders with commas in their names.",
+            metavar="RUN_OR_ADAPTER,...",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace earlier predictions there.")] = False,
 ) -> None:
     """Predict images: classes, boxes, masks and scores as JSON; label maps and drawings as PNG.
@@ -210,22 +219,35 @@ def predict(
         e3va predict runs/first photo.jpg more-photos/
         e3va predict me/my-adapter photos/ --output found
         e3va predict runs/detector photos/ --threshold 0.3
+        e3va predict runs/first photos/ --adapters runs/second,runs/third
     """
     with _errors_in_plain_words():
         from rich.console import Console
         from rich.markup import escape
 
         from e3va_peft.training.predict import predict as run
+        from e3va_peft.training.predict import predict_together
 
-        entries = run(source, images, output, overwrite=overwrite, top=top, threshold=threshold)
+        options: dict[str, Any] = {"overwrite": overwrite, "top": top, "threshold": threshold}
+        if adapters:
+            sources = [source, *(each for given in adapters for each in _separated(given))]
+            found = predict_together(sources, images, output, **options)
+        else:
+            found = {output: run(source, images, output, **options)}
         console = Console()
-        for entry in entries[:20]:
-            console.print(f"{escape(entry['file'])}: {_in_a_line(entry)}")
-        console.print(escape(f"{len(entries)} images: {output / 'predictions.json'}"))
-        broken = [entry for entry in entries if "error" in entry]
+        for folder, entries in found.items():
+            for entry in entries[:20]:
+                console.print(f"{escape(entry['file'])}: {_in_a_line(entry)}")
+            console.print(escape(f"{len(entries)} images: {folder / 'predictions.json'}"))
+        broken = [entry for entry in next(iter(found.values())) if "error" in entry]
         if broken:
             typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)
             raise typer.Exit(1)
+
+
+def _separated(given: str) -> list[str]:
+    """Names that are separated by commas; a path that is there is one name, with its commas."""
+    return [given] if os.path.exists(os.path.expanduser(given)) else [name for name in given.split(",") if name]
 
 
 def _in_a_line(entry: dict[str, Any]) -> str:

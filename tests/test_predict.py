@@ -27,7 +27,7 @@ from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.drawing import palette
-from e3va_peft.training.predict import evaluate, load_trained, predict
+from e3va_peft.training.predict import evaluate, load_trained, predict, predict_together
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.inputs import segment
@@ -190,6 +190,130 @@ def test_the_label_maps_of_a_dataset_are_not_overwritten(adapters, pictures, tmp
     with pytest.raises(FileExistsError, match="holds masks already"):
         predict(str(adapters / "segmenter"), [str(pictures)], tmp_path / "dataset")
     assert truth.read_bytes() == b"drawn by hand"
+
+
+# --- several adapters of one base ------------------------------------------------------------------------------------
+
+
+def another(adapters: Path, name: str, folder: Path, **options: Any) -> Path:
+    """Write a further adapter of a base into a folder, with weights of its own."""
+    base = type(BY_NAME[MODELS[name]].base()).from_pretrained(adapters / f"{name}-base")
+    model = get_peft_model(base, E3VAConfig(r=3, **options))
+    torch.manual_seed(len(folder.name))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                parameter.add_(0.5 * torch.randn(parameter.shape))
+    model.save_pretrained(folder)
+    shutil.copy(adapters / name / "preprocessor_config.json", folder)
+    return folder
+
+
+def without_folder(output: Path) -> Any:
+    """What was written, with rounded scores and with files named from the folder."""
+    text = (output / "predictions.json").read_text().replace(str(output), "")
+    return json.loads(text, parse_float=lambda number: round(float(number), 5))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_several_adapters_find_what_each_finds_alone_and_the_backbone_runs_once(
+    name, adapters, pictures, tmp_path, monkeypatch
+):
+    (pictures / "b.v2.png").write_bytes(b"junk")
+    sources = [adapters / name, another(adapters, name, tmp_path / "second"), another(adapters, name, tmp_path / "3")]
+    runs, load = [], load_trained
+
+    def watched(source: str) -> Any:
+        trained = load(source)
+        block = next(module for module in trained.model.modules() if type(module).__name__ == "SwinLayer")
+        block.register_forward_hook(lambda *args: runs.append(source))
+        return trained
+
+    monkeypatch.setitem(predict_together.__globals__, "load_trained", watched)
+    found = predict_together([str(source) for source in sources], [str(pictures)], tmp_path / "found")
+    assert runs == [str(sources[0])] * 3  # images that can be read
+    assert list(found) == [tmp_path / "found" / source.name for source in sources]
+    for source, (folder, entries) in zip(sources, found.items(), strict=True):
+        predict(str(source), [str(pictures)], tmp_path / "alone", overwrite=True)
+        assert read(folder) == entries
+        assert without_folder(folder) == without_folder(tmp_path / "alone")
+        files = [file.relative_to(folder) for file in folder.rglob("*.png")]
+        assert len(files) == (6 if name == "segmenter" else 0)
+        assert all((folder / file).read_bytes() == (tmp_path / "alone" / file).read_bytes() for file in files)
+    assert len({json.dumps(without_folder(folder)) for folder in found}) == 3
+
+
+def test_the_command_takes_several_adapters_and_names_with_commas(adapters, pictures, tmp_path):
+    others = [another(adapters, "classifier", tmp_path / name, live_blocks=1) for name in ("b", "c", "lr=1,seed=2")]
+    command = ["predict", str(adapters / "classifier"), str(pictures), "--output", str(tmp_path / "found")]
+    command += ["--adapters", f"{others[0]},{others[1]}", "--adapters", str(others[2])]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert sorted(p.name for p in (tmp_path / "found").iterdir()) == ["b", "c", "classifier", "lr=1,seed=2"]
+    shown = done.output.replace("\n", "")
+    assert all(f"4 images: {tmp_path / 'found' / name / 'predictions.json'}" in shown for name in ("b", "classifier"))
+    again = CliRunner().invoke(app, command)
+    assert again.exit_code == 1 and "predictions.json" in again.output.replace("\n", "")
+    assert CliRunner().invoke(app, [*command, "--overwrite"]).exit_code == 0
+
+
+def test_adapters_hold_their_frozen_weights_once(adapters, pictures, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setitem(
+        predict_together.__globals__, "load_trained", lambda source: loaded.append(load_trained(source)) or loaded[-1]
+    )
+    sources = [str(adapters / "classifier"), str(another(adapters, "classifier", tmp_path / "b")), "./no"]
+    with pytest.raises(UserError, match=r"\./no"):
+        predict_together(sources, [str(pictures)], tmp_path / "found")
+    first, second = ({name: p.data_ptr() for name, p in each.model.named_parameters()} for each in loaded)
+    frozen = [name for name in first if "e3va_" not in name and "classifier" not in name and "layernorm" not in name]
+    assert frozen and all(first[name] == second[name] for name in frozen)
+    assert not (tmp_path / "found").exists()
+
+
+def other_base(adapters: Path, tmp_path: Path) -> Path:
+    base = BY_NAME[MODELS["classifier"]].base(seed=7)
+    base.save_pretrained(tmp_path / "base")
+    get_peft_model(type(base).from_pretrained(tmp_path / "base"), E3VAConfig(r=2)).save_pretrained(tmp_path / "b")
+    shutil.copy(adapters / "classifier" / "preprocessor_config.json", tmp_path / "b")
+    return tmp_path / "b"
+
+
+def other_size(adapters: Path, tmp_path: Path) -> Path:
+    folder = another(adapters, "classifier", tmp_path / "b")
+    BitImageProcessor(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def whole_model(adapters: Path, tmp_path: Path) -> Path:
+    folder = Path(shutil.copytree(adapters / "classifier-base", tmp_path / "b"))
+    shutil.copy(adapters / "classifier" / "preprocessor_config.json", folder)
+    return folder
+
+
+def same_name(adapters: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(adapters / "classifier", tmp_path / "b" / "classifier"))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_base, r"/b: .*weights.*/classifier.*--adapters"),
+        (other_size, r"/b: .*size=.*40.*/classifier .*36.*--adapters"),
+        (whole_model, r"/b: .*highway.*--adapters"),
+        (same_name, r"/b/classifier' .*/classifier'"),
+    ],
+)
+def test_adapters_that_cannot_share_a_backbone_are_refused_before_anything_is_written(
+    make, words, adapters, pictures, tmp_path
+):
+    sources = [str(adapters / "classifier"), str(make(adapters, tmp_path))]
+    with pytest.raises(UserError, match=words):
+        predict_together(sources, [str(pictures)], tmp_path / "found")
+    assert not (tmp_path / "found").exists()
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
 
 
 def test_neighbours_in_the_palette_are_told_apart():

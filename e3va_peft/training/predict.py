@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
 
 from e3va_peft import detection
+from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
+from e3va_peft.cache.taking import layers_of
 from e3va_peft.data.examples import Examples
 from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
 from e3va_peft.data.load import load_eval_split
@@ -42,6 +45,7 @@ from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
 CLASSES = "classes.json"
+_OF_LABELS = {"do_reduce_labels", "ignore_index", "num_labels"}  # what an image processor does to label maps alone
 
 
 @dataclass(frozen=True)
@@ -261,31 +265,137 @@ def predict(
         UserError: There are no images, or nothing that can be loaded.
     """
     files = _files(images)
+    _refuse_existing(output, overwrite)
+    return _predict({output: load_trained(source)}, files, top, threshold)[output]
+
+
+def predict_together(
+    sources: Sequence[str],
+    images: Sequence[str],
+    output: Path,
+    overwrite: bool = False,
+    top: int = 5,
+    threshold: float = 0.5,
+) -> dict[Path, list[dict[str, Any]]]:
+    """Predict images with several adapters of one base, for one run of the frozen backbone an image.
+
+    Writes for each adapter what `predict` writes for it, into a folder of its name below the output. Adapters that
+    read other taps than the first, or have other live blocks, run the backbone once more.
+
+    Args:
+        sources: Runs or adapters, see `load_trained`.
+        images: See `predict`.
+        output: Folder of the folders to write to.
+        overwrite: See `predict`.
+        top: See `predict`.
+        threshold: See `predict`.
+
+    Returns:
+        Folder -> what is in its `predictions.json`, in the order of the sources.
+
+    Raises:
+        FileExistsError: One of the folders holds predictions already.
+        UserError: See `predict`; or two sources have one name, one has no highway, or they have other frozen weights
+            or image processors. Nothing has been written.
+    """
+    files = _files(images)
+    folders = _folders(sources, output)
+    for folder in folders:
+        _refuse_existing(folder, overwrite)
+    trained = dict(zip(folders, _load_together(sources), strict=True))
+    with backbone_once(*(each.model for each in trained.values())):
+        return _predict(trained, files, top, threshold)
+
+
+def _folders(sources: Sequence[str], output: Path) -> list[Path]:
+    """Return the folder of each source, by the last part of its path or Hub id."""
+    folders: dict[Path, str] = {}
+    for source in sources:
+        folder = output / os.path.basename(os.path.abspath(os.path.expanduser(source)))  # links keep their names
+        if folder in folders:
+            raise UserError(
+                f"adapters: {source!r} has the name of {folders[folder]!r}, and both would write to {folder}. Give "
+                "one of them another name, that of a link will do, or predict with each by itself."
+            )
+        folders[folder] = source
+    return list(folders)
+
+
+def _load_together(sources: Sequence[str]) -> list[Trained]:
+    """Load adapters of one base, whose frozen weights are held once."""
+    found: list[Trained] = []
+    for source in sources:
+        trained = load_trained(source)
+        if not layers_of(trained.model):
+            raise UserError(
+                f"{source}: has no E3VA highway beside a frozen backbone, so it cannot share a run of one. Predict "
+                "with it by itself, without --adapters."
+            )
+        first = found[0] if found else trained
+        if not have_same_backbone(first.model, trained.model):
+            raise UserError(
+                f"{source}: was trained on other backbone weights than {sources[0]}, so no run of the backbone can "
+                "serve both. Predict with it by itself, without --adapters."
+            )
+        left, right = first.processor.to_dict(), trained.processor.to_dict()
+        fields = (left.keys() | right.keys()) - _OF_LABELS
+        if other := sorted(field for field in fields if left.get(field) != right.get(field)):
+            field = other[0]
+            raise UserError(
+                f"{source}: its image processor has {field}={right.get(field)!r}, that of {sources[0]} has "
+                f"{left.get(field)!r}, so their backbones would see other images. Predict with it by itself, without "
+                "--adapters."
+            )
+        if found:
+            hold_once(first.model, trained.model)
+        found.append(trained)
+    return found
+
+
+def _refuse_existing(output: Path, overwrite: bool) -> None:
     there = [name for name in ("predictions.json", "masks", "overlays", CLASSES) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"output={str(output)!r}: holds {', '.join(there)} already. Choose another folder, or --overwrite."
         )
-    trained = load_trained(source)
-    output.mkdir(parents=True, exist_ok=True)
-    if trained.task == "semantic-segmentation":
-        values = {trained.first_label + i: label for i, label in enumerate(trained.labels)}
-        (output / CLASSES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    entries = []
+
+
+def _predict(
+    trained: Mapping[Path, Trained], files: Mapping[str, Path], top: int, threshold: float
+) -> dict[Path, list[dict[str, Any]]]:
+    """Predict files with models, each of which writes into its folder; return what each has found."""
+    entries: dict[Path, list[dict[str, Any]]] = {output: [] for output in trained}
+    for output, each in trained.items():
+        output.mkdir(parents=True, exist_ok=True)
+        if each.task == "semantic-segmentation":
+            values = {each.first_label + i: label for i, label in enumerate(each.labels)}
+            (output / CLASSES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
         try:
             image = open_image({"path": str(path)}, str(path))
-            if trained.task == "image-classification":
-                found = _classes(trained, image, top)
-            elif trained.task == "semantic-segmentation":
-                found = _regions(trained, image, output, name)
-            else:
-                found = _objects(trained, image, output, name, threshold)
         except UserError as error:
-            found = {"error": str(error)}
-        entries.append({"file": str(path), **found})
-    (output / "predictions.json").write_text(json.dumps(plain(entries), indent=2) + "\n", encoding="utf-8")
+            for own in entries.values():
+                own.append({"file": str(path), "error": str(error)})
+            continue
+        for output, each in trained.items():
+            entries[output].append({"file": str(path), **_found(each, image, output, name, top, threshold)})
+    for output, own in entries.items():
+        (output / "predictions.json").write_text(json.dumps(plain(own), indent=2) + "\n", encoding="utf-8")
     return entries
+
+
+def _found(
+    trained: Trained, image: Image.Image, output: Path, name: str, top: int, threshold: float
+) -> dict[str, Any]:
+    """Predict one image; write its drawings, and return what is found or why it cannot be prepared."""
+    try:
+        if trained.task == "image-classification":
+            return _classes(trained, image, top)
+        if trained.task == "semantic-segmentation":
+            return _regions(trained, image, output, name)
+        return _objects(trained, image, output, name, threshold)
+    except UserError as error:
+        return {"error": str(error)}
 
 
 def _files(images: Sequence[str]) -> dict[str, Path]:
