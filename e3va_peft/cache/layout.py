@@ -84,7 +84,8 @@ class Layout:
                 self.entries[name] = entry._replace(same_as=same)
             else:
                 self.entries[name] = entry._replace(parts=self._place(name, entry, tensor[:1]))
-        self.bytes = _aligned(self.bytes)
+        # How many bytes over a multiple of 64 says in which storage a record is: who is given one knows by its length.
+        self.bytes = -(-self.bytes // 64) * 64 + ALIGNED * STORAGES.index(storage)
 
     def _place(self, name: str, entry: Entry, tensor: Tensor) -> tuple[Part, ...]:
         parts = []
