@@ -120,7 +120,7 @@ def main() -> None:
         for row in found[-len(TAPS) * len(STORAGES) :]:
             print(f"{row['setting']}: {row['taps']}, {row['storage']}: {row['bytes'] / 1e6:.2f} MB an image")
         rows += found
-    save("cache", rows)
+        save("cache", rows)  # after each, because UperNet's head takes long
 
 
 if __name__ == "__main__":

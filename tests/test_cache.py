@@ -141,6 +141,17 @@ def test_a_record_of_a_model_without_live_blocks_needs_no_block_at_all():
     assert torch.isfinite(loss_of(model(**collate([read[0], read[1]]))))
 
 
+def test_a_head_with_batch_norms_is_cached_one_image_at_a_time():
+    case = BY_NAME["swin-upernet"]
+    model = adapted(case)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    read = cached(Images(case), model, data_collator=collate, batch_size=1)
+    assert torch.isfinite(loss_of(model.train()(**collate([read[0], read[1]]))))
+    model = adapted(case)
+    cached(Images(case), model, data_collator=collate, batch_size=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+
+
 def test_views_repeat_and_differ_and_follow_the_epoch():
     case = BY_NAME["vit-classifier"]
     images = Images(case, noise=0.5)

@@ -170,6 +170,9 @@ def names_read(model: nn.Module, capture: Capture, batch: Mapping[str, Any]) -> 
     outputs = None
     for training in (True, False):
         model.train(training)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # which cannot train on one image
         with SOURCE.set(probe), watch, _seeded():
             outputs = model(**batch)
     return (always | watch.touched) - probe.made, outputs
