@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping
+from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -65,7 +66,7 @@ class Store:
         self._data: dict[int, np.memmap[Any, Any]] = {}
         self._seen = bytearray(count)
         self._lock: FileLock | None = None
-        self._writer: tuple[int, BinaryIO, int] | None = None  # number of the file, the file, the index
+        self._writer: tuple[BinaryIO, RawIOBase] | None = None  # the file of this process, the index
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_index": None, "_data": {}, "_lock": None, "_writer": None}
@@ -126,7 +127,7 @@ class Store:
         """
         row = memoryview(row).cast("B")
         try:
-            _, data, index = self._writer = self._writer or self._open(file)
+            data, index = self._writer = self._writer or self._open(file)
             offset = data.tell()
             data.write(row)
             data.write(rest)
@@ -134,7 +135,8 @@ class Store:
             crc = zlib.crc32(rest, zlib.crc32(row))
             line = np.array((offset, file, len(row), len(rest), crc, source, *size, 0), dtype=_LINE)
             line["check"] = _check(line)
-            os.pwrite(index, line.tobytes(), number * _LINE.itemsize)
+            index.seek(number * _LINE.itemsize)
+            index.write(line.tobytes())
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -144,23 +146,21 @@ class Store:
                 "start again: it continues from there."
             ) from None
 
-    def _open(self, file: int) -> tuple[int, BinaryIO, int]:
+    def _open(self, file: int) -> tuple[BinaryIO, RawIOBase]:
         lines = np.array(self.index)
         own = lines[(lines["row"] > 0) & (lines["file"] == file)]
         end = max((int(line["offset"]) + int(line["row"]) + int(line["rest"]) for line in own), default=0)
         data = open(self.folder / f"data-{file}.bin", "ab")  # noqa: SIM115  kept open until `close`
         data.truncate(end)  # what a crash left behind the last whole record
         data.seek(end)
-        return file, data, os.open(self.folder / INDEX, os.O_WRONLY)
+        return data, open(self.folder / INDEX, "r+b", buffering=0)
 
     def close(self) -> None:
         """Finish writing."""
         if self._writer is not None:
-            _, data, index = self._writer
-            os.fsync(data.fileno())
-            os.fsync(index)
-            data.close()
-            os.close(index)
+            for file in self._writer:
+                os.fsync(file.fileno())
+                file.close()
         if self._lock is not None:
             self._lock.release()
         self._writer = self._lock = None
