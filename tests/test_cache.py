@@ -562,6 +562,7 @@ def test_e3va_train_fills_a_cache_once_and_not_for_other_data(tmp_path, monkeypa
         ({"views": 0}, "cache.views=0"),
         ({"storage": "int2"}, "cache.storage='int2'"),
         ({"limit": "lots"}, "cache.limit='lots'"),
+        ({"limit": "1.2.3GB"}, "cache.limit='1.2.3GB'"),
         ({"view": 2}, "cache.view"),
     ],
 )

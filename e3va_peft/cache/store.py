@@ -216,7 +216,7 @@ def number_of_bytes(name: str, value: int | str) -> int:
     Raises:
         UserError: It is not one. The message begins with its `name`.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
     count = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
     if count < 1:
         raise UserError(f"{name}={value!r}: must be a number of bytes, e.g. 40GiB or 500MB.")
