@@ -14,22 +14,21 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from memory import METHODS, SETTINGS, Setting, adamw, by
 from record import quiet, save
-from speed import interleaved
+from speed import interleaved, step
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import default_data_collator
 
 from e3va_peft import cached
+from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.taking import RECORD
 
-STORAGES = ("exact", "fp16", "int8", "int4")
-TAPS = {"two taps a block": None, "one tap a block": ("block",)}
+TAPS: dict[str, dict[str, Any]] = {"two taps a block": {}, "one tap a block": {"taps": ("block",)}}
 
 
 class Images(Dataset):
@@ -44,16 +43,6 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         return dict(self.examples[index])
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Callable[[], dict[str, Any]]) -> float:
-    """Take a training step, the reading of its batch included, and return its seconds."""
-    start = time.perf_counter()
-    model(**batch()).loss.backward()
-    optimizer.step()
-    seconds = time.perf_counter() - start
-    optimizer.zero_grad()
-    return seconds
 
 
 def forward(backbone: nn.Module, pixel_values: torch.Tensor) -> float:
@@ -73,18 +62,20 @@ def time_rows(setting: Setting) -> list[dict[str, Any]]:
         torch.manual_seed(0)
         model = build(setting.build()).train()
         models[name] = model, adamw(model)
-    tasks = {name: lambda m=m, o=o: step(m, o, lambda: batch) for name, (m, o) in models.items()}
+    tasks = {name: lambda m=m, o=o: step(lambda: m(**batch).loss, o) for name, (m, o) in models.items()}
     base = models["head only"][0]
     backbone = getattr(base, "backbone", None) or base.base_model
     tasks["backbone, forward"] = lambda: forward(backbone, batch["pixel_values"])
-    for title, taps in TAPS.items():
+    for title, options in TAPS.items():
         torch.manual_seed(0)
-        model = by("e3va", **({"taps": taps} if taps else {}))(setting.build()).train()
+        model = by("e3va", **options)(setting.build()).train()
         folder = tempfile.mkdtemp()
         read = cached(images, model, storage="int8", folder=f"{folder}/cache", batch_size=setting.batch)
         optimizer = adamw(model)
         collate = lambda read=read: default_data_collator([read[i] for i in range(len(read))])  # noqa: E731
-        tasks[f"E3VA from the cache, int8, {title}"] = lambda m=model, o=optimizer, c=collate: step(m, o, c)
+        tasks[f"E3VA from the cache, int8, {title}"] = lambda m=model, o=optimizer, c=collate: step(
+            lambda: m(**c()).loss, o
+        )
     return [
         {"setting": setting.title, "method": name, "seconds": statistics.median(times), "rounds": times}
         for name, times in interleaved(tasks).items()
@@ -94,8 +85,8 @@ def time_rows(setting: Setting) -> list[dict[str, Any]]:
 def byte_rows(setting: Setting) -> list[dict[str, Any]]:
     """Count the bytes of an image in every storage."""
     images, rows = Images(setting), []
-    for title, taps in TAPS.items():
-        model = by("e3va", **({"taps": taps} if taps else {}))(setting.build())
+    for title, options in TAPS.items():
+        model = by("e3va", **options)(setting.build())
         for storage in STORAGES:
             read = cached(images, model, storage=storage, batch_size=1)
             rows.append(

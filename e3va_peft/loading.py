@@ -174,7 +174,7 @@ def _refuse_lost(source: str, model: nn.Module, backbones: Mapping[str, str], sa
     )
     if lost:
         raise ValueError(
-            f"adapter={source!r}: has no weights for {sorted(lost)} of its base model, which was not made by "
+            f"adapter={source!r}: has no weights for {lost} of its base model, which was not made by "
             "from_pretrained and whose adapter was trained with modules_to_save that leave them out. Build the base "
             "yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )

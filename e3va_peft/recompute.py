@@ -173,13 +173,20 @@ def in_parts(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules
         if not any(part.training or part._compiled_call_impl is not None for part in module.modules())
     ]
-    before = [vars(module).get("forward") for module in changed]
-    for module in changed:
-        module.forward = partial(_in_parts, module.forward)
+    with forwards_replaced({module: partial(_in_parts, module.forward) for module in changed}):
+        yield
+
+
+@contextmanager
+def forwards_replaced(instead: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Run other functions instead of modules, for the time of a `with` statement."""
+    before = {module: vars(module).get("forward") for module in instead}
+    for module, function in instead.items():
+        module.forward = function
     try:
         yield
     finally:
-        for module, forward in zip(changed, before, strict=True):
+        for module, forward in before.items():
             if forward is None:
                 del module.forward
             else:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
 from e3va_peft.fused import compute_dtype
+from e3va_peft.recompute import forwards_replaced
 from e3va_peft.recorder import Current, Live, Recorder
 
 if TYPE_CHECKING:
@@ -321,28 +322,12 @@ def _run_live(
     scratch = FrozenPass()
     live = live._replace(enter=lambda x: lane.enter(entry))
     recorder = Recorder(scratch, layer.exit, layer.family, _unread, lambda stage: None, image, live)
-    with _replacing(layer.exit, instead), recorder.running(), torch.set_grad_enabled(lane.grad):
+    skipping = forwards_replaced({layer.exit.get_submodule(name): function for name, function in instead.items()})
+    with skipping, recorder.running(), torch.set_grad_enabled(lane.grad):
         outputs = run()
     recorder.check_versions()
     lane.frozen.tail, lane.frozen.ends = scratch.tail, scratch.ends
     return outputs
-
-
-@contextmanager
-def _replacing(exit: nn.Module, instead: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Run other functions instead of modules, for the time of a `with` statement."""
-    modules = {exit.get_submodule(name): function for name, function in instead.items()}
-    before = {module: vars(module).get("forward") for module in modules}
-    for module, function in modules.items():
-        module.forward = function
-    try:
-        yield
-    finally:
-        for module, forward in before.items():
-            if forward is None:
-                del module.forward
-            else:
-                module.forward = forward
 
 
 def _unknown(tree: Tree, batch: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:

@@ -105,8 +105,9 @@ def cached(
     if missing := store.missing():
         _fill(store, source, missing, taker, (batch_size, num_workers), limit, state)
     _refuse_changed(store, source, taker)
-    for number in store.sizes().values():
-        taker.learn(source[number])
+    for size, number in store.sizes().items():
+        if not taker.knows(size):
+            taker.learn(source[number])
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -65,7 +65,7 @@ class Taker:
         """Examples of one size -> (B, bytes): their records."""
         size = self.size(examples[0])
         capture = self._capture(examples)
-        if not self._knows(size):
+        if not self.knows(size):
             self._learn(size, capture, examples)
         layout = self.reads.sizes[size][self.storage][1]
         return layout.pack(capture.tensors)
@@ -87,19 +87,16 @@ class Taker:
 
     def learn(self, example: Mapping[str, Any]) -> None:
         """Learn the layout of records of the size of an example."""
-        size = self.size(example)
-        if not self._knows(size):
-            self._learn(size, self._capture([example]), [example])
+        self._learn(self.size(example), self._capture([example]), [example])
 
-    def _knows(self, size: tuple[int, int]) -> bool:
+    def knows(self, size: tuple[int, int]) -> bool:
+        """Whether the layout of records of images of a size is known."""
         return self.storage in self.reads.sizes.get(size, {})
 
     def _learn(self, size: tuple[int, int], capture: Capture, examples: Examples) -> None:
         if self.needed is None:
             self.needed = self._what_is_read(capture, examples)
-        tensors = {name: tensor for name, tensor in capture.tensors.items() if name in self.needed}
-        widths = [stage.width for stage in self.layer.stages]
-        layout = Layout(tensors, self.storage, self.layer.tap_norm, widths)
+        layout = layout_of(self.layer, capture, self.needed, self.storage)
         self.reads.sizes.setdefault(size, {})[self.storage] = capture.blueprint, layout
 
     def _batch(self, examples: Examples) -> dict[str, Any]:
@@ -150,6 +147,12 @@ class Taker:
             "storage": self.storage,
             "autocast": str(self.autocast) if self.autocast else None,
         }
+
+
+def layout_of(layer: E3VALayer, capture: Capture, read: Collection[str], storage: str) -> Layout:
+    """Return the layout of the records of a layer, of what is read of a frozen pass."""
+    tensors = {name: tensor for name, tensor in capture.tensors.items() if name in read}
+    return Layout(tensors, storage, layer.tap_norm, [stage.width for stage in layer.stages])
 
 
 def names_read(model: nn.Module, capture: Capture, batch: Mapping[str, Any]) -> tuple[set[str], Any]:

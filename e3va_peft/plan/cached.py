@@ -14,9 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_peft.cache.dataset import cache_home
-from e3va_peft.cache.layout import Layout
-from e3va_peft.cache.taking import names_read
-from e3va_peft.layer import E3VALayer
+from e3va_peft.cache.layout import STORAGES
+from e3va_peft.cache.taking import layers_of, layout_of, names_read
 from e3va_peft.plan.blueprint import make_batch
 from e3va_peft.replay import SOURCE, Capture, Captured
 
@@ -52,13 +51,8 @@ def cached_image(step: FakeStep) -> CachedImage:
         with FlopCounterMode(display=False) as counter, SOURCE.set(capture), suppress(Captured):
             step.model(**batch)
         read, _ = names_read(step.model, capture, batch)
-        (layer,) = (module for module in step.model.modules() if isinstance(module, E3VALayer))
-        tensors = {name: tensor for name, tensor in capture.tensors.items() if name in read}
-        widths = [stage.width for stage in layer.stages]
-        found = {
-            storage: Layout(tensors, storage, layer.tap_norm, widths).bytes
-            for storage in ("exact", "fp16", "int8", "int4")
-        }
+        (layer,) = layers_of(step.model)
+        found = {storage: layout_of(layer, capture, read, storage).bytes for storage in STORAGES}
     return CachedImage(found, counter.get_total_flops() // 2)
 
 
