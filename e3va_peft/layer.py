@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, ExitCall
-from e3va_peft.backbones.base import BLOCK, adapted_blocks, submodule
+from e3va_peft.backbones.base import BLOCK, STREAM, TapPoint, adapted_blocks, submodule
 from e3va_peft.config import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.fused import Merging
@@ -176,6 +176,10 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             for j, block in enumerate(stage.blocks[:depth]):
                 points = self.family.tap_points(exit, block)
                 chosen = tuple(points) if self.taps == BLOCK else self.taps
+                points[STREAM] = TapPoint(exit.get_submodule(block), "input", None)
+                if self.live is not None and (i, j) >= self.live:  # before a tap reads what the lane has entered
+                    exit.get_submodule(block).register_forward_pre_hook(LiveInput(), with_kwargs=True)
+                    exit.get_submodule(block).register_forward_hook(LiveOutput())
                 for k, name in enumerate(chosen):
                     index, parts = (j, len(chosen)) if self.taps == BLOCK else (j * len(self.taps) + k, 1)
                     tap = Tap(i, index, points[name].read, parts, f"{block}: {name}")
@@ -183,9 +187,6 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                         points[name].module.register_forward_pre_hook(tap)
                     else:
                         points[name].module.register_forward_hook(tap)
-                if self.live is not None and (i, j) >= self.live:
-                    exit.get_submodule(block).register_forward_pre_hook(LiveInput(), with_kwargs=True)
-                    exit.get_submodule(block).register_forward_hook(LiveOutput())
             if self.family.ends:
                 end = self.family.ends.format(stage=i)
                 exit.get_submodule(end).register_forward_pre_hook(EndTap(i, end))

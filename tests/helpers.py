@@ -23,7 +23,7 @@ from e3va_peft.training import MetricsToCard
 from e3va_peft.training.trainer import VisionTrainer
 from tests.models import Case, loss_of, tensors
 
-WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute"}}
+WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute", "taps": ("stream",)}}
 
 
 def ways(*names: str) -> pytest.MarkDecorator:

@@ -118,6 +118,18 @@ def test_an_exact_record_trains_as_its_images_do_to_the_bit(case, way):
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("live", [0, 1])
+@pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier"])
+def test_taps_of_the_stream_are_recorded_too(name, live):
+    case = BY_NAME[name]
+    images = Images(case)
+    plain, model = (adapted(case, taps=("stream",), live_blocks=live) for _ in range(2))
+    read = cached(images, model, storage="exact", batch_size=2, data_collator=collate)
+    expected = curve(plain, [collate([images[i] for i in (0, 1)])])
+    found = curve(model, [collate([read[i] for i in (0, 1)])])
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier", "dinov2-classifier", "convnext-classifier"])
 def test_rounded_records_are_close_and_smaller(name, storage):

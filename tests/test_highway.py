@@ -133,6 +133,23 @@ def test_one_tap_per_block_reads_the_sum_of_its_branches(grad):
         torch.testing.assert_close(states[j + 1], frozen[j + 1] + z)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_stream_tap_reads_what_enters_the_block(grad):
+    case = BY_NAME["vit-classifier"]
+    base, batch = case.base(), case.batch()
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, taps=("mlp", "stream"))).eval()
+    assert model.peft_config["default"].taps == ("stream", "mlp")  # in the order in which they run
+    with torch.set_grad_enabled(grad):
+        states = model(**batch, output_hidden_states=True).hidden_states
+    reads = branches(base, batch, [(block.mlp, False) for block in base.vit.layers])
+    with torch.no_grad():
+        frozen = base(**batch, output_hidden_states=True).hidden_states
+    stage, z = highway_of(model).stages[0], 0
+    for j in range(len(base.vit.layers)):
+        z = z + written_out(frozen[j], stage, 2 * j) + written_out(reads[j], stage, 2 * j + 1)
+        torch.testing.assert_close(states[j + 1], frozen[j + 1] + z)
+
+
 def test_sum_of_adapters_passes_gradcheck():
     stage = Stage(width=6, num_adapters=3, r=2, bottleneck=3, init_weights=False).double()
     taps = [torch.randn(2, 5, 6, dtype=torch.double) for _ in range(3)]

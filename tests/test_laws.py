@@ -331,12 +331,12 @@ def test_no_grad_and_grad_forwards_agree_once_trained(case, way):
 @every_model
 def test_taps_can_be_chosen(case):
     counts, branches = {}, tuple(registered(case.family).branches)
-    for taps in (*((branch,) for branch in branches), branches, ("block",)):
+    for taps in (*((branch,) for branch in branches), branches, ("block",), ("stream",)):
         model = adapted(case, taps=taps, modules_to_save=[])
         counts[taps] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         loss_of(model.train()(**case.training_batch())).backward()
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-    assert all(counts[branch,] == counts["block",] == counts[branches] / len(branches) for branch in branches)
+    assert {counts[tap,] for tap in (*branches, "block", "stream")} == {counts[branches] / len(branches)}
 
 
 @every_model_that(as_tuple=True)

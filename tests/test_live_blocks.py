@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft import E3VALayer
+from e3va_peft.backbones import TapPoint
+from e3va_peft.backbones.base import STREAM
 from e3va_peft.storage import NORMS
 from tests.helpers import adapted, assert_same, double, gradients, layers, outputs, saved_bytes, step, written_out
-from tests.models import BY_NAME, every_model_but, loss_of, tensors
+from tests.models import BY_NAME, every_model_but, loss_of, registered, tensors
 
 
 def written_into(base: nn.Module, layer: E3VALayer) -> None:
@@ -22,7 +24,10 @@ def written_into(base: nn.Module, layer: E3VALayer) -> None:
     exit = base.get_submodule(next(name for name, m in base.named_modules() if layer.family.matches(m)))
     for spec, depth, factors in zip(layer.stages, layer.depth, stages, strict=False):
         for j, block in enumerate(spec.blocks[:depth]):
-            for k, point in enumerate(layer.family.tap_points(exit, block).values()):
+            points = layer.family.tap_points(exit, block) | {
+                STREAM: TapPoint(exit.get_submodule(block), "input", None)
+            }
+            for k, point in enumerate(points[tap] for tap in layer.taps):
                 index = j * len(layer.taps) + k
 
                 def change(x: Tensor, factors=factors, index=index) -> Tensor:
@@ -39,15 +44,16 @@ def written_into(base: nn.Module, layer: E3VALayer) -> None:
                     point.module.register_forward_hook(after)
 
 
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("norm", "stream"), [*((norm, False) for norm in NORMS), ("layer", True)])
 @pytest.mark.parametrize(
     "name", ["swin-classifier", "vit-classifier", "dinov2-classifier", "swinv2-classifier", "convnext-classifier"]
 )
-def test_with_all_blocks_live_it_is_an_adapter_in_every_block(name, norm):
+def test_with_all_blocks_live_it_is_an_adapter_in_every_block(name, norm, stream):
     case = BY_NAME[name]
     base = case.base().double()
     depth = sum(layers(adapted(case))[0].depth)
-    model = adapted(case, init_weights=False, live_blocks=depth, tap_norm=norm).double()
+    taps = (STREAM, *registered(case.family).branches) if stream else None
+    model = adapted(case, init_weights=False, live_blocks=depth, tap_norm=norm, taps=taps).double()
     twin = copy.deepcopy(model)
     written_into(base, layers(twin)[0])
     batch = {"pixel_values": case.batch()["pixel_values"].double()}
@@ -74,12 +80,13 @@ def test_in_front_of_the_live_blocks_all_is_as_without_them(name):
 
 
 @torch.no_grad()
-def test_the_lane_enters_the_first_live_block():
+@pytest.mark.parametrize("taps", [("attention", "mlp"), ("stream", "mlp")])
+def test_the_lane_enters_the_first_live_block(taps):
     """Where the answers of the last block are zero, it is the frozen block on x + z."""
     case = BY_NAME["vit-classifier"]
     base, models = case.base().double(), []
     for live in (0, 1):
-        models.append(adapted(case, init_weights=False, modules_to_save=[], live_blocks=live).double())
+        models.append(adapted(case, init_weights=False, modules_to_save=[], live_blocks=live, taps=taps).double())
         models[live].load_state_dict(models[0].state_dict())
         for factor in ("v2", "bias2"):
             layers(models[live])[0].e3va_highway["default"].stages[0].get_parameter(factor)[-2:] = 0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from e3va_peft.lane import Lane
 
 BLOCK = ("block",)  # one tap: the sum of a block's branches
+STREAM = "stream"  # a tap of every family: what enters a block
 
 
 @dataclass(frozen=True)
@@ -289,12 +290,13 @@ class Backbone:
             return tuple(self.branches)
         if tuple(chosen) == BLOCK:
             return BLOCK
-        if unknown := sorted(set(chosen) - set(self.branches)):
+        if unknown := sorted(set(chosen) - {STREAM, *self.branches}):
             raise ValueError(
                 f"taps={tuple(chosen)!r}: {unknown} is not a branch of a {self.name} block. Choose among "
-                f"{tuple(self.branches)}, or {BLOCK}, their sum; None means all of them."
+                f"{tuple(self.branches)} and {STREAM!r}, what enters the block, or {BLOCK}, the branches' sum; None "
+                "means all branches."
             )
-        return tuple(name for name in self.branches if name in chosen)
+        return tuple(name for name in (STREAM, *self.branches) if name in chosen)
 
     def matches(self, module: nn.Module) -> bool:
         """Whether a module is an exit of this family: of one of its classes, and with blocks where it has them."""
