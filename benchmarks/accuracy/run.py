@@ -1,0 +1,252 @@
+"""Accuracy of every method on one task: learning rates searched, three seeds, each result in a file of its own.
+
+    python benchmarks/accuracy/run.py nuclei --data DATA --model MODEL --runs RUNS               # all of it, hours
+    python benchmarks/accuracy/run.py nuclei --data DATA --model MODEL --runs RUNS --minutes 20  # continues each time
+    python benchmarks/accuracy/run.py tissue --runs RUNS --methods lora,e3va-4                   # some of it
+    python benchmarks/accuracy/run.py nuclei ... --quick                                         # a few steps of each
+    python benchmarks/accuracy/run.py --list                                                     # what is recorded
+
+A task is a file beside this one. All methods get the same head, images, order, augmentation and epochs. A learning
+rate is searched for each from its default on, by factors of two, until the best one is bracketed on both sides, on a
+part of the *training* images that is set aside; the evaluation images are seen once per seed, at the end. A run that
+was stopped resumes at its last epoch, and what is recorded is not trained again: `results/accuracy/TASK/*.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as if started there: what benchmarks share
+from record import RESULTS, origin, quiet
+from training import overrides
+
+from e3va_peft.data.yaml import parse_yaml
+from e3va_peft.demo.data import MNI152Slices, mni152_slices
+from e3va_peft.demo.run import mean_iou, predict
+from e3va_peft.demo.run import train as train_demo
+from e3va_peft.demo.weights import focus_vit
+from e3va_peft.methods import METHODS
+from e3va_peft.training.config import RunConfig, read_config
+from e3va_peft.training.folder import finished, write_whole
+from e3va_peft.training.run import train
+
+HERE = Path(__file__).parent
+RECORDS = RESULTS / "accuracy"
+LIVE = (2, 4, 6, 8)  # of the 12 blocks that both backbones have
+SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in ("full", "head-only", "partial-1", "bitfit", "adaptformer", "mona")},
+    "lora": {"name": "lora", "lora_alpha": 8},  # PEFT's own scale
+    "e3va": {"name": "e3va"},
+    **{f"e3va-{live}": {"name": "e3va", "live_blocks": live} for live in LIVE},
+    "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},
+}
+SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of a method's default
+FEWEST, MOST = 2**-4, 2**4  # where it ends
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task, as its file says.
+
+    Attributes:
+        name: Of its file and its records.
+        recipe: What `e3va train` calls it; `demo`: the demo's own model and slices.
+        metric: The score.
+        seeds: Of head, data order and augmentation.
+        epochs: Of a run that is scored on the evaluation images.
+        search_epochs: Of a run that is scored on training images set aside.
+        fields: `key=value` of the recipe, DATA in them being the folder of the data.
+        search: More of them that set training images aside.
+        quick: More of them that leave a few images.
+    """
+
+    name: str
+    recipe: str
+    metric: str
+    seeds: list[int]
+    epochs: int
+    search_epochs: int
+    fields: Sequence[str] = ()
+    search: Sequence[str] = ()
+    quick: Sequence[str] = ()
+
+
+def read_task(name: str) -> Task:
+    """Read the file of a task."""
+    return Task(name, **parse_yaml((HERE / f"{name}.yaml").read_text(encoding="utf-8"), name))
+
+
+class Protocol:
+    """The runs of one task, and their records.
+
+    Args:
+        task: The task.
+        args: The command line: where data, model and runs are, `quick`, and `deadline` in seconds of `time.monotonic`.
+    """
+
+    def __init__(self, task: Task, args: argparse.Namespace) -> None:
+        self.task, self.args = task, args
+        self.records = Path(args.runs) / "quick" / task.name if args.quick else RECORDS / task.name
+
+    def score(self, method: str, rate: float, seed: int, search: bool = False) -> float:
+        """Train and score one run, or read its record."""
+        name = f"{method}-{'search' if search else 'seed'}-{rate:g}-{seed}"
+        path = self.records / f"{name}.json"
+        if not path.is_file():
+            if time.monotonic() > self.args.deadline:
+                raise SystemExit(f"time is up before {name}; the same command continues")
+            start = time.perf_counter()
+            found = self._demo(name, method, rate, seed, search) if self.task.recipe == "demo" else None
+            found = found or self._command(name, method, rate, seed, search)
+            row = {
+                **{"task": self.task.name, "method": method, "options": SETTINGS[method]},
+                **{"part": "search" if search else "seed", "learning_rate": rate, "seed": seed},
+                **{"metric": self.task.metric, **found, "seconds": time.perf_counter() - start},
+            }
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps({**row, "origin": origin()}, indent=2) + "\n")
+            print(f"{self.task.name} {name}: {found['score']:.4f}", flush=True)
+        return float(json.loads(path.read_text(encoding="utf-8"))["score"])
+
+    def config(self, name: str, method: str, rate: float, seed: int, search: bool = False) -> RunConfig:
+        """The config of a run by `e3va train`."""
+        fields = [field.replace("DATA", str(self.args.data)) for field in self.task.fields]
+        fields += overrides(str(self._folder(name)), self.args.model, rate, seed)
+        fields += self.task.search if search else ()
+        fields += self.task.quick if self.args.quick else ()
+        fields += ["data.verify=false", f"training.num_train_epochs={self._epochs(search)}"]
+        options = dict(SETTINGS[method])
+        fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
+        return read_config(self.task.recipe, fields)
+
+    def _folder(self, name: str) -> Path:
+        return Path(self.args.runs) / self.task.name / name
+
+    def _epochs(self, search: bool) -> int:
+        return 1 if self.args.quick else self.task.search_epochs if search else self.task.epochs
+
+    def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
+        config = self.config(name, method, rate, seed, search)
+        result = finished(config) or train(config)
+        shutil.rmtree(config.output)  # hundreds of runs; the record is what is kept
+        return {
+            "score": result["metrics"][self.task.metric],
+            **{key: result[key] for key in ("metrics", "steps", "epochs", "trained_parameters")},
+        }
+
+    def _demo(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
+        fit, scored = set_aside(mni152_slices()[0]) if search else mni152_slices()
+        if self.args.quick:
+            fit, scored = choose(fit, range(8)), choose(scored, range(2))
+        epochs = self._epochs(search)
+        model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, self._folder(name), epochs, seed)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        score = mean_iou(predict(model, scored), scored)
+        return {"score": score, "steps": epochs * -(-len(fit) // 2), "epochs": epochs, "trained_parameters": trained}
+
+    def best_rate(self, method: str) -> float:
+        """The learning rate that did best on images set aside, with worse ones on both sides."""
+        default = METHODS[SETTINGS[method]["name"]].learning_rate
+        return bracketed(lambda factor: self.score(method, default * factor, 0, search=True)) * default
+
+    def all(self, methods: Sequence[str]) -> None:
+        """Search, then train, every method; seeds are the outer loop."""
+        rates = {method: self.best_rate(method) for method in methods}
+        for seed in self.task.seeds[:1] if self.args.quick else self.task.seeds:
+            for method, rate in rates.items():
+                self.score(method, rate, seed)
+
+
+def bracketed(score: Callable[[float], float]) -> float:
+    """The factor with the best score among powers of two, searched until both neighbours are worse."""
+    found = {factor: score(factor) for factor in SHORT}
+    while True:
+        best = max(found, key=lambda factor: found[factor])
+        beyond = best * 2 if best == max(found) else best / 2 if best == min(found) else None
+        if beyond is None or not FEWEST <= beyond <= MOST:
+            return best
+        found[beyond] = score(beyond)
+
+
+def choose(slices: MNI152Slices, places: Sequence[int]) -> MNI152Slices:
+    """Some of the slices, by their places."""
+    chosen = list(places)
+    return MNI152Slices(slices.images[chosen], slices.labels[chosen], tuple(slices.indices[i] for i in chosen))
+
+
+def set_aside(slices: MNI152Slices) -> tuple[MNI152Slices, MNI152Slices]:
+    """Split training slices: to train on, and the middle one of the blocks that follow without a gap, to choose by."""
+    starts = [i for i, index in enumerate(slices.indices) if index - 1 not in slices.indices]
+    first, last = starts[len(starts) // 2], starts[len(starts) // 2 + 1]
+    return choose(slices, [*range(first), *range(last, len(slices))]), choose(slices, range(first, last))
+
+
+def recorded(task: str) -> Iterator[dict[str, Any]]:
+    """Iterate over the records of a task."""
+    for path in sorted((RECORDS / task).glob("*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
+
+
+def summary(task: str) -> list[dict[str, Any]]:
+    """A row per method: mean and deviation over its seeds, its rate, and what its search found."""
+    rows = []
+    found = list(recorded(task))
+    for method in SETTINGS:
+        own = [row for row in found if row["method"] == method]
+        seeds = [row for row in own if row["part"] == "seed"]
+        if not seeds:
+            continue
+        scores = [row["score"] for row in seeds]
+        rows.append(
+            {
+                **{"task": task, "method": method, "metric": seeds[0]["metric"], "scores": scores},
+                "mean": statistics.fmean(scores),
+                "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+                **{key: seeds[0][key] for key in ("learning_rate", "steps", "epochs", "trained_parameters")},
+                "searched": {f"{row['learning_rate']:g}": row["score"] for row in own if row["part"] == "search"},
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Train what is not recorded yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    tasks = sorted(path.stem for path in HERE.glob("*.yaml"))
+    parser.add_argument("task", nargs="?", choices=tasks)
+    parser.add_argument("--data", help="folder of the data")
+    parser.add_argument("--model", help="folder of the pretrained backbone")
+    parser.add_argument("--runs", help="folder for checkpoints")
+    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(SETTINGS), help="only these")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after so many")
+    parser.add_argument("--quick", action="store_true", help="a few images, one epoch, records in RUNS")
+    parser.add_argument("--list", action="store_true", help="print what is recorded")
+    args = parser.parse_args()
+    if args.list:
+        for task in tasks:
+            for row in summary(task):
+                spread = "" if row["deviation"] is None else f" +- {row['deviation']:.4f}"
+                print(
+                    f"{task} {row['method']}: {row['mean']:.4f}{spread} at {row['learning_rate']:g}, {row['searched']}"
+                )
+        return
+    if unknown := sorted(set(args.methods) - set(SETTINGS)):
+        parser.error(f"--methods: {', '.join(unknown)}: must be of {', '.join(SETTINGS)}")
+    if args.task is None or args.runs is None:
+        parser.error("name a task, and --runs")
+    quiet()
+    args.deadline = time.monotonic() + 60 * args.minutes
+    Protocol(read_task(args.task), args).all(args.methods)
+
+
+if __name__ == "__main__":
+    main()
