@@ -118,6 +118,39 @@ def test_an_exact_record_trains_as_its_images_do_to_the_bit(case, way):
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
+@every_model
+def test_an_exact_record_trains_the_head_alone_to_the_bit_and_needs_no_block(case):
+    images = Images(case)
+    plain, model = (adapt(case.base(), {"name": "head-only"}) for _ in range(2))
+    read = cached(images, model, storage="exact", batch_size=2, data_collator=collate)
+    for block in (module for module in model.modules() if type(module).__name__ in case.blocks):
+        block.forward = None
+    pairs = [(0, 1), (2, 3), (0, 1)]
+    expected = curve(plain, [collate([images[i] for i in pair]) for pair in pairs])
+    found = curve(model, [collate([read[i] for i in pair]) for pair in pairs])
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+def test_a_record_for_the_head_alone_holds_what_enters_the_output_norms_and_no_more():
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapt(case.base(), {"name": "head-only"}), storage="exact", data_collator=collate)
+    assert read[0][RECORD].numel() == (16 + 1) * 16 * 4 + 0  # tokens of the last block
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("full", "cls_token"), ("lora", "lora_A"), ("bitfit", "bias"), ("partial-1", r"layers\.2\.")]
+)
+def test_a_backbone_that_is_trained_is_not_cached_and_the_parameter_is_named(method, named):
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(ValueError, match=rf"trains .*{named}"):
+        cached(Images(case), adapt(case.base(), {"name": method}))
+
+
+def test_a_model_without_a_known_backbone_is_not_cached():
+    with pytest.raises(ValueError, match="model=Conv2d: has no backbone"):
+        cached(Images(BY_NAME["vit-classifier"]), nn.Conv2d(3, 3, 1))
+
+
 @pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
 @pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier", "dinov2-classifier", "convnext-classifier"])
 def test_rounded_records_are_close_and_smaller(name, storage):
@@ -384,6 +417,36 @@ def test_a_store_of_something_else_is_refused_and_named(tmp_path, change, named)
     assert content == {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
 
 
+class Deeper(nn.Module):
+    """A model whose head reads the first block, too."""
+
+    def __init__(self, inner: nn.Module, read: bool) -> None:
+        super().__init__()
+        self.inner, self.read = inner, read
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
+        found = self.inner(pixel_values, output_hidden_states=self.read)
+        return {"logits": found.logits + (found.hidden_states[1].mean() if self.read else 0)}
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_heads_that_read_other_outputs_do_not_share_a_store(tmp_path, method):
+    case = BY_NAME["dinov2-classifier"]
+    cached(Images(case), adapt(Deeper(case.base(), False), {"name": method}), folder=tmp_path / "cache")
+    with pytest.raises(UserError, match="reads"):
+        cached(Images(case), adapt(Deeper(case.base(), True), {"name": method}), folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_a_store_knows_a_timm_models_positions(tmp_path, method):
+    case = BY_NAME["timm-vit"]
+    cached(Images(case), adapt(case.base(), {"name": method}), folder=tmp_path / "cache")
+    base = case.base()
+    next(p for name, p in base.named_parameters() if name.endswith("pos_embed")).data += 1
+    with pytest.raises(UserError, match="backbone"):
+        cached(Images(case), adapt(base, {"name": method}), folder=tmp_path / "cache")
+
+
 def test_changed_images_are_refused(tmp_path):
     case = BY_NAME["vit-classifier"]
     images = Images(case)
@@ -530,11 +593,12 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
 TASKS = {"classes": (classify, {}), "maps": (segment, {}), "objects": (detect, {"per_device_train_batch_size": 1})}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("task", "method"), [*((task, "e3va") for task in TASKS), ("maps", "head-only")])
+def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, method, tmp_path, monkeypatch):
     monkeypatch.setenv("E3VA_CACHE", str(tmp_path / "own"))
     build, training = TASKS[task]
     values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training) | {"augment": False}
+    values["method"] = {"name": method}
     plain = train(parse_config(values | {"output": str(tmp_path / "plain")}))
     read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": {"storage": "exact"}}))
     assert [path.name for path in tmp_path.glob("own/*")] == ["frozen"]

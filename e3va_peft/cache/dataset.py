@@ -49,7 +49,7 @@ def cached(
     key: str = "",
     types: Sequence[type] = (),
 ) -> Cached:
-    """Run the frozen backbone once over a dataset, and return the dataset with what the highway reads of it.
+    """Run the frozen backbone once over a dataset, and return the dataset with what highway and head read of it.
 
         train = cached(train, model, views=4, folder="cache/train")
         Trainer(model, TrainingArguments(remove_unused_columns=False, ...), train_dataset=train).train()
@@ -61,7 +61,9 @@ def cached(
         dataset: Examples are dictionaries that hold the image as the model takes it, (C, H, W), and labels: tensors,
             arrays, numbers, texts, and lists and dictionaries of them.
         model: The adapted model, with one backbone. The records hold for every highway that reads the same taps in
-            the same way over the same weights: other ranks, seeds and learning rates need no new ones.
+            the same way over the same weights: other ranks, seeds and learning rates need no new ones. A model without
+            a highway works too where its backbone is frozen but for its output norms (`method: head-only`): what the
+            frozen blocks say in eval mode is recorded, without dropout or drop-path.
         views: How often augmentation is drawn for each image.
         storage: *exact*: as the backbone computes it. *fp16*, *int8*, *int4*: rounded, see `cache.layout.Layout`.
         folder: Where records are kept. One that holds records of the same model and dataset is used as it is, and
@@ -81,13 +83,15 @@ def cached(
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
             argument is out of range. Nothing is overwritten.
-        ValueError: The model has no highway, several backbones, or one that does not split into images.
+        ValueError: The model has several highways, or none and a backbone that is trained or not known; or the
+            backbone's outputs do not split into images.
     """
     _check(dataset, views, storage, batch_size)
     limit = None if limit is None else number_of_bytes("limit", limit)
     image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
+    taker.learn(source[0])
     identity = {
         **taker.fingerprint(), "dataset": key, "images": len(dataset), "views": views, "seed": seed, "image": image,  # type: ignore[arg-type]
     }  # fmt: skip

@@ -124,7 +124,8 @@ class RunConfig:
             None: what the model's image processor says.
         augment: How training images vary; false for not at all.
         cache: Run the frozen backbone once per image and view, and read what it said in every epoch after; true for
-            the defaults, false for not at all. Needs method e3va, and images of one size in each batch.
+            the defaults, false for not at all. Needs a method that leaves the backbone as it is, e3va or head-only,
+            and images of one size in each batch.
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
@@ -301,10 +302,11 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
-    if config.cache is not None and config.method_name != "e3va":
+    if config.cache is not None and not METHODS[config.method_name].cacheable:
+        able = " or ".join(method.name for method in METHODS.values() if method.cacheable)
         raise UserError(
-            f"cache: needs method: e3va, whose backbone never changes, and method is {config.method_name}. Leave it "
-            "out."
+            f"cache: needs a method whose backbone never changes, {able}, and method is {config.method_name}. Leave "
+            "it out."
         )
     return config
 
