@@ -593,18 +593,24 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
 TASKS = {"classes": (classify, {}), "maps": (segment, {}), "objects": (detect, {"per_device_train_batch_size": 1})}
 
 
-@pytest.mark.parametrize(("task", "method"), [*((task, "e3va") for task in TASKS), ("maps", "head-only")])
-def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, method, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "method", "views"),
+    [("classes", "e3va", 2), ("maps", "e3va", 0), ("objects", "e3va", 0), ("maps", "head-only", 2)],
+)
+def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, method, views, tmp_path, monkeypatch):
     monkeypatch.setenv("E3VA_CACHE", str(tmp_path / "own"))
     build, training = TASKS[task]
-    values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training) | {"augment": False}
-    values["method"] = {"name": method}
-    plain = train(parse_config(values | {"output": str(tmp_path / "plain")}))
-    read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": {"storage": "exact"}}))
+    values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training)
+    values |= {"method": method, "augment": views > 0}
+    without = {"storage": "none", "views": views} if views else False
+    plain = train(parse_config(values | {"output": str(tmp_path / "plain"), "cache": without}))
+    with_it = {"storage": "exact", "views": views or 1}
+    read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": with_it}))
     assert [path.name for path in tmp_path.glob("own/*")] == ["frozen"]
     curves = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (plain, read))
     assert next(curves) == pytest.approx(next(curves), rel=1e-5)
     assert plain["metrics"] == pytest.approx(read["metrics"], rel=1e-5, nan_ok=True)
+    assert read["cache_seconds"] > 0
 
 
 def test_e3va_train_fills_a_cache_once_and_not_for_other_data(tmp_path, monkeypatch):
@@ -644,6 +650,7 @@ def test_a_limit_is_read_in_bytes(tmp_path):
 def test_a_cache_of_a_method_that_changes_the_backbone_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cache: .* lora"):
         parse_config(classify(tmp_path) | {"cache": True, "method": "lora"})
+    parse_config(classify(tmp_path) | {"cache": {"storage": "none"}, "method": "lora"})
 
 
 def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, monkeypatch, capsys):

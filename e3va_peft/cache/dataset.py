@@ -137,19 +137,16 @@ class Views(Dataset[Any]):
             return self.dataset[number % len(self.dataset)]  # type: ignore[arg-type]
 
 
-class Cached(Dataset[Any]):
-    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+class ByEpoch(Dataset[Any]):
+    """A dataset that shows one of several views in each epoch: in epoch e view e mod `views`.
 
     Args:
-        store: The records.
-        source: What they were made from.
-        image: Name of the image in an example, where a placeholder of its shape stands.
-        types: Dataclasses that examples hold.
+        images: Number of images.
+        views: Number of views.
     """
 
-    def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
-        self.store, self.image, self.views, self.types = store, image, source.views, types
-        self._images = len(source) // source.views
+    def __init__(self, images: int, views: int) -> None:
+        self.views, self._images = views, images
         # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
         self._epoch = torch.tensor(-1).share_memory_()
         self._visits = torch.zeros(self._images, dtype=torch.int32).share_memory_()
@@ -165,13 +162,47 @@ class Cached(Dataset[Any]):
         """
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def number(self, index: int) -> int:
+        """Return the number of the view that an image shows now, see `Views`."""
         index = range(len(self))[index]
         epoch = int(self._epoch)
         if epoch < 0:
             epoch = int(self._visits[index])
             self._visits[index] += 1
-        row, rest = self.store.read(epoch % self.views * self._images + index)
+        return epoch % self.views * self._images + index
+
+
+class Repeated(ByEpoch):
+    """The views of a dataset, epoch by epoch, drawn each time: what a cached dataset shows, as images.
+
+    Args:
+        source: The views.
+    """
+
+    def __init__(self, source: Views) -> None:
+        super().__init__(len(source) // source.views, source.views)
+        self.source = source
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.number(index)]
+
+
+class Cached(ByEpoch):
+    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+
+    Args:
+        store: The records.
+        source: What they were made from.
+        image: Name of the image in an example, where a placeholder of its shape stands.
+        types: Dataclasses that examples hold.
+    """
+
+    def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
+        super().__init__(len(source) // source.views, source.views)
+        self.store, self.image, self.types = store, image, types
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, rest = self.store.read(self.number(index))
         example = from_bytes(rest, self.types)
         example[self.image] = torch.zeros(example[self.image], dtype=torch.bool)
         return {**example, RECORD: torch.from_numpy(row)}

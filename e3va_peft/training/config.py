@@ -89,14 +89,15 @@ class CacheConfig:
 
     Attributes:
         views: How often augmentation is drawn for each training image; epoch e sees view e mod views.
-        storage: exact; or rounded to fp16, int8 or int4.
+        storage: exact; or rounded to fp16, int8 or int4. none: nothing is kept, and the views are drawn again in each
+            epoch; so any method trains on the images of a run with a cache.
         folder: Where the records go. auto: a folder below $E3VA_CACHE, or ~/.cache/e3va_peft, that runs of the same
             model, data and views share.
         limit: Most bytes that the records of a split may take, e.g. 40GiB. None: as many as the disk has.
     """
 
     views: int = 1
-    storage: Literal["exact", "fp16", "int8", "int4"] = "int8"
+    storage: Literal["exact", "fp16", "int8", "int4", "none"] = "int8"
     folder: str = "auto"
     limit: int | str | None = None
 
@@ -302,11 +303,12 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
-    if config.cache is not None and not METHODS[config.method_name].cacheable:
+    keeps = config.cache is not None and config.cache.storage != "none"
+    if keeps and not METHODS[config.method_name].cacheable:
         able = " or ".join(method.name for method in METHODS.values() if method.cacheable)
         raise UserError(
             f"cache: needs a method whose backbone never changes, {able}, and method is {config.method_name}. Leave "
-            "it out."
+            "it out, or see the same views without one: cache.storage: none."
         )
     return config
 
