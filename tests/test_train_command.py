@@ -346,10 +346,12 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
+def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_from_a_cache(tmp_path):
     common = {"logging_steps": 1, "load_best_model_at_end": False}
-    train(parse_config(classify(tmp_path, "one", **common)))
-    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2)
+    views = {"augment": True, "cache": {"storage": "none", "views": 2, "folder": str(tmp_path / "frozen")}}
+    train(parse_config(classify(tmp_path, "one", **common) | views))
+    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2) | views
+    values["sweep"] = {"cache.storage": ["none", "exact"]}
     config = write(tmp_path / "two.yaml", values)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -357,14 +359,16 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
         [*launcher, "-m", "e3va_peft", "train", str(config)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == 1  # one of them speaks
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert len(losses(two)) == 9
-    torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=1e-5)
-    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
-    first, second = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert done.stdout.count("2 processes") == 2  # one of them speaks, once a run
+    assert len(list((tmp_path / "frozen" / "train").glob("data-*.bin"))) == 2  # each filled its half
+    one, first = json.loads((tmp_path / "one" / "metrics.json").read_text()), adapter_weights(tmp_path / "one")
+    for run in (tmp_path / "two" / "storage=none", tmp_path / "two" / "storage=exact"):
+        two, second = json.loads((run / "metrics.json").read_text()), adapter_weights(run)
+        assert len(losses(two)) == 9
+        torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=1e-5)
+        assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
