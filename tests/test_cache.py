@@ -613,6 +613,16 @@ def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, method,
     assert read["cache_seconds"] > 0
 
 
+def test_padded_batches_are_refused_before_much_is_computed_and_the_remedies_work(tmp_path):
+    values = detect(tmp_path, num_train_epochs=1, per_device_eval_batch_size=1)
+    values["cache"] = {"folder": str(tmp_path / "frozen")}
+    with pytest.raises(UserError, match=r"(?s)training.per_device_train_batch_size=2: .*gradient_accum.*augment.crop"):
+        train(parse_config(values | {"augment": False}))
+    assert len(list(tmp_path.glob("frozen/train/data-*"))) == 0
+    values["cache"] = {"folder": str(tmp_path / "cropped")}
+    train(parse_config(values | {"augment": {"crop": 32}}), overwrite=True)
+
+
 def test_e3va_train_fills_a_cache_once_and_not_for_other_data(tmp_path, monkeypatch):
     values = classify(tmp_path, num_train_epochs=1) | {"cache": {"views": 2, "folder": str(tmp_path / "frozen")}}
     train(parse_config(values | {"output": str(tmp_path / "a")}))

@@ -9,7 +9,7 @@ import random
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -48,6 +48,7 @@ def cached(
     autocast: torch.dtype | None = None,
     key: str = "",
     types: Sequence[type] = (),
+    one_size: bool = False,
 ) -> Cached:
     """Run the frozen backbone once over a dataset, and return the dataset with what highway and head read of it.
 
@@ -79,6 +80,8 @@ def cached(
         key: What the dataset and its transform are, e.g. their version: records of another key are refused. Without
             it, a few images are looked at to see whether they are still those of the records.
         types: Dataclasses that examples hold.
+        one_size: Refuse images of several sizes, before much is computed: a batch of them would have to be padded, and
+            what a backbone says of a padded image depends on the others in its batch.
 
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
@@ -107,7 +110,9 @@ def cached(
     if temporary is not None:
         weakref.finalize(found, rmtree, temporary, ignore_errors=True)
     if missing := store.missing():
-        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state)
+        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
+    if one_size:
+        _refuse_several(store.sizes())
     _refuse_changed(store, source, taker)
     for size, number in store.sizes().items():
         if not taker.knows(size):
@@ -247,7 +252,7 @@ class _Numbered(Dataset[Any]):
 
 def _fill(
     store: Store, source: Views, missing: Sequence[int], taker: Taker, loading: tuple[int, int],
-    limit: int | None, state: PartialState,
+    limit: int | None, state: PartialState, one_size: bool,
 ) -> None:  # fmt: skip
     """Write the records that are missing; each process its share."""
     if state.is_main_process:
@@ -259,10 +264,13 @@ def _fill(
         total=store.count, initial=store.count - len(missing), unit="image", desc=f"Filling {store.folder}",
         disable=None if state.is_main_process else True,  # None: where nobody looks
     )  # fmt: skip
-    fits = False
+    fits, sizes = False, dict.fromkeys(store.sizes())
     try:
         with bar:
             for batch in loader:
+                sizes |= dict.fromkeys(taker.size(example) for _, example in batch)
+                if one_size:
+                    _refuse_several(sizes)
                 for number, example, row in _taken(batch, taker):
                     image = example[taker.image]
                     rest = to_bytes({**example, taker.image: tuple(image.shape)})
@@ -283,6 +291,26 @@ def _taken(batch: Sequence[tuple[int, Any]], taker: Taker) -> Iterator[tuple[int
         rows = taker.rows([example for _, example in group])
         for (number, example), row in zip(group, rows, strict=True):
             yield number, example, row.numpy()
+
+
+class SeveralSizes(UserError):
+    """The images have several sizes, and batches need one."""
+
+
+def _refuse_several(sizes: Collection[tuple[int, int]]) -> None:
+    """Refuse images of several sizes.
+
+    Raises:
+        SeveralSizes: There are several.
+    """
+    first, *others = sizes
+    if others:
+        raise SeveralSizes(
+            f"the images have several sizes, {first[0]}x{first[1]} and {others[0][0]}x{others[0][1]} px among them, "
+            "and padding them to one changes what a backbone sees. Train from a cache with batches of one image "
+            "(per_device_train_batch_size=1, and gradient_accumulation_steps for more), or on images of one size "
+            "(augment.crop)."
+        )
 
 
 def _refuse_changed(store: Store, source: Views, taker: Taker) -> None:

@@ -19,7 +19,7 @@ from rich.markup import escape
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from e3va_peft.cache.dataset import Cached, Repeated, Views, cached
+from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Objects
@@ -179,27 +179,24 @@ def read_cache(
     assert cache is not None
     values = config.to_dict()
     view = {key: value for key, value in values.items() if key in ("task", "image_size", "processor")}
-    found = cached(
-        dataset,
-        model,
-        views=cache.views if name == "train" else 1,
-        storage=cache.storage,
-        folder="auto" if cache.folder == "auto" else Path(cache.folder) / name,
-        limit=cache.limit,
-        batch_size=batch_size,
-        num_workers=arguments.dataloader_num_workers,
-        data_collator=collator,
-        autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
-        key=f"{split.fingerprint()} {view} {values['augment'] if name == 'train' else False}",
-        types=(Objects,),
-    )
-    sizes = sorted(found.store.sizes())
-    if len(sizes) > 1 and batch_size > 1:
-        raise UserError(
-            f"training.per_device_{name}_batch_size={batch_size}: the images have {len(sizes)} sizes, {sizes[0]} and "
-            "others, and padding changes what a backbone sees. Set it to 1 to train from a cache, or cache: false."
+    try:
+        return cached(
+            dataset,
+            model,
+            views=cache.views if name == "train" else 1,
+            storage=cache.storage,
+            folder="auto" if cache.folder == "auto" else Path(cache.folder) / name,
+            limit=cache.limit,
+            batch_size=batch_size,
+            num_workers=arguments.dataloader_num_workers,
+            data_collator=collator,
+            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            key=f"{split.fingerprint()} {view} {values['augment'] if name == 'train' else False}",
+            types=(Objects,),
+            one_size=batch_size > 1,
         )
-    return found
+    except SeveralSizes as error:
+        raise UserError(f"training.per_device_{name}_batch_size={batch_size}: {error}") from None
 
 
 def _summary(config: RunConfig, trainer: VisionTrainer, trained: int) -> str:
