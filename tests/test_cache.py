@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
+import zlib
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,17 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Views
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import INDEX, number_of_bytes
+from e3va_peft.cache.store import INDEX
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
+from e3va_peft.files import number_of_bytes
 from e3va_peft.layer import E3VALayer
 from e3va_peft.methods import adapt
 from e3va_peft.plan.cached import cached_image
@@ -36,6 +36,7 @@ from e3va_peft.plan.estimate import FakeStep
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep
+from tests.helpers import by_two, start
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
@@ -298,7 +299,6 @@ def test_images_of_several_sizes_come_in_batches_of_one_size():
 def train_by_two(rank: int, folder: str) -> None:
     """Be one of two processes that fill a cache together and train from it, each on its half of a batch."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
     accelerator = Accelerator(cpu=True)
@@ -325,7 +325,7 @@ BY_TWO = [("vit-classifier", {}), ("swin-classifier", {"live_blocks": 2})]
 
 def test_two_processes_fill_one_store_and_train_like_one(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    multiprocessing.spawn(train_by_two, (str(tmp_path),), nprocs=2)
+    by_two(train_by_two, str(tmp_path))
     for name, way in BY_TWO:
         case, at = BY_NAME[name], tmp_path / f"{name}-{len(way)}"
         model = adapted(case, **way)
@@ -517,6 +517,15 @@ def test_a_damaged_record_is_refused(tmp_path):
         fresh[1]
 
 
+def test_a_record_that_a_worker_has_checked_is_not_checked_again(tmp_path, monkeypatch):
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    batches = DataLoader(read, batch_size=2, num_workers=1, collate_fn=list)
+    expected = [example[RECORD] for batch in batches for example in batch]
+    monkeypatch.setattr(zlib, "crc32", None)
+    assert all(torch.equal(read[i][RECORD], expected[i]) for i in range(COUNT))
+
+
 @pytest.mark.parametrize("cut", ["index", "data"])
 def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
     case = BY_NAME["vit-classifier"]
@@ -536,15 +545,10 @@ def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
     assert all(torch.equal(again[i][RECORD], expected[i]) for i in range(COUNT))
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from tests.test_cache import Images, adapted, cached, BY_NAME
-case = BY_NAME["vit-classifier"]
-print("go", flush=True)
-read = cached(Images(case, 40), adapted(case), folder=Path(sys.argv[1]), batch_size=2)
-print("done", flush=True)
-"""
+def fill(rank: int, folder: str) -> None:
+    """Fill a cache of forty images, if nobody kills this process meanwhile."""
+    case = BY_NAME["vit-classifier"]
+    cached(Images(case, 40), adapted(case), folder=folder, batch_size=2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -554,17 +558,13 @@ def test_killed_at_any_moment_it_goes_on_and_no_record_is_broken(tmp_path):
     images = Images(case, 40)
     survived = 0
     for kill in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        ) as child:  # fmt: skip
-            assert child.stdout is not None and child.stdout.readline() == "go\n"
-            while child.poll() is None:
-                data = folder / "data-0.bin"
-                if data.is_file() and data.stat().st_size > (4 + 10 * kill) * 1000:
-                    child.send_signal(signal.SIGKILL)
-                    survived += 1
-                    break
+        child = start(fill, 1, str(folder)).processes[0]
+        while child.is_alive():
+            data = folder / "data-0.bin"
+            if data.is_file() and data.stat().st_size > (4 + 10 * kill) * 1000:
+                child.kill()
+                child.join()
+                survived += 1
     assert survived
     read = cached(images, adapted(case), folder=folder, batch_size=2)
     expected = cached(images, adapted(case), batch_size=2)
@@ -679,6 +679,14 @@ def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/metrics.json")}
     assert sweep(parse_config(values)) == result  # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained(tmp_path):
+    values = classify(tmp_path) | {"sweep": {"seed": [0, 1]}}
+    shutil.rmtree(tmp_path / "colors" / "test")
+    with pytest.raises(UserError, match=r"sweep: .*data\.eval_split"):
+        sweep(parse_config(values))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import tempfile
 import weakref
@@ -25,9 +24,10 @@ from transformers import default_data_collator
 
 from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import Store, number_of_bytes
+from e3va_peft.cache.store import Store
 from e3va_peft.cache.taking import RECORD, Taker
 from e3va_peft.errors import UserError
+from e3va_peft.files import cache_home, number_of_bytes
 
 LOOKED_AT = 4  # examples that are made again to see whether a cache that exists is still of this dataset
 
@@ -216,14 +216,9 @@ class Cached(ByEpoch):
         return [self[index] for index in indices]
 
 
-def cache_home() -> Path:
-    """Return the folder of the caches that have no folder of their own."""
-    return Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser() / "frozen"
-
-
 def _own_folder(identity: Mapping[str, Any]) -> Path:
     """Return the folder of records of an identity."""
-    return cache_home() / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_home() / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from e3va_peft.compare.plots import draw_tradeoff
+from e3va_peft.files import write_whole
 from e3va_peft.meter.step import MIB
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.folder import write_whole
 from e3va_peft.training.run import versions
 from e3va_peft.training.saving import plain
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from e3va_peft.cache.dataset import cache_home
 from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.taking import Beside, layout_of
+from e3va_peft.files import cache_home
 from e3va_peft.plan.blueprint import make_batch
 
 if TYPE_CHECKING:

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
-from e3va_peft.cache.store import number_of_bytes
 from e3va_peft.data.config import DataConfig
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import Rule, UserError, check_fields, check_value, nearest, one_of, read_text
+from e3va_peft.files import number_of_bytes
 from e3va_peft.methods import METHODS
 
 TaskName = Literal["image-classification", "semantic-segmentation", "object-detection", "instance-segmentation"]

@@ -59,13 +59,17 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         FileExistsError: `config.output` holds a finished or another run, one that is training, or something else.
         Interrupted: Ctrl-C was pressed; the checkpoint is saved.
     """
-    # as TrainingArguments will set it up: a launcher's processes without accelerator find each other by gloo
-    state = PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
+    state = process(config)
     if not state.is_main_process:
         return _train(config, overwrite, state)
     check_output(Path(config.output), config, overwrite)
     with locked(Path(config.output)):
         return _train(config, overwrite, state)
+
+
+def process(config: RunConfig) -> PartialState:
+    """Return this process as TrainingArguments will set it up: without accelerators a launcher's meet by gloo."""
+    return PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
 
 
 def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str, Any]:
