@@ -31,7 +31,6 @@ COMPARED = ("full", "head-only", "adapter")
 @pytest.fixture(autouse=True)
 def quickly(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(trainer, "draw_curves", lambda *args: None)
     monkeypatch.setattr(module, "ROUNDS", 2)
 
 

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import multiprocessing
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -31,7 +30,7 @@ from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer
-from tests.helpers import Stop, adapter_weights, stop_after
+from tests.helpers import Stop, adapter_weights, by_two, stop_after
 from tests.inputs import classify, detect, segment, write
 
 
@@ -42,15 +41,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def losses(record: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in record["history"] if "loss" in entry]
-
-
-def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "e3va_peft", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | environment,
-    )
 
 
 @pytest.mark.slow
@@ -66,13 +56,24 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
     assert losses(record)[-1] < losses(record)[0]
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written["metrics"] == record["metrics"] and written["method"] == method
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
     scores, labels = evaluate(str(tmp_path / "run"))
     name = "accuracy" if task is classify else "mean_iou"
     assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-6)
     assert labels == (("green", "red") if task is classify else ("ground", "disc"))
     folder = tmp_path / "run" / ("adapter" if METHODS[method].saves == "adapter" else "model")
     assert (folder / "preprocessor_config.json").is_file()
+
+
+def test_curves_are_drawn_after_each_evaluation_and_at_the_end(tmp_path, monkeypatch, curves):
+    config, picture = parse_config(classify(tmp_path)), tmp_path / "run" / "curves.png"
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    assert picture.stat().st_size > 5000
+    first = picture.read_bytes()
+    train(config)
+    assert picture.read_bytes() != first
 
 
 def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
@@ -375,6 +376,7 @@ def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, 
     """Run in a process of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
     for name in names:
         scores, _ = evaluate(f"{folder}/{name}")
         assert torch.distributed.get_world_size() == 2
@@ -382,7 +384,7 @@ def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, 
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypatch):
+def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
     common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
     tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
     for name, task in tasks.items():
@@ -390,11 +392,10 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypat
     for extra in (tmp_path / "colors" / "test" / "red").glob("*0*"):
         extra.unlink()  # an odd number of images, as the others have
     runs = tuple(f"run-{name}" for name in tasks)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(evaluate_as_one_of_two, (str(tmp_path), port, runs), nprocs=2)
+    by_two(evaluate_as_one_of_two, str(tmp_path), port, runs)
     for name in runs:
         expected, _ = evaluate(str(tmp_path / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
@@ -407,10 +408,10 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_command_line_trains_scores_and_predicts(tmp_path):
     config = write(tmp_path / "config.yaml", segment(tmp_path))
-    done = e3va("train", config, "--set", "training.num_train_epochs=1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert "mean_iou" in done.stdout and "disc" in done.stdout and "Traceback" not in done.stderr
     runner = CliRunner()
+    done = runner.invoke(app, ["train", str(config), "--set", "training.num_train_epochs=1"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "mean_iou" in done.output and "disc" in done.output
     scored = runner.invoke(app, ["eval", str(tmp_path / "run"), "--output", str(tmp_path / "scores.json")])
     assert scored.exit_code == 0, scored.output
     assert 0 <= json.loads((tmp_path / "scores.json").read_text())["mean_iou"] <= 1
