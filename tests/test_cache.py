@@ -132,6 +132,19 @@ def test_an_exact_record_trains_the_head_alone_to_the_bit_and_needs_no_block(cas
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("name", ["dinov2-early-maps", "swin-early-maps"])
+def test_the_head_alone_needs_no_block_behind_the_deepest_map_at_any_size(name):
+    case = BY_NAME[name]
+    images = Images(case)
+    for example in images.examples[2:]:
+        example["pixel_values"], example["labels"] = example["pixel_values"][:, :28], example["labels"][:28]
+    model = adapt(case.base(), {"name": "head-only"})
+    read = cached(images, model, data_collator=collate, batch_size=1)
+    for block in (module for module in model.modules() if type(module).__name__ in case.blocks):
+        block.forward = None
+    assert all(torch.isfinite(loss_of(model(**collate([read[i]])))) for i in range(COUNT))
+
+
 def test_a_record_for_the_head_alone_holds_what_enters_the_output_norms_and_no_more():
     case = BY_NAME["vit-classifier"]
     read = cached(Images(case), adapt(case.base(), {"name": "head-only"}), storage="exact", data_collator=collate)

@@ -99,7 +99,7 @@ class Taker:
 
     def _taken(self, examples: Examples) -> Capture | Pass:
         with as_it_was(self.model), torch.no_grad(), self._precision(), seeded():
-            return self.source.capture(self._batch(examples))
+            return self.source.capture(self._batch(examples), whole=not self.knows(self.size(examples[0])))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
@@ -148,8 +148,8 @@ class Beside:
         self.model, self.layer = model, layers[0]
         self.norm, self.widths = self.layer.tap_norm, [stage.width for stage in self.layer.stages]
 
-    def capture(self, batch: Mapping[str, Any]) -> Capture:
-        """Run the backbone of a batch and take down all that may be read of it."""
+    def capture(self, batch: Mapping[str, Any], whole: bool = True) -> Capture:
+        """Run the backbone of a batch and take down all that may be read of it, whether `whole` or not."""
         capture = Capture()
         with SOURCE.set(capture):
             try:

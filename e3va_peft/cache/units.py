@@ -79,8 +79,12 @@ class Units:
         self.widths = [stage.width for found in exits for stage in found.family.stages(found.module)]
         self.needed: set[str] | None = None
 
-    def capture(self, batch: Mapping[str, Any]) -> Pass:
-        """Run the model, in evaluation, and take down what its units return; once it is known what is read, no more.
+    def capture(self, batch: Mapping[str, Any], whole: bool = True) -> Pass:
+        """Run the model, in evaluation, and take down what its units return.
+
+        Args:
+            batch: Its arguments.
+            whole: Take all down, and not only what `read` found to be read.
 
         Raises:
             ValueError: A unit's output does not split into images.
@@ -89,7 +93,7 @@ class Units:
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
             outputs[name] = output
-            if self.needed is not None and self.needed <= outputs.keys():
+            if not whole and self.needed is not None and self.needed <= outputs.keys():
                 raise Captured  # the head does not need to run
 
         self.model.eval()
@@ -147,7 +151,7 @@ class Units:
                 yield from found.module.named_parameters(found.name, recurse=False)
             for part in found.parts:
                 for name, tensor in self.model.get_submodule(part).state_dict(keep_vars=True).items():
-                    if not is_within(child(part, name), _trained(found)):
+                    if isinstance(tensor, Tensor) and not is_within(child(part, name), _trained(found)):
                         yield child(part, name), tensor
 
 
