@@ -16,7 +16,7 @@ from typing import Any
 from transformers.utils import logging
 
 from e3va_peft.compare.report import machine
-from e3va_peft.training.folder import write_whole
+from e3va_peft.files import write_whole
 from e3va_peft.training.run import versions
 
 RESULTS = Path(__file__).parent / "results"

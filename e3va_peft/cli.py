@@ -141,12 +141,13 @@ def compare(
     measured, interleaved. Writes compare.md, compare.json, metric-memory.png, metric-time.png, and every run under
     [bold]runs/[/bold]. The same command resumes after a stop; once all runs are finished, it measures again.
 
-    Each method wants a learning rate of its own: the defaults are where a search begins.
+    Each method wants a learning rate of its own: the defaults are where a search begins. With cache=true, methods that
+    leave the backbone as it is are trained from a cache of it, and all see the same augmented views.
 
     [bold]Examples[/bold]
 
         e3va compare my.yaml --output runs/compare
-        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2
+        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2 --set cache.views=4
         e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
     """
     with _errors_in_plain_words():

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -93,6 +93,10 @@ class Blueprint:
     outputs: Tree | None = None
     skipped: dict[str, Tree] = field(default_factory=dict)
     live: bool = False
+
+    def given(self, model: nn.Module, tensors: Mapping[str, Any], batch: int) -> AbstractContextManager[None]:
+        """Return a context in which the backbone of a model is read from a record, see `Replay`."""
+        return SOURCE.set(Replay(self, tensors, batch))
 
 
 class Captured(Exception):

@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: without netw
 import pytest
 import torch
 
+from e3va_peft.training import trainer
 from tests.models import Case
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
@@ -40,3 +41,15 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def curves() -> None:
+    """Draw the curves of runs, which takes longer than tiny runs themselves."""
+
+
+@pytest.fixture(autouse=True)
+def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw none in the tests that do not ask for `curves`."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(trainer, "draw_curves", lambda *args: None)

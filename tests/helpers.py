@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessContext, start_processes
 from torch.nn import functional as F
 
 from e3va_peft import E3VAConfig, E3VALayer, fused
@@ -21,7 +25,7 @@ from e3va_peft.lane import Lane
 from e3va_peft.meter.step import count_saved
 from e3va_peft.training import MetricsToCard
 from e3va_peft.training.trainer import VisionTrainer
-from tests.models import Case, loss_of, tensors
+from tests.models import CASES, Case, loss_of, tensors
 
 WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute", "taps": ("stream",)}}
 
@@ -32,6 +36,41 @@ def ways(*names: str) -> pytest.MarkDecorator:
 
 
 every_way = ways(*WAYS)
+# Slow heads over a backbone that another model has too, read in the same way: of these the plain way is tried.
+SAME_BACKBONE = {"swin-cascade", "swin-mask2former", "dinov2-cascade", "vit-retinanet", "convnext-retinanet"}
+
+
+def every_model_in(*names: str, options: Mapping[str, dict[str, Any]] = WAYS) -> pytest.MarkDecorator:
+    """Parametrise over every model in some of the ways to configure an adapter."""
+    pairs = [
+        pytest.param(case, options[name], id=f"{case.name}-{name}")
+        for case in CASES
+        for name in names
+        if not options[name] or case.name not in SAME_BACKBONE
+    ]
+    return pytest.mark.parametrize(("case", "way"), pairs)
+
+
+def start(function: Callable[..., None], processes: int, *args: Any) -> ProcessContext:
+    """Call function(rank, *args) in processes, forked from one that has imported what takes long."""
+    multiprocessing.set_forkserver_preload(["tests.models", "e3va_peft.training.run", "e3va_peft.training.predict"])
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    at = dict(os.environ), function, args
+    return start_processes(_with_environment, at, processes, join=False, start_method=method)
+
+
+def by_two(function: Callable[..., None], *args: Any) -> None:
+    """Call function(rank, *args) in two processes, and wait for them."""
+    running = start(function, 2, *args)
+    while not running.join():
+        pass
+
+
+def _with_environment(rank: int, environment: dict[str, str], function: Callable[..., None], args: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    function(rank, *args)
 
 
 def adapted(case: Case, **config) -> nn.Module:

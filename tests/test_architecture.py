@@ -31,7 +31,7 @@ from tests.models import CASES
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
     {"storage", "registration", "frozen_pass", "saved", "errors"},
-    {"config", "fused"},
+    {"config", "fused", "files"},
     {"highway", "backbones"},
     {"card", "recompute", "recorder"},
     {"lane", "hooks", "replay"},

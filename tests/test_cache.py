@@ -6,9 +6,8 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
+import zlib
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,17 @@ import torch
 from accelerate import Accelerator
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Views
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import INDEX, number_of_bytes
+from e3va_peft.cache.store import INDEX
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
+from e3va_peft.files import number_of_bytes
 from e3va_peft.layer import E3VALayer
 from e3va_peft.methods import adapt
 from e3va_peft.plan.cached import cached_image
@@ -36,6 +36,7 @@ from e3va_peft.plan.estimate import FakeStep
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep
+from tests.helpers import by_two, start
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
@@ -128,6 +129,52 @@ def test_taps_of_the_stream_are_recorded_too(name, live):
     expected = curve(plain, [collate([images[i] for i in (0, 1)])])
     found = curve(model, [collate([read[i] for i in (0, 1)])])
     assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@every_model
+def test_an_exact_record_trains_the_head_alone_to_the_bit_and_needs_no_block(case):
+    images = Images(case)
+    plain, model = (adapt(case.base(), {"name": "head-only"}) for _ in range(2))
+    read = cached(images, model, storage="exact", batch_size=2, data_collator=collate)
+    for block in (module for module in model.modules() if type(module).__name__ in case.blocks):
+        block.forward = None
+    pairs = [(0, 1), (2, 3), (0, 1)]
+    expected = curve(plain, [collate([images[i] for i in pair]) for pair in pairs])
+    found = curve(model, [collate([read[i] for i in pair]) for pair in pairs])
+    assert all(torch.equal(left, right) for left, right in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dinov2-early-maps", "swin-early-maps"])
+def test_the_head_alone_needs_no_block_behind_the_deepest_map_at_any_size(name):
+    case = BY_NAME[name]
+    images = Images(case)
+    for example in images.examples[2:]:
+        example["pixel_values"], example["labels"] = example["pixel_values"][:, :28], example["labels"][:28]
+    model = adapt(case.base(), {"name": "head-only"})
+    read = cached(images, model, data_collator=collate, batch_size=1)
+    for block in (module for module in model.modules() if type(module).__name__ in case.blocks):
+        block.forward = None
+    assert all(torch.isfinite(loss_of(model(**collate([read[i]])))) for i in range(COUNT))
+
+
+def test_a_record_for_the_head_alone_holds_what_enters_the_output_norms_and_no_more():
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapt(case.base(), {"name": "head-only"}), storage="exact", data_collator=collate)
+    assert read[0][RECORD].numel() == (16 + 1) * 16 * 4 + 0  # tokens of the last block
+
+
+@pytest.mark.parametrize(
+    ("method", "named"), [("full", "cls_token"), ("lora", "lora_A"), ("bitfit", "bias"), ("partial-1", r"layers\.2\.")]
+)
+def test_a_backbone_that_is_trained_is_not_cached_and_the_parameter_is_named(method, named):
+    case = BY_NAME["vit-classifier"]
+    with pytest.raises(ValueError, match=rf"trains .*{named}"):
+        cached(Images(case), adapt(case.base(), {"name": method}))
+
+
+def test_a_model_without_a_known_backbone_is_not_cached():
+    with pytest.raises(ValueError, match="model=Conv2d: has no backbone"):
+        cached(Images(BY_NAME["vit-classifier"]), nn.Conv2d(3, 3, 1))
 
 
 @pytest.mark.parametrize("storage", ["fp16", "int8", "int4"])
@@ -277,7 +324,6 @@ def test_images_of_several_sizes_come_in_batches_of_one_size():
 def train_by_two(rank: int, folder: str) -> None:
     """Be one of two processes that fill a cache together and train from it, each on its half of a batch."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
     accelerator = Accelerator(cpu=True)
@@ -304,7 +350,7 @@ BY_TWO = [("vit-classifier", {}), ("swin-classifier", {"live_blocks": 2})]
 
 def test_two_processes_fill_one_store_and_train_like_one(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    multiprocessing.spawn(train_by_two, (str(tmp_path),), nprocs=2)
+    by_two(train_by_two, str(tmp_path))
     for name, way in BY_TWO:
         case, at = BY_NAME[name], tmp_path / f"{name}-{len(way)}"
         model = adapted(case, **way)
@@ -396,6 +442,36 @@ def test_a_store_of_something_else_is_refused_and_named(tmp_path, change, named)
     assert content == {path: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
 
 
+class Deeper(nn.Module):
+    """A model whose head reads the first block, too."""
+
+    def __init__(self, inner: nn.Module, read: bool) -> None:
+        super().__init__()
+        self.inner, self.read = inner, read
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> dict:
+        found = self.inner(pixel_values, output_hidden_states=self.read)
+        return {"logits": found.logits + (found.hidden_states[1].mean() if self.read else 0)}
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_heads_that_read_other_outputs_do_not_share_a_store(tmp_path, method):
+    case = BY_NAME["dinov2-classifier"]
+    cached(Images(case), adapt(Deeper(case.base(), False), {"name": method}), folder=tmp_path / "cache")
+    with pytest.raises(UserError, match="reads"):
+        cached(Images(case), adapt(Deeper(case.base(), True), {"name": method}), folder=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_a_store_knows_a_timm_models_positions(tmp_path, method):
+    case = BY_NAME["timm-vit"]
+    cached(Images(case), adapt(case.base(), {"name": method}), folder=tmp_path / "cache")
+    base = case.base()
+    next(p for name, p in base.named_parameters() if name.endswith("pos_embed")).data += 1
+    with pytest.raises(UserError, match="backbone"):
+        cached(Images(case), adapt(base, {"name": method}), folder=tmp_path / "cache")
+
+
 def test_changed_images_are_refused(tmp_path):
     case = BY_NAME["vit-classifier"]
     images = Images(case)
@@ -466,6 +542,15 @@ def test_a_damaged_record_is_refused(tmp_path):
         fresh[1]
 
 
+def test_a_record_that_a_worker_has_checked_is_not_checked_again(tmp_path, monkeypatch):
+    case = BY_NAME["vit-classifier"]
+    read = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    batches = DataLoader(read, batch_size=2, num_workers=1, collate_fn=list)
+    expected = [example[RECORD] for batch in batches for example in batch]
+    monkeypatch.setattr(zlib, "crc32", None)
+    assert all(torch.equal(read[i][RECORD], expected[i]) for i in range(COUNT))
+
+
 @pytest.mark.parametrize("cut", ["index", "data"])
 def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
     case = BY_NAME["vit-classifier"]
@@ -485,15 +570,10 @@ def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
     assert all(torch.equal(again[i][RECORD], expected[i]) for i in range(COUNT))
 
 
-CHILD = """
-import sys
-from pathlib import Path
-from tests.test_cache import Images, adapted, cached, BY_NAME
-case = BY_NAME["vit-classifier"]
-print("go", flush=True)
-read = cached(Images(case, 40), adapted(case), folder=Path(sys.argv[1]), batch_size=2)
-print("done", flush=True)
-"""
+def fill(rank: int, folder: str) -> None:
+    """Fill a cache of forty images, if nobody kills this process meanwhile."""
+    case = BY_NAME["vit-classifier"]
+    cached(Images(case, 40), adapted(case), folder=folder, batch_size=2)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
@@ -503,17 +583,13 @@ def test_killed_at_any_moment_it_goes_on_and_no_record_is_broken(tmp_path):
     images = Images(case, 40)
     survived = 0
     for kill in range(3):
-        with subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(folder)], stdout=subprocess.PIPE, text=True,
-            cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        ) as child:  # fmt: skip
-            assert child.stdout is not None and child.stdout.readline() == "go\n"
-            while child.poll() is None:
-                data = folder / "data-0.bin"
-                if data.is_file() and data.stat().st_size > (4 + 10 * kill) * 1000:
-                    child.send_signal(signal.SIGKILL)
-                    survived += 1
-                    break
+        child = start(fill, 1, str(folder)).processes[0]
+        while child.is_alive():
+            data = folder / "data-0.bin"
+            if data.is_file() and data.stat().st_size > (4 + 10 * kill) * 1000:
+                child.kill()
+                child.join()
+                survived += 1
     assert survived
     read = cached(images, adapted(case), folder=folder, batch_size=2)
     expected = cached(images, adapted(case), batch_size=2)
@@ -542,17 +618,34 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
 TASKS = {"classes": (classify, {}), "maps": (segment, {}), "objects": (detect, {"per_device_train_batch_size": 1})}
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("task", "method", "views"),
+    [("classes", "e3va", 2), ("maps", "e3va", 0), ("objects", "e3va", 0), ("maps", "head-only", 2)],
+)
+def test_e3va_train_reads_the_cache_and_ends_where_it_does_without(task, method, views, tmp_path, monkeypatch):
     monkeypatch.setenv("E3VA_CACHE", str(tmp_path / "own"))
     build, training = TASKS[task]
-    values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training) | {"augment": False}
-    plain = train(parse_config(values | {"output": str(tmp_path / "plain")}))
-    read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": {"storage": "exact"}}))
+    values = build(tmp_path, num_train_epochs=2, per_device_eval_batch_size=1, **training)
+    values |= {"method": method, "augment": views > 0}
+    without = {"storage": "none", "views": views} if views else False
+    plain = train(parse_config(values | {"output": str(tmp_path / "plain"), "cache": without}))
+    with_it = {"storage": "exact", "views": views or 1}
+    read = train(parse_config(values | {"output": str(tmp_path / "read"), "cache": with_it}))
     assert [path.name for path in tmp_path.glob("own/*")] == ["frozen"]
     curves = ([entry["loss"] for entry in record["history"] if "loss" in entry] for record in (plain, read))
     assert next(curves) == pytest.approx(next(curves), rel=1e-5)
     assert plain["metrics"] == pytest.approx(read["metrics"], rel=1e-5, nan_ok=True)
+    assert read["cache_seconds"] > 0
+
+
+def test_padded_batches_are_refused_before_much_is_computed_and_the_remedies_work(tmp_path):
+    values = detect(tmp_path, num_train_epochs=1, per_device_eval_batch_size=1)
+    values["cache"] = {"folder": str(tmp_path / "frozen")}
+    with pytest.raises(UserError, match=r"(?s)training.per_device_train_batch_size=2: .*gradient_accum.*augment.crop"):
+        train(parse_config(values | {"augment": False}))
+    assert len(list(tmp_path.glob("frozen/train/data-*"))) == 0
+    values["cache"] = {"folder": str(tmp_path / "cropped")}
+    train(parse_config(values | {"augment": {"crop": 32}}), overwrite=True)
 
 
 def test_e3va_train_fills_a_cache_once_and_not_for_other_data(tmp_path, monkeypatch):
@@ -592,6 +685,7 @@ def test_a_limit_is_read_in_bytes(tmp_path):
 def test_a_cache_of_a_method_that_changes_the_backbone_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"cache: .* lora"):
         parse_config(classify(tmp_path) | {"cache": True, "method": "lora"})
+    parse_config(classify(tmp_path) | {"cache": {"storage": "none"}, "method": "lora"})
 
 
 def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, monkeypatch, capsys):
@@ -610,6 +704,14 @@ def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/metrics.json")}
     assert sweep(parse_config(values)) == result  # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained(tmp_path):
+    values = classify(tmp_path) | {"sweep": {"seed": [0, 1]}}
+    shutil.rmtree(tmp_path / "colors" / "test")
+    with pytest.raises(UserError, match=r"sweep: .*data\.eval_split"):
+        sweep(parse_config(values))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,6 @@ COMPARED = ("full", "head-only", "adapter")
 @pytest.fixture(autouse=True)
 def quickly(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(trainer, "draw_curves", lambda *args: None)
     monkeypatch.setattr(module, "ROUNDS", 2)
 
 
@@ -118,6 +117,27 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_pa
         compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]))
     compare(plan(tmp_path, methods="adapter", rates=["adapter=0.1"]), overwrite=True)
     assert list(watched) == ["adapter-seed0"]
+
+
+@pytest.mark.slow
+def test_with_a_cache_methods_that_leave_the_backbone_read_it_and_all_see_the_same_views(tmp_path, watched):
+    options = ["augment=true", "cache.views=2", f"cache.folder={tmp_path / 'frozen'}"]
+    found = compare(plan(tmp_path, methods="full,head-only,e3va,bitfit", overrides=options))
+    rows = {row.method: row for row in found}
+    assert len(list(tmp_path.glob("frozen/*/*/cache.json"))) == 4  # of two methods and two splits
+    read = {name: row.cached_step_seconds for name, row in rows.items()}
+    assert read["full"] is None and read["head-only"] > 0 and read["e3va"] > 0
+    assert rows["full"].cache_seconds is None and rows["e3va"].cache_seconds[0] > 0
+    table = (tmp_path / "out" / "compare.md").read_text()
+    assert "from the cache" in table and "head-only, e3va; the others" in table
+
+    batches = watched["full-seed0"]["batches"]
+    torch.testing.assert_close(batches, watched["bitfit-seed0"]["batches"], rtol=0, atol=0)
+    halves = batches[: len(batches) // 2], batches[len(batches) // 2 :]
+    views = [sorted(value for batch in half for value in batch.tolist()) for half in halves]
+    assert views[0] != views[1]
+    for name in ("head-only", "e3va"):
+        assert all(not batch.any() for batch in watched[f"{name}-seed0"]["batches"])  # placeholders
 
 
 @pytest.mark.slow

@@ -20,11 +20,13 @@ from e3va_peft.hooks import Hook
 from e3va_peft.lane import Lane
 from e3va_peft.recorder import CURRENT, Recorder
 from tests.helpers import (
+    WAYS,
     adapted,
     assert_same,
     base_outputs,
     blocks,
     double,
+    every_model_in,
     every_way,
     layers,
     outputs,
@@ -95,8 +97,7 @@ def live_blocks(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_adapted_model_equals_base_at_init_in_every_output(case, way):
     base, model = case.base().double(), adapted(case, **way).double()
     for batch in map(double, (case.batch(), case.batch(1, seed=5))):
@@ -116,8 +117,7 @@ def test_adapted_bf16_model_equals_base_at_init_within_rounding(case):
     assert_same(outputs(model, batch), outputs(base, batch), rtol=2e-2, atol=2e-2)
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_every_output_but_the_stem_moves_once_trained_and_disabled_it_is_the_base(case, way):
     model = adapted(case, **way)
     before = outputs(model, case.batch())
@@ -129,8 +129,7 @@ def test_every_output_but_the_stem_moves_once_trained_and_disabled_it_is_the_bas
         assert_same(outputs(model, case.batch()), base_outputs(case), rtol=1e-5, atol=1e-6)
 
 
-@ways("live")  # `check_backbone` holds it of the others
-@every_model
+@every_model_in("live")  # `check_backbone` holds it of the others
 def test_the_highway_alone_moves_every_output_but_the_stem(case, way):
     model = adapted(case, modules_to_save=[], **way)
     before = outputs(model, case.batch())
@@ -143,8 +142,7 @@ def test_the_highway_alone_moves_every_output_but_the_stem(case, way):
     assert moved - {"labels"} == before.keys() - unmoving(case, before, way) - learned_queries - {"labels"}
 
 
-@ways("live", "recompute")  # `check_backbone` holds it of the paper's own way
-@every_model
+@every_model_in("live", "recompute")  # `check_backbone` holds it of the paper's own way
 def test_only_live_blocks_have_a_graph_and_only_highway_norms_and_saved_modules_get_gradients(case, way):
     model = adapted(case, **way).train()
     live = live_blocks(model)
@@ -215,8 +213,7 @@ def test_frozen_stream_is_deterministic_in_training_mode(case, way):
     assert_same(head_free[0], head_free[1], rtol=0, atol=0)
 
 
-@ways("", "live")
-@every_model
+@every_model_in("", "live")
 def test_unload_restores_keys_and_leaves_no_hook(case, way):
     base, model = case.base(), adapted(case, **way)
     outputs(base, case.batch())  # after which transformers has noted what it records
@@ -234,8 +231,7 @@ def test_unload_restores_keys_and_leaves_no_hook(case, way):
     get_peft_model(unloaded, E3VAConfig(r=4))  # and it can be adapted again
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_a_forward_that_raises_leaves_nothing_behind(case, way, of_forwards):
     model = adapted(case, **way).train()
     batch = case.training_batch()
@@ -253,8 +249,7 @@ def test_a_forward_that_raises_leaves_nothing_behind(case, way, of_forwards):
     assert_same(outputs(model.eval(), case.batch()), reference, rtol=0, atol=0)
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_no_tensor_stays_on_a_module_after_a_forward(case, way, of_forwards):
     model = adapted(case, **way).train()
 
@@ -278,8 +273,7 @@ def test_no_tensor_stays_on_a_module_after_a_forward(case, way, of_forwards):
     assert not of_forwards()
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_deepcopy_before_and_after_training(case, way):
     model = adapted(case, **way)
     for steps in (0, 1):
@@ -298,8 +292,7 @@ def test_pickle_before_outputs_were_recorded(case):
     assert_same(outputs(twin, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_image_sizes_change_from_step_to_step_and_are_odd(case, way):
     model, sizes = adapted(case, **way), case.sizes or (case.size,)
     for size in sizes:
@@ -319,8 +312,7 @@ def test_vit_takes_other_sizes_when_it_interpolates():
     assert_same(outputs(model, batch), outputs(base, batch), rtol=1e-5, atol=1e-6)
 
 
-@ways("live", "recompute")  # `check_backbone` holds it of the paper's own way
-@every_model
+@every_model_in("live", "recompute")  # `check_backbone` holds it of the paper's own way
 def test_no_grad_and_grad_forwards_agree_once_trained(case, way):
     """Inference reduces each tap at once and training keeps it: two paths, one function."""
     model, batch = adapted(case, init_weights=False, **way).double(), double(case.batch())

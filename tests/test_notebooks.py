@@ -80,14 +80,14 @@ def test_train_your_own_goes_from_a_folder_pair_to_predictions(tmp_path):
     parameters = (
         f"MODEL, IMAGES, MASKS = {str(model)!r}, {str(data / 'images')!r}, {str(data / 'masks')!r}\n"
         "LABELS, REDUCE_LABELS = ['ground', 'disc'], True\n"
-        "IMAGE_SIZE, HEAD_WIDTH, EPOCHS, BATCH = 32, 16, 3, 4"
+        "IMAGE_SIZE, HEAD_WIDTH, EPOCHS, BATCH = 32, 16, 2, 4"
     )
     notebook = run("02_train_your_own.ipynb", parameters, tmp_path, in_process=True)
     runs = tmp_path / "runs"
     assert (runs / "e3va" / "adapter" / "adapter_model.safetensors").is_file()
     records = {name: json.loads((runs / name / "metrics.json").read_text()) for name in ("e3va", "head-only")}
     for name, record in records.items():
-        assert record["method"] == name and record["steps"] == 6
+        assert record["method"] == name and record["steps"] == 4
         assert f"{record['trained_parameters']:,}" in text_of(notebook)
     assert records["e3va"]["trained_parameters"] > records["head-only"]["trained_parameters"]
     found = json.loads((runs / "predictions" / "predictions.json").read_text())
@@ -115,7 +115,7 @@ def test_dense_prediction_goes_from_three_formats_to_pictures(tmp_path):
     options = {name: json.dumps(small_head(name)) for name in ("cascade-mask-rcnn", "retinanet", "mask2former")}
     notebook = run(
         "04_dense_prediction.ipynb",
-        f"MODEL, VOC, EPOCHS, BATCH, IMAGE_SIZE = {str(model)!r}, {str(shapes / 'voc')!r}, 2, 2, 32\n"
+        f"MODEL, VOC, EPOCHS, BATCH, IMAGE_SIZE = {str(model)!r}, {str(shapes / 'voc')!r}, 1, 2, 32\n"
         f"COCO_IMAGES, COCO_ANNOTATIONS = '{shapes}/coco/{{split}}', '{shapes}/coco/{{split}}.json'\n"
         f"IMAGES, MASKS, LABELS = {str(discs / 'images')!r}, {str(discs / 'masks')!r}, ['ground', 'disc']\n"
         f"CASCADE_OPTIONS = {options['cascade-mask-rcnn']}\nRETINANET_OPTIONS = {options['retinanet']}\n"

@@ -16,14 +16,14 @@ from accelerate.utils import FullyShardedDataParallelPlugin, compile_regions
 from packaging import version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing, nn
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
-from tests.helpers import WAYS, adapted, assert_same, blocks, every_way, outputs
-from tests.models import BY_NAME, Case, every_model, loss_of, train_steps
+from tests.helpers import WAYS, adapted, assert_same, blocks, by_two, every_model_in, every_way, outputs
+from tests.models import BY_NAME, Case, loss_of, train_steps
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +34,10 @@ def process_group(tmp_path_factory):
     distributed.destroy_process_group()
 
 
-STORED = [{}, {"tap_storage": "int8"}, {"tap_storage": "recompute", "live_blocks": 1}]
+STORED = {"": {}, "int8": {"tap_storage": "int8"}, "live": {"tap_storage": "recompute", "live_blocks": 1}}
 
 
-@every_way
-@every_model
+@every_model_in(*WAYS)
 def test_ddp_sees_no_unused_parameter(case, way, process_group):
     model = get_peft_model(case.base(), E3VAConfig(r=4, **way)).train()
     model = DistributedDataParallel(model, find_unused_parameters=False)
@@ -76,10 +75,9 @@ def stages(model: nn.Module, case) -> list[nn.Module]:
     return found if case.family == "swin" else blocks(model, case)
 
 
-@every_model
-@pytest.mark.parametrize("config", STORED, ids=str)
-def test_sharded_stage_by_stage_it_has_the_same_gradients(case, config, process_group):
-    whole = without_dropout(adapted(case, init_weights=False, **config).train())
+@every_model_in(*STORED, options=STORED)
+def test_sharded_stage_by_stage_it_has_the_same_gradients(case, way, process_group):
+    whole = without_dropout(adapted(case, init_weights=False, **way).train())
     sharded = copy.deepcopy(whole)
     shard(sharded, *stages(sharded, case))
     for model in (whole, sharded):
@@ -147,7 +145,6 @@ def accelerator_that_shards(**options) -> Accelerator:
 def train_sharded(rank: int, folder: str) -> None:
     """Be one of two processes: train sharded, save, load, and train on."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
     for key, (name, config, unit) in SHARDED.items():
@@ -176,7 +173,7 @@ def trained_by_two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        multiprocessing.spawn(train_sharded, (str(folder),), nprocs=2)
+        by_two(train_sharded, str(folder))
     return folder
 
 
@@ -312,8 +309,15 @@ def test_compiled_in_one_graph_it_gives_the_same_outputs_and_gradients(name, opt
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5, msg=key)
 
 
-@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "timm-vit"])
-@pytest.mark.parametrize("options", [{}, {"live_blocks": 1, "checkpoint_live_blocks": False}], ids=str)
+# The layer runs outside of the graph: what differs is how it is called, as a module or as a method, and live blocks.
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("swin-classifier", {}),
+        ("vit-classifier", {"live_blocks": 1, "checkpoint_live_blocks": False}),
+        ("timm-vit", {}),
+    ],
+)
 def test_compiled_whole_taps_are_recomputed_all_the_same(name, options):
     case = BY_NAME[name]
     config = E3VAConfig(r=4, init_weights=False, tap_storage="recompute", **options)

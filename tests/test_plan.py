@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
+from e3va_peft.files import number_of_bytes
 from e3va_peft.meter import measure_step
 from e3va_peft.methods import adapt, settings
 from e3va_peft.plan import plan
 from e3va_peft.plan.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
-from e3va_peft.plan.cards import GIB, find_card, parse_memory, runs_on, software_stack
+from e3va_peft.plan.cards import GIB, find_card, runs_on, software_stack
 from e3va_peft.plan.estimate import (
     PRECISIONS,
     FakeStep,
@@ -224,13 +225,13 @@ def test_methods_that_cannot_adapt_a_model_are_named_and_the_others_planned(tmp_
 
 @pytest.mark.parametrize(("text", "size"), [("8GiB", 8 * GIB), ("11GB", 11 * 10**9), (" 8192 mib", 8 * GIB)])
 def test_a_memory_is_read(text, size):
-    assert parse_memory(text) == size
+    assert number_of_bytes("memory", text) == size
 
 
 @pytest.mark.parametrize("text", ["8", "GiB", "0GiB", "8 apples", "-8GiB"])
 def test_a_memory_that_is_none_is_refused(text):
     with pytest.raises(UserError, match=re.escape(f"memory={text!r}")):
-        parse_memory(text)
+        number_of_bytes("memory", text)
 
 
 def test_a_card_is_found_whatever_its_case_and_spaces():

@@ -18,7 +18,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import multiprocessing
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -31,7 +30,7 @@ from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.trainer import VisionTrainer
-from tests.helpers import Stop, adapter_weights, stop_after
+from tests.helpers import Stop, adapter_weights, by_two, stop_after
 from tests.inputs import classify, detect, segment, write
 
 
@@ -42,15 +41,6 @@ def own_cache(tmp_path, monkeypatch):
 
 def losses(record: dict[str, Any]) -> list[float]:
     return [entry["loss"] for entry in record["history"] if "loss" in entry]
-
-
-def e3va(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "e3va_peft", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"} | environment,
-    )
 
 
 @pytest.mark.slow
@@ -66,13 +56,24 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
     assert losses(record)[-1] < losses(record)[0]
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert written["metrics"] == record["metrics"] and written["method"] == method
-    assert (tmp_path / "run" / "curves.png").stat().st_size > 5000
     scores, labels = evaluate(str(tmp_path / "run"))
     name = "accuracy" if task is classify else "mean_iou"
     assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-6)
     assert labels == (("green", "red") if task is classify else ("ground", "disc"))
     folder = tmp_path / "run" / ("adapter" if METHODS[method].saves == "adapter" else "model")
     assert (folder / "preprocessor_config.json").is_file()
+
+
+def test_curves_are_drawn_after_each_evaluation_and_at_the_end(tmp_path, monkeypatch, curves):
+    config, picture = parse_config(classify(tmp_path)), tmp_path / "run" / "curves.png"
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    assert picture.stat().st_size > 5000
+    first = picture.read_bytes()
+    train(config)
+    assert picture.read_bytes() != first
 
 
 def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
@@ -346,10 +347,12 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
+def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_from_a_cache(tmp_path):
     common = {"logging_steps": 1, "load_best_model_at_end": False}
-    train(parse_config(classify(tmp_path, "one", **common)))
-    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2)
+    views = {"augment": True, "cache": {"storage": "none", "views": 2, "folder": str(tmp_path / "frozen")}}
+    train(parse_config(classify(tmp_path, "one", **common) | views))
+    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2) | views
+    values["sweep"] = {"cache.storage": ["none", "exact"]}
     config = write(tmp_path / "two.yaml", values)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -357,20 +360,23 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one(tmp_path):
         [*launcher, "-m", "e3va_peft", "train", str(config)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == 1  # one of them speaks
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
-    assert len(losses(two)) == 9
-    torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=1e-5)
-    assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
-    first, second = adapter_weights(tmp_path / "one"), adapter_weights(tmp_path / "two")
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert done.stdout.count("2 processes") == 2  # one of them speaks, once a run
+    assert len(list((tmp_path / "frozen" / "train").glob("data-*.bin"))) == 2  # each filled its half
+    one, first = json.loads((tmp_path / "one" / "metrics.json").read_text()), adapter_weights(tmp_path / "one")
+    for run in (tmp_path / "two" / "storage=none", tmp_path / "two" / "storage=exact"):
+        two, second = json.loads((run / "metrics.json").read_text()), adapter_weights(run)
+        assert len(losses(two)) == 9
+        torch.testing.assert_close(losses(two), losses(one), rtol=1e-4, atol=1e-5)
+        assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
     """Run in a process of its own."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
     for name in names:
         scores, _ = evaluate(f"{folder}/{name}")
         assert torch.distributed.get_world_size() == 2
@@ -378,7 +384,7 @@ def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, 
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypatch):
+def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
     common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
     tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
     for name, task in tasks.items():
@@ -386,11 +392,10 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypat
     for extra in (tmp_path / "colors" / "test" / "red").glob("*0*"):
         extra.unlink()  # an odd number of images, as the others have
     runs = tuple(f"run-{name}" for name in tasks)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(evaluate_as_one_of_two, (str(tmp_path), port, runs), nprocs=2)
+    by_two(evaluate_as_one_of_two, str(tmp_path), port, runs)
     for name in runs:
         expected, _ = evaluate(str(tmp_path / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
@@ -403,10 +408,10 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path, monkeypat
 @pytest.mark.slow
 def test_the_command_line_trains_scores_and_predicts(tmp_path):
     config = write(tmp_path / "config.yaml", segment(tmp_path))
-    done = e3va("train", config, "--set", "training.num_train_epochs=1", HF_DATASETS_CACHE=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert "mean_iou" in done.stdout and "disc" in done.stdout and "Traceback" not in done.stderr
     runner = CliRunner()
+    done = runner.invoke(app, ["train", str(config), "--set", "training.num_train_epochs=1"], env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    assert "mean_iou" in done.output and "disc" in done.output
     scored = runner.invoke(app, ["eval", str(tmp_path / "run"), "--output", str(tmp_path / "scores.json")])
     assert scored.exit_code == 0, scored.output
     assert 0 <= json.loads((tmp_path / "scores.json").read_text())["mean_iou"] <= 1

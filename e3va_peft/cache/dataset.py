@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
 import tempfile
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import rmtree
@@ -25,9 +24,10 @@ from transformers import default_data_collator
 
 from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import Store, number_of_bytes
+from e3va_peft.cache.store import Store
 from e3va_peft.cache.taking import RECORD, Taker
 from e3va_peft.errors import UserError
+from e3va_peft.files import cache_home, number_of_bytes
 
 LOOKED_AT = 4  # examples that are made again to see whether a cache that exists is still of this dataset
 
@@ -48,8 +48,9 @@ def cached(
     autocast: torch.dtype | None = None,
     key: str = "",
     types: Sequence[type] = (),
+    one_size: bool = False,
 ) -> Cached:
-    """Run the frozen backbone once over a dataset, and return the dataset with what the highway reads of it.
+    """Run the frozen backbone once over a dataset, and return the dataset with what highway and head read of it.
 
         train = cached(train, model, views=4, folder="cache/train")
         Trainer(model, TrainingArguments(remove_unused_columns=False, ...), train_dataset=train).train()
@@ -61,7 +62,9 @@ def cached(
         dataset: Examples are dictionaries that hold the image as the model takes it, (C, H, W), and labels: tensors,
             arrays, numbers, texts, and lists and dictionaries of them.
         model: The adapted model, with one backbone. The records hold for every highway that reads the same taps in
-            the same way over the same weights: other ranks, seeds and learning rates need no new ones.
+            the same way over the same weights: other ranks, seeds and learning rates need no new ones. A model without
+            a highway works too where its backbone is frozen but for its output norms (`method: head-only`): what the
+            frozen blocks say in eval mode is recorded, without dropout or drop-path.
         views: How often augmentation is drawn for each image.
         storage: *exact*: as the backbone computes it. *fp16*, *int8*, *int4*: rounded, see `cache.layout.Layout`.
         folder: Where records are kept. One that holds records of the same model and dataset is used as it is, and
@@ -77,17 +80,21 @@ def cached(
         key: What the dataset and its transform are, e.g. their version: records of another key are refused. Without
             it, a few images are looked at to see whether they are still those of the records.
         types: Dataclasses that examples hold.
+        one_size: Refuse images of several sizes, before much is computed: a batch of them would have to be padded, and
+            what a backbone says of a padded image depends on the others in its batch.
 
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
             argument is out of range. Nothing is overwritten.
-        ValueError: The model has no highway, several backbones, or one that does not split into images.
+        ValueError: The model has several highways, or none and a backbone that is trained or not known; or the
+            backbone's outputs do not split into images.
     """
     _check(dataset, views, storage, batch_size)
     limit = None if limit is None else number_of_bytes("limit", limit)
     image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
+    taker.learn(source[0])
     identity = {
         **taker.fingerprint(), "dataset": key, "images": len(dataset), "views": views, "seed": seed, "image": image,  # type: ignore[arg-type]
     }  # fmt: skip
@@ -103,7 +110,9 @@ def cached(
     if temporary is not None:
         weakref.finalize(found, rmtree, temporary, ignore_errors=True)
     if missing := store.missing():
-        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state)
+        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
+    if one_size:
+        _refuse_several(store.sizes())
     _refuse_changed(store, source, taker)
     for size, number in store.sizes().items():
         if not taker.knows(size):
@@ -133,19 +142,16 @@ class Views(Dataset[Any]):
             return self.dataset[number % len(self.dataset)]  # type: ignore[arg-type]
 
 
-class Cached(Dataset[Any]):
-    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+class ByEpoch(Dataset[Any]):
+    """A dataset that shows one of several views in each epoch: in epoch e view e mod `views`.
 
     Args:
-        store: The records.
-        source: What they were made from.
-        image: Name of the image in an example, where a placeholder of its shape stands.
-        types: Dataclasses that examples hold.
+        images: Number of images.
+        views: Number of views.
     """
 
-    def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
-        self.store, self.image, self.views, self.types = store, image, source.views, types
-        self._images = len(source) // source.views
+    def __init__(self, images: int, views: int) -> None:
+        self.views, self._images = views, images
         # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
         self._epoch = torch.tensor(-1).share_memory_()
         self._visits = torch.zeros(self._images, dtype=torch.int32).share_memory_()
@@ -161,13 +167,47 @@ class Cached(Dataset[Any]):
         """
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def number(self, index: int) -> int:
+        """Return the number of the view that an image shows now, see `Views`."""
         index = range(len(self))[index]
         epoch = int(self._epoch)
         if epoch < 0:
             epoch = int(self._visits[index])
             self._visits[index] += 1
-        row, rest = self.store.read(epoch % self.views * self._images + index)
+        return epoch % self.views * self._images + index
+
+
+class Repeated(ByEpoch):
+    """The views of a dataset, epoch by epoch, drawn each time: what a cached dataset shows, as images.
+
+    Args:
+        source: The views.
+    """
+
+    def __init__(self, source: Views) -> None:
+        super().__init__(len(source) // source.views, source.views)
+        self.source = source
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.number(index)]
+
+
+class Cached(ByEpoch):
+    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+
+    Args:
+        store: The records.
+        source: What they were made from.
+        image: Name of the image in an example, where a placeholder of its shape stands.
+        types: Dataclasses that examples hold.
+    """
+
+    def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
+        super().__init__(len(source) // source.views, source.views)
+        self.store, self.image, self.types = store, image, types
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row, rest = self.store.read(self.number(index))
         example = from_bytes(rest, self.types)
         example[self.image] = torch.zeros(example[self.image], dtype=torch.bool)
         return {**example, RECORD: torch.from_numpy(row)}
@@ -176,14 +216,9 @@ class Cached(Dataset[Any]):
         return [self[index] for index in indices]
 
 
-def cache_home() -> Path:
-    """Return the folder of the caches that have no folder of their own."""
-    return Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser() / "frozen"
-
-
 def _own_folder(identity: Mapping[str, Any]) -> Path:
     """Return the folder of records of an identity."""
-    return cache_home() / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_home() / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
@@ -212,7 +247,7 @@ class _Numbered(Dataset[Any]):
 
 def _fill(
     store: Store, source: Views, missing: Sequence[int], taker: Taker, loading: tuple[int, int],
-    limit: int | None, state: PartialState,
+    limit: int | None, state: PartialState, one_size: bool,
 ) -> None:  # fmt: skip
     """Write the records that are missing; each process its share."""
     if state.is_main_process:
@@ -224,10 +259,13 @@ def _fill(
         total=store.count, initial=store.count - len(missing), unit="image", desc=f"Filling {store.folder}",
         disable=None if state.is_main_process else True,  # None: where nobody looks
     )  # fmt: skip
-    fits = False
+    fits, sizes = False, dict.fromkeys(store.sizes())
     try:
         with bar:
             for batch in loader:
+                sizes |= dict.fromkeys(taker.size(example) for _, example in batch)
+                if one_size:
+                    _refuse_several(sizes)
                 for number, example, row in _taken(batch, taker):
                     image = example[taker.image]
                     rest = to_bytes({**example, taker.image: tuple(image.shape)})
@@ -248,6 +286,26 @@ def _taken(batch: Sequence[tuple[int, Any]], taker: Taker) -> Iterator[tuple[int
         rows = taker.rows([example for _, example in group])
         for (number, example), row in zip(group, rows, strict=True):
             yield number, example, row.numpy()
+
+
+class SeveralSizes(UserError):
+    """The images have several sizes, and batches need one."""
+
+
+def _refuse_several(sizes: Collection[tuple[int, int]]) -> None:
+    """Refuse images of several sizes.
+
+    Raises:
+        SeveralSizes: There are several.
+    """
+    first, *others = sizes
+    if others:
+        raise SeveralSizes(
+            f"the images have several sizes, {first[0]}x{first[1]} and {others[0][0]}x{others[0][1]} px among them, "
+            "and padding them to one changes what a backbone sees. Train from a cache with batches of one image "
+            "(per_device_train_batch_size=1, and gradient_accumulation_steps for more), or on images of one size "
+            "(augment.crop)."
+        )
 
 
 def _refuse_changed(store: Store, source: Views, taker: Taker) -> None:

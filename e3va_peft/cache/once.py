@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
-from e3va_peft.cache.taking import checksum, frozen_modules, layers_of, weights
+from e3va_peft.cache.taking import frozen_weights, layers_of
+from e3va_peft.cache.units import checksum
 from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Once
 
@@ -65,15 +66,15 @@ def have_same_backbone(first: nn.Module, other: nn.Module) -> bool:
 def hold_once(first: nn.Module, other: nn.Module) -> None:
     """Let a model use the frozen weights of another, equal ones on its device, instead of its own."""
     for a, b in zip(_frozen(first), _frozen(other), strict=True):
-        for (_, tensor), (_, own) in zip(weights(a), weights(b), strict=True):
+        for (_, tensor), (_, own) in zip(a, b, strict=True):
             own.data = tensor.data
 
 
-def _frozen(model: nn.Module) -> list[list[nn.Module]]:
-    return [frozen_modules(model, layer) for layer in layers_of(model)]
+def _frozen(model: nn.Module) -> list[list[tuple[str, Tensor]]]:
+    return [frozen_weights(model, layer) for layer in layers_of(model)]
 
 
-def _are_one(first: list[nn.Module], other: list[nn.Module]) -> bool:
-    """Whether the weights of modules are in the same memory."""
-    places = [[(name, t.data_ptr(), t.shape, t.stride()) for name, t in weights(part)] for part in (first, other)]
+def _are_one(first: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> bool:
+    """Whether weights are in the same memory."""
+    places = [[(name, t.data_ptr(), t.shape, t.stride()) for name, t in part] for part in (first, other)]
     return places[0] == places[1]

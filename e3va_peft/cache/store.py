@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -14,9 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from filelock import FileLock, Timeout
 
 from e3va_peft.errors import UserError
+from e3va_peft.files import write_whole
 
 FORMAT = 1
 IDENTITY, INDEX, LOCK = "cache.json", "index.bin", ".lock"
@@ -59,12 +60,13 @@ class Store:
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
                 raise UserError(f"folder={str(folder)!r}: is not empty and holds no cache. Choose another folder.")
             folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
-            _write_whole(own, json.dumps(identity, indent=1).encode())
+            write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
+            write_whole(own, json.dumps(identity, indent=1).encode())
         _check_identity(folder, json.loads(own.read_text(encoding="utf-8")), identity)
         self._index: np.ndarray[Any, Any] | None = None
         self._data: dict[int, np.memmap[Any, Any]] = {}
-        self._seen = bytearray(count)
+        # Shared: which records were checked is known to every worker, those of later epochs among them.
+        self._seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
         self._lock: FileLock | None = None
         self._writer: tuple[BinaryIO, RawIOBase] | None = None  # the file of this process, the index
 
@@ -169,7 +171,7 @@ class Store:
         """Return a record: its row, and the rest of the example.
 
         Raises:
-            UserError: It is damaged, which is looked at when a process reads it for the first time.
+            UserError: It is damaged, which is looked at when it is read for the first time.
         """
         line = self.index[number]
         row, rest, offset, file = int(line["row"]), int(line["rest"]), int(line["offset"]), int(line["file"])
@@ -210,28 +212,8 @@ class Store:
         return True
 
 
-def number_of_bytes(name: str, value: int | str) -> int:
-    """Return a number of bytes that is given as such or as a text, 40GiB or 500 MB.
-
-    Raises:
-        UserError: It is not one. The message begins with its `name`.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", str(value), re.IGNORECASE)
-    count = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
-    if count < 1:
-        raise UserError(f"{name}={value!r}: must be a number of bytes, e.g. 40GiB or 500MB.")
-    return int(count)
-
-
 def _check(line: Any) -> int:
     return zlib.crc32(line.tobytes()[: -_LINE["check"].itemsize])
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there as a whole or not at all."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content)
-    os.replace(draft, path)
 
 
 def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

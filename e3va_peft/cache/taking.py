@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from e3va_peft.cache.layout import TAP, Layout, memory
+from e3va_peft.cache.units import Pass, Returned, Units, as_it_was, checksum, seeded, set_mode
 from e3va_peft.errors import UserError
 from e3va_peft.hooks import Hook
 from e3va_peft.layer import E3VALayer
@@ -31,14 +31,14 @@ class Taker:
     """Runs the frozen backbone of a model on examples.
 
     Args:
-        model: The adapted model.
+        model: The model: with a highway beside its backbone, or with a frozen backbone (see `units.Units`).
         image: Name of the image in an example and among the model's arguments.
         storage: See `layout.Layout`.
         collate: Makes a batch, the model's keyword arguments, of examples.
         autocast: Dtype of autocast, if it is to be on.
 
     Raises:
-        ValueError: The model has no highway, or several backbones.
+        ValueError: It has several highways, or none and no frozen backbone.
     """
 
     def __init__(
@@ -49,13 +49,8 @@ class Taker:
         collate: Callable[[list[Any]], Mapping[str, Any]],
         autocast: torch.dtype | None = None,
     ) -> None:
-        layers = layers_of(model)
-        if len(layers) != 1:
-            raise ValueError(
-                f"model={type(model).__name__}: has {len(layers)} backbones with a highway, and a cache needs one. "
-                "Adapt it first: get_peft_model(model, E3VAConfig())."
-            )
-        self.model, self.layer, self.image, self.storage, self.collate = model, layers[0], image, storage, collate
+        self.model, self.image, self.storage, self.collate = model, image, storage, collate
+        self.source: Beside | Units = Beside(model) if layers_of(model) else Units(model)
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.needed: set[str] | None = None
@@ -64,11 +59,11 @@ class Taker:
     def rows(self, examples: Examples) -> Tensor:
         """Examples of one size -> (B, bytes): their records."""
         size = self.size(examples[0])
-        capture = self._capture(examples)
+        taken = self._taken(examples)
         if not self.knows(size):
-            self._learn(size, capture, examples)
+            self._learn(size, taken, examples)
         layout = self.reads.sizes[size][self.storage][1]
-        return layout.pack(capture.tensors)
+        return layout.pack(taken.tensors)
 
     def size(self, example: Mapping[str, Any]) -> tuple[int, int]:
         """(H, W) of the image of an example.
@@ -87,45 +82,38 @@ class Taker:
 
     def learn(self, example: Mapping[str, Any]) -> None:
         """Learn the layout of records of the size of an example."""
-        self._learn(self.size(example), self._capture([example]), [example])
+        self._learn(self.size(example), self._taken([example]), [example])
 
     def knows(self, size: tuple[int, int]) -> bool:
         """Whether the layout of records of images of a size is known."""
         return self.storage in self.reads.sizes.get(size, {})
 
-    def _learn(self, size: tuple[int, int], capture: Capture, examples: Examples) -> None:
+    def _learn(self, size: tuple[int, int], taken: Capture | Pass, examples: Examples) -> None:
         if self.needed is None:
-            self.needed = self._what_is_read(capture, examples)
-        layout = layout_of(self.layer, capture, self.needed, self.storage)
-        self.reads.sizes.setdefault(size, {})[self.storage] = capture.blueprint, layout
+            self.needed = self._what_is_read(taken, examples)
+        layout = layout_of(self.source, taken, self.needed, self.storage)
+        self.reads.sizes.setdefault(size, {})[self.storage] = taken.blueprint, layout
 
     def _batch(self, examples: Examples) -> dict[str, Any]:
         return dict(send_to_device(dict(self.collate([dict(example) for example in examples])), self.device))
 
-    def _capture(self, examples: Examples) -> Capture:
-        capture = Capture()
-        with torch.no_grad(), self._precision(), SOURCE.set(capture):
-            try:
-                self.model(**self._batch(examples))
-            except Captured:
-                return capture
-        raise ValueError(f"model={type(self.model).__name__}: its forward did not run the backbone.")
+    def _taken(self, examples: Examples) -> Capture | Pass:
+        with as_it_was(self.model), torch.no_grad(), self._precision(), seeded():
+            return self.source.capture(self._batch(examples), whole=not self.knows(self.size(examples[0])))
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
 
-    def _what_is_read(self, capture: Capture, examples: Examples) -> set[str]:
+    def _what_is_read(self, taken: Any, examples: Examples) -> set[str]:
         """Return the names of what the lane, the splice or the head reads of a frozen pass.
 
         Raises:
             UserError: The model says something else of the record than of the images.
         """
         batch = self._batch(examples)
-        with _as_it_was(self.model), torch.no_grad(), self._precision():
-            read, found = names_read(
-                self.model, capture, {**batch, self.image: _blank(batch[self.image].shape, self.model)}
-            )
-            with _seeded():
+        with as_it_was(self.model), torch.no_grad(), self._precision():
+            read, found = self.source.read(taken, {**batch, self.image: _blank(batch[self.image].shape, self.model)})
+            with seeded():
                 expected = self.model(**batch)
         if not _agree(found, expected):
             raise UserError(
@@ -136,49 +124,78 @@ class Taker:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything of the model that decides what is in a record, by name."""
+        own = {"storage": self.storage, "autocast": str(self.autocast) if self.autocast else None}
+        return {**self.source.fingerprint(), "reads": sorted(self.needed or ()), **own}
+
+
+class Beside:
+    """The frozen backbone of a model with a highway. A record holds what the highway, the splice or the head reads.
+
+    Args:
+        model: The adapted model.
+
+    Raises:
+        ValueError: It has several such backbones.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = layers_of(model)
+        if len(layers) != 1:
+            raise ValueError(
+                f"model={type(model).__name__}: has {len(layers)} backbones with a highway, and a cache needs one. "
+                "Train without a cache."
+            )
+        self.model, self.layer = model, layers[0]
+        self.norm, self.widths = self.layer.tap_norm, [stage.width for stage in self.layer.stages]
+
+    def capture(self, batch: Mapping[str, Any], whole: bool = True) -> Capture:
+        """Run the backbone of a batch and take down all that may be read of it, whether `whole` or not."""
+        capture = Capture()
+        with SOURCE.set(capture):
+            try:
+                self.model(**batch)
+            except Captured:
+                return capture
+        raise ValueError(f"model={type(self.model).__name__}: its forward did not run the backbone.")
+
+    def read(self, capture: Capture, batch: Mapping[str, Any]) -> tuple[set[str], Any]:
+        """Find out what the model reads of a frozen pass, in training and in evaluation; it stays in evaluation mode.
+
+        Args:
+            capture: A frozen pass of a batch.
+            batch: The batch; its images are not looked at.
+
+        Returns:
+            The names, and the model's outputs in evaluation.
+        """
+        own = {name: tensor.clone() for name, tensor in capture.tensors.items()}  # each in memory of its own
+        always = {name for name in own if not name.startswith(("output.", "tail", "end."))}
+        probe = _Probe(capture.blueprint, own, len(next(iter(own.values()))))
+        watch = _Touched({name: tensor for name, tensor in own.items() if name not in always})
+        outputs = None
+        for training in (True, False):
+            set_mode(self.model, training)
+            with SOURCE.set(probe), watch, seeded():
+                outputs = self.model(**batch)
+        return (always | watch.touched) - probe.made, outputs
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything of the backbone and of how it is read that decides what is in a record, by name."""
         layer = self.layer
         return {
-            "backbone": checksum(frozen_modules(self.model, layer)),
+            "backbone": checksum(frozen_weights(self.model, layer)),
             "family": layer.family.name,
             "taps": list(layer.taps),
             "tap_norm": layer.tap_norm,
             "live_blocks": layer.live_blocks,
             "depth": list(layer.depth),
-            "storage": self.storage,
-            "autocast": str(self.autocast) if self.autocast else None,
         }
 
 
-def layout_of(layer: E3VALayer, capture: Capture, read: Collection[str], storage: str) -> Layout:
-    """Return the layout of the records of a layer, of what is read of a frozen pass."""
-    tensors = {name: tensor for name, tensor in capture.tensors.items() if name in read}
-    return Layout(tensors, storage, layer.tap_norm, [stage.width for stage in layer.stages])
-
-
-def names_read(model: nn.Module, capture: Capture, batch: Mapping[str, Any]) -> tuple[set[str], Any]:
-    """Find out what a model reads of a frozen pass, in training and in evaluation.
-
-    Args:
-        model: The adapted model; it is left in evaluation mode.
-        capture: A frozen pass of a batch.
-        batch: The batch; its images are not looked at.
-
-    Returns:
-        The names, and the model's outputs in evaluation.
-    """
-    own = {name: tensor.clone() for name, tensor in capture.tensors.items()}  # each in memory of its own
-    always = {name for name in own if not name.startswith(("output.", "tail", "end."))}
-    probe = _Probe(capture.blueprint, own, len(next(iter(own.values()))))
-    watch = _Touched({name: tensor for name, tensor in own.items() if name not in always})
-    outputs = None
-    for training in (True, False):
-        model.train(training)
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()  # which cannot train on one image
-        with SOURCE.set(probe), watch, _seeded():
-            outputs = model(**batch)
-    return (always | watch.touched) - probe.made, outputs
+def layout_of(source: Beside | Units, taken: Capture | Pass, read: Collection[str], storage: str) -> Layout:
+    """Return the layout of records, of what is read of a frozen pass."""
+    tensors = {name: tensor for name, tensor in taken.tensors.items() if name in read}
+    return Layout(tensors, storage, source.norm, source.widths)
 
 
 class FromCache(Hook):
@@ -190,7 +207,7 @@ class FromCache(Hook):
 
     def __init__(self, image: str) -> None:
         self.image = image
-        self.sizes: dict[tuple[int, int], dict[str, tuple[Blueprint, Layout]]] = {}
+        self.sizes: dict[tuple[int, int], dict[str, tuple[Blueprint | Returned, Layout]]] = {}
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the records out of the arguments."""
@@ -206,13 +223,12 @@ class FromCache(Hook):
         if not isinstance(image, Tensor) or image.dim() != 4:
             raise ValueError(f"{self.image}: is missing from a batch that has {RECORD}. Pass on both.")
         blueprint, layout = self._find(image, rows)
-        replay = Replay(blueprint, layout.unpack(rows), len(rows))
-        context = SOURCE.set(replay)
+        context = blueprint.given(module, layout.unpack(rows), len(rows))
         context.__enter__()
         _OPEN.set((*_OPEN.get(), context))
         return args, {**kwargs, self.image: _blank(image.shape, module)}
 
-    def _find(self, image: Tensor, rows: Tensor) -> tuple[Blueprint, Layout]:
+    def _find(self, image: Tensor, rows: Tensor) -> tuple[Blueprint | Returned, Layout]:
         size = (image.shape[-2], image.shape[-1])
         for blueprint, layout in self.sizes.get(size, {}).values():
             if layout.bytes == rows.shape[1]:
@@ -295,56 +311,20 @@ def _agree(found: Any, expected: Any) -> bool:
     return True
 
 
-@contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Bring modes and buffers (running statistics of batch norms) back at the end of a `with` statement."""
-    modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-        with torch.no_grad():
-            for buffer, value in buffers.items():
-                buffer.copy_(value)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Draw the same random numbers within each such `with` statement, and leave those behind it as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def layers_of(model: nn.Module) -> list[E3VALayer]:
     """Return the layers of a model, one for each of its backbones."""
     return [module for module in model.modules() if isinstance(module, E3VALayer)]
 
 
-def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
-    """Return the modules of a model that decide what a layer's frozen pass is."""
+def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
     modules = dict(model.named_modules())
 
     def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
         return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
 
-    return [*layer.frozen, *map(find, layer.front)]
-
-
-def weights(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights of modules by name, without highways."""
-    for module in modules:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if "e3va_" not in name and isinstance(tensor, Tensor):
-                yield name, tensor
-
-
-def checksum(modules: Sequence[nn.Module]) -> str:
-    """SHA-256 of the weights of modules, without highways."""
-    digest = hashlib.sha256()
-    for name, tensor in weights(modules):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    states = [module.state_dict(keep_vars=True) for module in (*layer.frozen, *map(find, layer.front))]
+    if layer.is_method:  # beside the modules of the stream stand a class token, positions
+        states.append(dict(layer.exit.named_parameters(recurse=False)))
+    pairs = (pair for state in states for pair in state.items())
+    return [(name, value) for name, value in pairs if "e3va_" not in name and isinstance(value, Tensor)]

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from e3va_peft.compare.plots import draw_tradeoff
+from e3va_peft.files import write_whole
 from e3va_peft.meter.step import MIB
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.folder import write_whole
 from e3va_peft.training.run import versions
 from e3va_peft.training.saving import plain
 
@@ -25,6 +25,7 @@ TABLE, JSON = "compare.md", "compare.json"
 MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"
 
 HEADER = ("method", "score", "trained", "kept for backward", "backbone share", "peak", "ms per step", "learning rate")
+CACHED = "ms per step from the cache"  # one more column, where a method was trained so
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Row:
         backbone_share: (saved_bytes - head only) / (full - head only); None where one of the two was not compared.
         step_seconds: Median time of a training step over all rounds.
         step_rounds: Time of a training step in each round.
+        cached_step_seconds: Median time of a training step from the cache, where the method was trained from it.
+        cache_seconds: Of each run, to fill the cache, or to look at one that is filled.
     """
 
     method: str
@@ -66,9 +69,16 @@ class Row:
     backbone_share: float | None
     step_seconds: float
     step_rounds: list[float]
+    cached_step_seconds: float | None = None
+    cache_seconds: list[float] | None = None
+
+    @property
+    def trained_by(self) -> float:
+        """Seconds of a step as it was trained: from the cache, where there was one."""
+        return self.step_seconds if self.cached_step_seconds is None else self.cached_step_seconds
 
     def cells(self) -> list[str]:
-        """Return the row as text, in the order of `HEADER`."""
+        """Return the row as text, in the order of `HEADER`, and what a step from the cache takes."""
         spread = f" ± {self.deviation:.3f}" if self.deviation is not None else ""
         return [
             self.method,
@@ -79,7 +89,15 @@ class Row:
             f"{self.peak_bytes / MIB:.0f} MiB",
             f"{1000 * self.step_seconds:.0f}",
             f"{self.learning_rate:g}",
+            f"{1000 * self.cached_step_seconds:.0f}" if self.cached_step_seconds is not None else "-",
         ]
+
+
+def table_of(rows: Sequence[Row]) -> list[list[str]]:
+    """Return rows as text, with the names of the columns first."""
+    read = any(row.cached_step_seconds is not None for row in rows)
+    header = [rows[0].metric if name == "score" else name for name in (*HEADER, CACHED)]
+    return [line if read else line[:-1] for line in (header, *(row.cells() for row in rows))]
 
 
 def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: Console) -> None:
@@ -103,14 +121,14 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
     write_whole(output / JSON, json.dumps(plain(record), indent=2) + "\n")
     write_whole(output / TABLE, markdown(rows, config))
     places = [(row.method, row.mean, row.deviation) for row in rows]
-    memory, seconds = [row.peak_bytes / MIB for row in rows], [1000 * row.step_seconds for row in rows]
+    memory, seconds = [row.peak_bytes / MIB for row in rows], [1000 * row.trained_by for row in rows]
     draw_tradeoff(places, memory, output / MEMORY_PLOT, "peak memory of a training step in MiB", rows[0].metric)
     draw_tradeoff(places, seconds, output / TIME_PLOT, "time of a training step in ms", rows[0].metric)
-    table = Table()
-    for name in HEADER:
+    table, (header, *lines) = Table(), table_of(rows)
+    for name in header:
         table.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows:
-        table.add_row(*row.cells())
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     console.print(escape(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}"))
 
@@ -126,8 +144,8 @@ def machine() -> dict[str, Any]:
 
 def markdown(rows: Sequence[Row], config: RunConfig) -> str:
     """Lay out rows as a Markdown table, with what its columns mean."""
-    header = [name if name != "score" else rows[0].metric for name in HEADER]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *(row.cells() for row in rows)]
+    header, *body = table_of(rows)
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     first = rows[0]
     seeds = f"{len(first.seeds)} seeds, ± one standard deviation" if len(first.seeds) > 1 else "one seed"
     notes = (
@@ -135,4 +153,12 @@ def markdown(rows: Sequence[Row], config: RunConfig) -> str:
         "order and epochs for all; parameters include the head. *Kept for backward* and *peak*: bytes of one training "
         "step, counted from its tensors. *Backbone share*: (method - head only) / (full - head only) of what is kept."
     )
+    if len(header) > len(HEADER):
+        cached = [row.method for row in rows if row.cached_step_seconds is not None]
+        assert config.cache is not None
+        notes += (
+            f" Trained from a cache of the frozen backbone ({config.cache.storage}, views: {config.cache.views}): "
+            f"{', '.join(cached)}; the others ran it on the same views. *{CACHED}*: without the reading of records, "
+            "as *ms per step* is without that of images."
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{notes}\n"

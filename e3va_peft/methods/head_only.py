@@ -24,4 +24,4 @@ def _stay_in_eval_mode(module: nn.Module, inputs: Any) -> None:
         module.eval()
 
 
-HEAD_ONLY = Method("head-only", "head only", "nothing", head_only, learning_rate=2e-3)
+HEAD_ONLY = Method("head-only", "head only", "nothing", head_only, learning_rate=2e-3, cacheable=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,11 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from e3va_peft.cache.dataset import cache_home
 from e3va_peft.cache.layout import STORAGES
-from e3va_peft.cache.taking import layers_of, layout_of, names_read
+from e3va_peft.cache.taking import Beside, layout_of
+from e3va_peft.files import cache_home
 from e3va_peft.plan.blueprint import make_batch
-from e3va_peft.replay import SOURCE, Capture, Captured
 
 if TYPE_CHECKING:
     from e3va_peft.plan.estimate import FakeStep
@@ -47,12 +45,11 @@ def cached_image(step: FakeStep) -> CachedImage:
     """Predict the record of an image of a step's size, for a model whose blocks are not live."""
     with step.faking(), torch.no_grad():
         batch = {**make_batch(step.task, 2, step.image_size), **step.extras}
-        capture = Capture()
-        with FlopCounterMode(display=False) as counter, SOURCE.set(capture), suppress(Captured):
-            step.model(**batch)
-        read, _ = names_read(step.model, capture, batch)
-        (layer,) = layers_of(step.model)
-        found = {storage: layout_of(layer, capture, read, storage).bytes for storage in STORAGES}
+        backbone = Beside(step.model)
+        with FlopCounterMode(display=False) as counter:
+            capture = backbone.capture(batch)
+        read, _ = backbone.read(capture, batch)
+        found = {storage: layout_of(backbone, capture, read, storage).bytes for storage in STORAGES}
     return CachedImage(found, counter.get_total_flops() // 2)
 
 

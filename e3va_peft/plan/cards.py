@@ -12,9 +12,6 @@ from e3va_peft.errors import UserError, nearest
 
 GIB = 2**30
 
-# Sizes to a byte; makers of cards write GB and mean GiB, so only a bare "GB" is decimal.
-_UNITS = {"gib": GIB, "mib": 2**20, "gb": 10**9, "mb": 10**6}
-
 
 @dataclass(frozen=True)
 class Card:
@@ -66,18 +63,6 @@ def find_card(name: str) -> Card:
 
 def _plain(name: str) -> str:
     return re.sub(r"nvidia|geforce|[\s_-]", "", name.lower())
-
-
-def parse_memory(text: str) -> int:
-    """Return the bytes of a size such as 8GiB, 11GB or 8192MiB.
-
-    Raises:
-        UserError: It is not such a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
-        raise UserError(f"memory={text!r}: must be a number and GiB, MiB, GB or MB, e.g. --memory 8GiB.")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def this_card() -> Card | None:

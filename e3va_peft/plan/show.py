@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from e3va_peft.files import number_of_bytes
 from e3va_peft.plan.cached import CachedImage
-from e3va_peft.plan.cards import GIB, Card, Stack, find_card, parse_memory, software_stack, this_card
+from e3va_peft.plan.cards import GIB, Card, Stack, find_card, software_stack, this_card
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
 
 
@@ -26,7 +27,7 @@ def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | 
         options: Further arguments of `plan`.
     """
     card = find_card(gpu) if gpu is not None else None if memory is not None else this_card()
-    size = parse_memory(memory) if memory is not None else card.memory if card is not None else None
+    size = number_of_bytes("memory", memory) if memory is not None else card.memory if card is not None else None
     stack = software_stack(card.capability) if card is not None else None
     precision = precision or (stack.precision if stack is not None else "fp32")
     console = Console()

@@ -14,10 +14,10 @@ from typing import Any, Literal, get_args
 from ruamel.yaml import YAML
 from transformers import TrainingArguments
 
-from e3va_peft.cache.store import number_of_bytes
 from e3va_peft.data.config import DataConfig
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import Rule, UserError, check_fields, check_value, nearest, one_of, read_text
+from e3va_peft.files import number_of_bytes
 from e3va_peft.methods import METHODS
 
 TaskName = Literal["image-classification", "semantic-segmentation", "object-detection", "instance-segmentation"]
@@ -89,14 +89,15 @@ class CacheConfig:
 
     Attributes:
         views: How often augmentation is drawn for each training image; epoch e sees view e mod views.
-        storage: exact; or rounded to fp16, int8 or int4.
+        storage: exact; or rounded to fp16, int8 or int4. none: nothing is kept, and the views are drawn again in each
+            epoch; so any method trains on the images of a run with a cache.
         folder: Where the records go. auto: a folder below $E3VA_CACHE, or ~/.cache/e3va_peft, that runs of the same
             model, data and views share.
         limit: Most bytes that the records of a split may take, e.g. 40GiB. None: as many as the disk has.
     """
 
     views: int = 1
-    storage: Literal["exact", "fp16", "int8", "int4"] = "int8"
+    storage: Literal["exact", "fp16", "int8", "int4", "none"] = "int8"
     folder: str = "auto"
     limit: int | str | None = None
 
@@ -124,7 +125,8 @@ class RunConfig:
             None: what the model's image processor says.
         augment: How training images vary; false for not at all.
         cache: Run the frozen backbone once per image and view, and read what it said in every epoch after; true for
-            the defaults, false for not at all. Needs method e3va, and images of one size in each batch.
+            the defaults, false for not at all. Needs a method that leaves the backbone as it is, e3va or head-only,
+            and images of one size in each batch.
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
@@ -301,10 +303,12 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
-    if config.cache is not None and config.method_name != "e3va":
+    keeps = config.cache is not None and config.cache.storage != "none"
+    if keeps and not METHODS[config.method_name].cacheable:
+        able = " or ".join(method.name for method in METHODS.values() if method.cacheable)
         raise UserError(
-            f"cache: needs method: e3va, whose backbone never changes, and method is {config.method_name}. Leave it "
-            "out."
+            f"cache: needs a method whose backbone never changes, {able}, and method is {config.method_name}. Leave "
+            "it out, or see the same views without one: cache.storage: none."
         )
     return config
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from e3va_peft.errors import UserError, read_text
+from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
@@ -323,10 +324,3 @@ def _saved_parts(output: Path) -> list[str]:
     except OSError:
         return []
     return [name for name in (ADAPTER, MODEL) if name in lines]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file beside its place and rename it, so that it is there whole or not at all."""
-    draft = path.with_name(f".{path.name}")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

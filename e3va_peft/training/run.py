@@ -16,9 +16,10 @@ from peft import PeftModel
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
+from torch import nn
 from transformers import TrainingArguments, set_seed
 
-from e3va_peft.cache import cached
+from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Objects
@@ -58,13 +59,17 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         FileExistsError: `config.output` holds a finished or another run, one that is training, or something else.
         Interrupted: Ctrl-C was pressed; the checkpoint is saved.
     """
-    # as TrainingArguments will set it up: a launcher's processes without accelerator find each other by gloo
-    state = PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
+    state = process(config)
     if not state.is_main_process:
         return _train(config, overwrite, state)
     check_output(Path(config.output), config, overwrite)
     with locked(Path(config.output)):
         return _train(config, overwrite, state)
+
+
+def process(config: RunConfig) -> PartialState:
+    """Return this process as TrainingArguments will set it up: without accelerators a launcher's meet by gloo."""
+    return PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
 
 
 def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str, Any]:
@@ -89,12 +94,12 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     with state.main_process_first(), full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
-    if config.cache is not None:
-        fill_cache(config, trainer, *splits)
+    filled = fill_cache(config, trainer, *splits)
     with full_disk_explained(output, state):
         seconds = _run(trainer, checkpoint, overwrite)
     _evaluate_at_end(trainer)
     record = _record(config, trainer, splits[0].labels, trained, seconds, resumed=checkpoint is not None)
+    record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}
     if state.is_main_process:
         with full_disk_explained(output, state):
             folder = save_results(output, model, trainer.processor, record, console)
@@ -131,43 +136,71 @@ def _build_trainer(
     )
 
 
-def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> None:
+def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> float:
     """Let a trainer read the frozen passes of its images instead of computing them, and compute those not there.
+
+    Where a cache keeps nothing it sees the same views, as images.
+
+    Returns:
+        Seconds.
 
     Raises:
         UserError: Images of a batch have several sizes, there is no room, or see `cached`.
     """
-    cache, arguments = config.cache, trainer.args
+    if config.cache is None:
+        return 0.0
+    start, cache = time.perf_counter(), config.cache
+    if cache.storage == "none":
+        trainer.train_dataset = Repeated(Views(trainer.train_dataset, cache.views, 0))
+    for name, own in (("train", split), ("eval", eval_split)):
+        if own is not None and cache.storage != "none":
+            dataset = getattr(trainer, f"{name}_dataset")
+            found = read_cache(config, name, own, dataset, trainer.model, trainer.args, trainer.data_collator)
+            setattr(trainer, f"{name}_dataset", found)
+    trainer.add_callback(NextView(trainer.train_dataset))
+    return time.perf_counter() - start
+
+
+def read_cache(
+    config: RunConfig, name: str, split: Split, dataset: Any, model: nn.Module, arguments: TrainingArguments,
+    collator: Any,
+) -> Cached:  # fmt: skip
+    """Return a dataset with the frozen passes of its images, filled up where they are missing.
+
+    Args:
+        config: The run, with a cache.
+        name: train or eval.
+        split: What the dataset shows.
+        dataset: The examples.
+        model: The model.
+        arguments: How it is trained.
+        collator: Makes batches.
+
+    Raises:
+        UserError: Images of a batch have several sizes, there is no room, or see `cached`.
+    """
+    cache, batch_size = config.cache, getattr(arguments, f"per_device_{name}_batch_size")
     assert cache is not None
-    view = {name: value for name, value in config.to_dict().items() if name in ("task", "image_size", "processor")}
-    for name, own, views in (("train", split, cache.views), ("eval", eval_split, 1)):
-        if own is None:
-            continue
-        batch_size = getattr(arguments, f"per_device_{name}_batch_size")
-        augment = config.to_dict()["augment"] if name == "train" else False
-        found = cached(
-            getattr(trainer, f"{name}_dataset"),
-            trainer.model,
-            views=views,
+    values = config.to_dict()
+    view = {key: value for key, value in values.items() if key in ("task", "image_size", "processor")}
+    try:
+        return cached(
+            dataset,
+            model,
+            views=cache.views if name == "train" else 1,
             storage=cache.storage,
             folder="auto" if cache.folder == "auto" else Path(cache.folder) / name,
             limit=cache.limit,
             batch_size=batch_size,
             num_workers=arguments.dataloader_num_workers,
-            data_collator=trainer.data_collator,
-            autocast={"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision),
-            key=f"{own.fingerprint()} {view} {augment}",
+            data_collator=collator,
+            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            key=f"{split.fingerprint()} {view} {values['augment'] if name == 'train' else False}",
             types=(Objects,),
+            one_size=batch_size > 1,
         )
-        sizes = sorted(found.store.sizes())
-        if len(sizes) > 1 and batch_size > 1:
-            raise UserError(
-                f"training.per_device_{name}_batch_size={batch_size}: the images have {len(sizes)} sizes, {sizes[0]} "
-                "and others, and padding changes what a backbone sees. Set it to 1 to train from a cache, or cache: "
-                "false."
-            )
-        setattr(trainer, f"{name}_dataset", found)
-    trainer.add_callback(NextView(trainer.train_dataset))
+    except SeveralSizes as error:
+        raise UserError(f"training.per_device_{name}_batch_size={batch_size}: {error}") from None
 
 
 def _summary(config: RunConfig, trainer: VisionTrainer, trained: int) -> str:

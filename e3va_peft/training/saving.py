@@ -24,9 +24,10 @@ from transformers import TrainingArguments
 from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason
+from e3va_peft.files import write_whole
 from e3va_peft.methods import METHODS
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced, write_whole
+from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced
 
 _FULL_DISK = (  # what Python, safetensors and torch.save say
     "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",

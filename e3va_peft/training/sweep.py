@@ -12,10 +12,12 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
+from e3va_peft.data.load import load_splits
 from e3va_peft.errors import UserError
+from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, parse_config, set_field
-from e3va_peft.training.folder import MARKER, finished, write_whole
-from e3va_peft.training.run import train
+from e3va_peft.training.folder import MARKER, finished
+from e3va_peft.training.run import process, train
 from e3va_peft.training.tasks import task_of
 
 SWEEP = "sweep.json"
@@ -58,12 +60,11 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     if (output / MARKER).exists():
         raise UserError(f"output={config.output!r}: holds a single run. Choose another folder for a sweep.")
     runs = runs_of(config)
+    _refuse_unscored(next(iter(runs.values())))
     scores = {}
     for name, own in runs.items():
         record = None if overwrite else finished(own)
         record = record or train(own, overwrite)
-        if metric not in record["metrics"]:
-            raise UserError("sweep: needs a score to rank by. Set data.eval_split, or data.eval_fraction.")
         scores[name] = record["metrics"][metric]
     ranked = sorted(scores, key=lambda name: -scores[name])
     result = {"metric": metric, "sweep": config.sweep, "runs": {name: scores[name] for name in ranked}}
@@ -71,6 +72,18 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         write_whole(output / SWEEP, json.dumps(result, indent=2) + "\n")
         _show(output, result)
     return result
+
+
+def _refuse_unscored(config: RunConfig) -> None:
+    """Refuse a run that evaluates on nothing.
+
+    Raises:
+        UserError: It does not.
+    """
+    with process(config).main_process_first():
+        splits = load_splits(config.data, task_of(config).label_kind, config.seed)
+    if splits[1] is None:
+        raise UserError("sweep: needs a score to rank by. Set data.eval_split, or data.eval_fraction.")
 
 
 def _show(output: Path, result: dict[str, Any]) -> None:

@@ -1,0 +1,35 @@
+"""Files: written whole, sizes that people write, and the folder of everything that can be made again."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from e3va_peft.errors import UserError
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file beside its place and rename it, so that it is there whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    draft.replace(path)
+
+
+def number_of_bytes(name: str, value: int | str) -> int:
+    """Return a number of bytes that is given as such, or as a text with a unit: 40GiB, 500 MB.
+
+    Raises:
+        UserError: It is not one. The message begins with its `name`.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT])(i?)B?\s*", str(value), re.IGNORECASE)
+    count = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper()) if match else 0
+    count = value if isinstance(value, int) else count
+    if count < 1:
+        raise UserError(f"{name}={value!r}: must be a number of bytes with a unit, e.g. 40GiB or 500MB.")
+    return int(count)
+
+
+def cache_home() -> Path:
+    """Return the folder of what is kept between runs and can be made again: $E3VA_CACHE, or ~/.cache/e3va_peft."""
+    return Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser()
