@@ -151,3 +151,18 @@ def learns(module: nn.Module | None) -> bool:
     if module is None:
         return False
     return any(True for _ in module.parameters()) or any(hasattr(m, "running_mean") for m in module.modules())
+
+
+def layers_of(model: nn.Module) -> list[E3VALayer]:
+    """Return the layers of a model, one for each of its backbones."""
+    return [module for module in model.modules() if isinstance(module, E3VALayer)]
+
+
+def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
+    """Return the modules of a model that decide what a layer's frozen pass is."""
+    modules = dict(model.named_modules())
+
+    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
+        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
+
+    return [*layer.frozen, *map(find, layer.front)]

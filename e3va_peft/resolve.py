@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from typing import Any
 
@@ -15,6 +16,7 @@ from e3va_peft.exits import Exit, base_modules, everything_outside, find_exits
 from e3va_peft.layer import first_live
 from e3va_peft.refusals import (
     check_exit,
+    check_highway_size,
     check_label_count,
     check_merging,
     check_nesting,
@@ -43,6 +45,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         check_exit(model, found)
         check_merging(found)
         first_live(found.site.depth, config.live_blocks)  # refuses more than there are
+        check_highway_size(model, found, config)
     config.target_modules = [found.target for found in exits]
     taps = {found.family.taps(config.taps) for found in exits}
     if len(taps) == 1:  # where families with branches of other names meet, None stays
@@ -60,7 +63,9 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     check_suffixes(model, exits, config.modules_to_save)
     check_nesting(model, config.modules_to_save)
     config.base = _describe_base(model, exits)
-    config.base.metrics = dict((config.auto_mapping or {}).get("metrics") or {})
+    before = config.auto_mapping or {}
+    config.base.metrics = dict(before.get("metrics") or {})
+    config.base.commits = dict(before.get("commits") or {}) | config.base.commits
 
 
 def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Exit]:
@@ -123,6 +128,9 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)
     }
+    sources = [str(getattr(model, "name_or_path", "")), *outermost.values()]
+    parts = [model, *map(dict(base_modules(model)).__getitem__, outermost)]
+    hashes = [getattr(getattr(part, "config", None), "_commit_hash", None) for part in parts]
     quantizers: list[Any] = [getattr(module, "hf_quantizer", None) for _, module in base_modules(model)]
     methods = [q.quantization_config.quant_method for q in quantizers if q is not None and not q.pre_quantized]
     return BaseModel(
@@ -130,6 +138,8 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
         class_name=type(model).__name__,
         library=type(model).__module__,
         backbones=outermost,
+        folders=[source for source in sources if source and os.path.isdir(source)],
+        commits={source: commit for source, commit in zip(sources, hashes, strict=True) if source and commit},
         quantized_by=str(getattr(methods[0], "value", methods[0])) if methods else "",
     )
 

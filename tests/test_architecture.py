@@ -30,7 +30,7 @@ from tests.models import CASES
 
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
-    {"storage", "registration", "frozen_pass", "saved", "errors"},
+    {"storage", "registration", "frozen_pass", "saved", "errors", "fingerprint"},
     {"config", "fused"},
     {"highway", "backbones"},
     {"card", "recompute", "recorder"},

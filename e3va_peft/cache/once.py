@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from e3va_peft.cache.taking import checksum, frozen_modules, layers_of, weights
+from e3va_peft.exits import frozen_modules, layers_of
+from e3va_peft.fingerprint import checksum, weights
 from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Once
 

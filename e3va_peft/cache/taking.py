@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -16,6 +15,8 @@ from torch.utils._pytree import tree_flatten
 
 from e3va_peft.cache.layout import TAP, Layout, memory
 from e3va_peft.errors import UserError
+from e3va_peft.exits import frozen_modules, layers_of
+from e3va_peft.fingerprint import checksum
 from e3va_peft.hooks import Hook
 from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
@@ -316,35 +317,3 @@ def _seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-def layers_of(model: nn.Module) -> list[E3VALayer]:
-    """Return the layers of a model, one for each of its backbones."""
-    return [module for module in model.modules() if isinstance(module, E3VALayer)]
-
-
-def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
-    """Return the modules of a model that decide what a layer's frozen pass is."""
-    modules = dict(model.named_modules())
-
-    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
-        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
-
-    return [*layer.frozen, *map(find, layer.front)]
-
-
-def weights(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights of modules by name, without highways."""
-    for module in modules:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if "e3va_" not in name and isinstance(tensor, Tensor):
-                yield name, tensor
-
-
-def checksum(modules: Sequence[nn.Module]) -> str:
-    """SHA-256 of the weights of modules, without highways."""
-    digest = hashlib.sha256()
-    for name, tensor in weights(modules):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

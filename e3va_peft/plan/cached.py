@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from e3va_peft.cache.dataset import cache_home
 from e3va_peft.cache.layout import STORAGES
-from e3va_peft.cache.taking import layers_of, layout_of, names_read
+from e3va_peft.cache.taking import layout_of, names_read
+from e3va_peft.exits import layers_of
 from e3va_peft.plan.blueprint import make_batch
 from e3va_peft.replay import SOURCE, Capture, Captured
 
