@@ -300,7 +300,7 @@ def test_a_missing_folder_is_named_with_the_place_it_was_looked_for(tmp_path):
 
 
 def test_a_hub_id_without_network_is_explained():
-    refused(DataConfig(source="nobody/nothing"), "data.source='nobody/nothing'", "needs the network")
+    refused(DataConfig(source="nobody/nothing"), "data.source='nobody/nothing'", "on the Hub", "the network")
 
 
 def test_a_source_without_images_or_classes_is_explained(tmp_path):
@@ -308,7 +308,7 @@ def test_a_source_without_images_or_classes_is_explained(tmp_path):
     refused(DataConfig(source=str(tmp_path / "empty")), "data.source=", "SPLIT/CLASS/image.jpg")
     (tmp_path / "flat").mkdir()
     picture().save(tmp_path / "flat" / "0.png")
-    refused(DataConfig(source=str(tmp_path / "flat")), "one sub-folder per class")
+    refused(DataConfig(source=str(tmp_path / "flat")), "Give each class a sub-folder")
     (tmp_path / "table.parquet").write_bytes(b"no parquet at all")
     refused(DataConfig(source=str(tmp_path / "table.parquet")), "table.parquet", "cannot be loaded")
 

@@ -355,23 +355,61 @@ def test_a_pretrained_head_may_stay_as_it_is(tmp_path):
     assert load_trained(str(tmp_path / "run")).labels == ("green", "red")
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(number, code, tmp_path, monkeypatch):
     config = write(tmp_path / "config.yaml", classify(tmp_path, eval_strategy="no", save_strategy="no"))
     original = VisionTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionTrainer, "training_step", training_step)
         stopped = CliRunner().invoke(app, ["train", str(config)])
-    assert stopped.exit_code == 130 and "step 5 of 9" in stopped.output, stopped.output
+    assert stopped.exit_code == code and "step 5 of 9" in stopped.output, stopped.output
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-5"
     assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["resumed"] and record["steps"] == 9
+
+
+def test_ctrl_c_in_an_evaluation_stops_behind_it(tmp_path, monkeypatch):
+    config = write(tmp_path / "config.yaml", classify(tmp_path))
+    original = VisionTrainer.prediction_step
+
+    def prediction_step(self, *args, **kwargs):
+        found = original(self, *args, **kwargs)
+        if self.state.global_step == 3:
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(VisionTrainer, "prediction_step", prediction_step)
+    stopped = CliRunner().invoke(app, ["train", str(config)])
+    assert stopped.exit_code == 130 and "step 3 of 9" in stopped.output, stopped.output
+    assert "stopping after this evaluation" in stopped.output
+    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-3"
+
+
+def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=2))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    (tmp_path / "run" / "metrics.json").touch()
+    assert train(config)["resumed"]
+
+
+def test_a_run_without_an_evaluation_and_one_that_ends_in_its_warm_up_are_warned_of(tmp_path, capsys):
+    values = classify(tmp_path, num_train_epochs=1, warmup_steps=1000)
+    shutil.rmtree(tmp_path / "colors" / "test")
+    train(parse_config(values))
+    shown = capsys.readouterr().out
+    assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
+    assert "the warm-up takes 1000 steps and the training 3" in shown
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, monkeypatch):

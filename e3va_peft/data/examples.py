@@ -130,8 +130,10 @@ class Split:
 
 
 def _name_and_size(path: str | None) -> tuple[str | None, int | None]:
-    there = path is not None and os.path.isfile(path)
-    return (os.path.basename(path), os.path.getsize(path)) if path is not None and there else (path, None)
+    try:
+        return (path, None) if path is None else (os.path.basename(path), os.stat(path).st_size)
+    except (OSError, ValueError):  # a name in a table
+        return path, None
 
 
 class Examples(Dataset[dict[str, torch.Tensor]]):

@@ -54,6 +54,10 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
                 f"data.source={source!r}: cannot be read ({reason(error)}). It holds {look(path)}. An image folder is "
                 "SPLIT/CLASS/image.jpg or CLASS/image.jpg."
             ) from None
+        if path.exists():
+            raise UserError(
+                f"data.source={source!r}: cannot be loaded as parquet ({reason(error)}). Replace it."
+            ) from None
         raise UserError(
             f"data.source={source!r}: no such file or folder (from {Path.cwd()}), and no dataset of that name on the "
             f"Hub ({reason(error)}). Correct the path; or, for the Hub, the id, the network and, if it is private, "
