@@ -176,19 +176,19 @@ def check_sizes(trainer: VisionTrainer) -> None:
     for dataset in (trainer.train_dataset, trainer.eval_dataset):
         if dataset is None or device.type == "meta":
             continue
-        with torch.random.fork_rng():  # augmentation draws, and training shall draw the same
+        with torch.random.fork_rng():  # augmentation and Mask2Former draw, and training shall draw the same
             batch = send_to_device(dict(trainer.data_collator([dataset[0]])), device)
-        height, width = batch["pixel_values"].shape[-2:]
-        try:
-            with torch.no_grad(), trainer.compute_loss_context_manager():
-                model.eval()(**{name: value for name, value in batch.items() if name != "truth"})
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise UserError(
-                f"image_size={trainer.task.config.image_size}: {trainer.task.config.model} cannot take images of "
-                f"{height} x {width} pixels ({reason(error)}). Leave image_size out, or set a larger one, e.g. 224."
-            ) from error
+            height, width = batch["pixel_values"].shape[-2:]
+            try:
+                with torch.no_grad(), trainer.compute_loss_context_manager():
+                    model.eval()(**{name: value for name, value in batch.items() if name != "truth"})
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"image_size={trainer.task.config.image_size}: {trainer.task.config.model} cannot take images of "
+                    f"{height} x {width} pixels ({reason(error)}). Leave it out, or set a larger one, e.g. 224."
+                ) from error
     model.train(training)
 
 
