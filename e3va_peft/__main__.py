@@ -13,6 +13,8 @@ def main() -> None:
         run()
     except MissingExtra as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:  # while it imports: typer takes it from there
+        sys.exit(130)
 
 
 if __name__ == "__main__":

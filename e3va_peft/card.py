@@ -47,6 +47,9 @@ class BaseModel:
             put together from parts and has no id itself.
         metrics: Results to show in the model card.
         quantized_by: Library that quantised the weights while they were loaded, "" where they are used as stored.
+        folders: Those of the base and its backbones that were folders: never to be looked for on the Hub.
+        commits: Hub id -> commit, of those that were loaded from the Hub.
+        backbone: See `fingerprint.backbone_fingerprint`; noted when the adapter is saved.
     """
 
     config: Any = None
@@ -55,6 +58,9 @@ class BaseModel:
     backbones: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     quantized_by: str = ""
+    folders: list[str] = field(default_factory=list)
+    commits: dict[str, str] = field(default_factory=dict)
+    backbone: dict[str, str] | None = None
 
     @property
     def num_labels(self) -> int | None:
@@ -69,6 +75,9 @@ class BaseModel:
             "num_labels": self.num_labels,
             "backbones": self.backbones,
             "metrics": self.metrics,
+            "folders": self.folders,
+            "commits": self.commits,
+            "backbone": self.backbone,
         }
 
     @property

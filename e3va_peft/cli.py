@@ -54,7 +54,7 @@ def _errors_in_plain_words() -> Iterator[None]:
         raise typer.Exit(1) from None
     except Interrupted as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + stopped.signal) from None  # as a shell reports a process that a signal ended
 
 
 def _check_new_file(output: Path | None) -> None:

@@ -1,14 +1,17 @@
 """`E3VAConfig`: the choices of a user."""
 
-import math  # no annotations from __future__: `check_fields` checks no types that are text
+import re  # no annotations from __future__: `check_fields` checks no types that are text
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file
 
 from e3va_peft.errors import Rule, check_fields
+from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.registration import peft_type  # the type exists before a config is unpickled
 from e3va_peft.storage import NORMS, TAP_STORAGES
 
@@ -17,10 +20,12 @@ _EXITS: Rule = (
     "must be a list of module names, one regular expression, or None. E3VA adapts no linear layers, it wraps the exit "
     "of the backbone: leave it out, and the exit is found by itself.",
 )
+_MOST = 10**6
+_NOT_GIVEN: Any = object()  # unlike None, which is a choice
 _FLAG: Rule = (lambda _: True, "must be True or False.")
 _RULES: dict[str, Rule] = {
-    "r": (lambda rank: rank >= 1, "the rank must be a whole number of at least 1, e.g. r=16."),
-    "bottleneck_ratio": (lambda share: 0 < share < math.inf, "must be a positive number, e.g. bottleneck_ratio=0.5."),
+    "r": (lambda rank: 1 <= rank <= _MOST, "the rank must be a whole number from 1 to a million, e.g. r=16."),
+    "bottleneck_ratio": (lambda share: 0 < share <= _MOST, "must be a positive number, e.g. bottleneck_ratio=0.5."),
     "taps": (
         lambda taps: not isinstance(taps, str) and len(taps) > 0 and all(taps),
         "must be a sequence of names, e.g. taps=('attention', 'mlp'), or None for all of the backbone's branches.",
@@ -68,7 +73,7 @@ class E3VAConfig(PeftConfig):
         },
     )
     tap_norm: str | None = field(
-        default=None,
+        default_factory=lambda: _NOT_GIVEN,
         metadata={
             "help": "How an adapter reads a tap t. 'layer': normalised per token over its channels, n(t), without "
             "parameters. 'relative': the same, and its answer in the scale of what was read, s(t) A(n(t)), with s(t) "
@@ -129,21 +134,10 @@ class E3VAConfig(PeftConfig):
         },
     )
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> "E3VAConfig":
-        """Refuse `bias`, which most PEFT methods have, with a reason; know a file from before `tap_norm` existed."""
-        if "bias" in kwargs:
-            raise ValueError(
-                f"bias={kwargs['bias']!r}: E3VA never trains biases of the backbone, because no gradient enters it. "
-                "Leave the argument out; the biases of heads named in modules_to_save are trained with them."
-            )
-        config = super().__new__(cls)
-        config._before_norms = "peft_version" in kwargs and "tap_norm" not in kwargs
-        return config
-
     def __post_init__(self) -> None:
+        if self.tap_norm is _NOT_GIVEN:
+            self.tap_norm = None if self.peft_version is None else "none"  # a file from before there was the field
         super().__post_init__()
-        if self.__dict__.pop("_before_norms", False):
-            self.tap_norm = "none"
         self.peft_type = peft_type()
         self.base: Any = (
             None  # `card.BaseModel`; no field: known once the adapter is in a model, never passed by a user
@@ -161,6 +155,12 @@ class E3VAConfig(PeftConfig):
             if isinstance(value, list | tuple | set):
                 setattr(self, name, sorted(value, key=str) if isinstance(value, set) else list(value))
         check_fields(self, "", _RULES, ValueError)
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            try:
+                re.compile(value if isinstance(value, str) else "")
+            except re.error as error:
+                raise ValueError(f"{name}={value!r}: is not a regular expression ({error}).") from None
         if self.taps is not None:
             if len(set(self.taps)) < len(self.taps) or ("block" in self.taps and len(self.taps) > 1):
                 raise ValueError(f"taps={self.taps!r}: must be names of branches, each once, or ('block',) alone.")
@@ -174,7 +174,11 @@ class E3VAConfig(PeftConfig):
             kwargs: PEFT's own; `auto_mapping_dict` is completed with all that rebuilds the base model.
         """
         if self.base is not None:
-            kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping()
+            # PEFT passes the mapping, and has just written the weights; transformers does neither
+            file = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
+            written = "auto_mapping_dict" in kwargs and file.is_file()
+            own = {"weights": tensors_checksum(load_file(file).values())} if written else {}
+            kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping() | own
         super().save_pretrained(save_directory, **kwargs)
         if self.base is not None:
             self.base.write(Path(save_directory), self.to_dict())

@@ -65,6 +65,25 @@ def check_value(name: str, value: Any, kind: Any, rule: Rule = _ANY, error: type
     raise error(f"{name}={value!r}: {must}")
 
 
+def refuse_no_path(field: str, value: str) -> None:
+    """Refuse what can only be meant as a path, and is none, before it is looked for on the Hub.
+
+    That is what begins as a path does, has more parts than an id, or is in a folder that is there: an id `runs/x` of
+    somebody else's must not stand in for the run that is not there.
+
+    Raises:
+        UserError: There is no such file or folder.
+    """
+    path = Path(value).expanduser()
+    if path.exists():
+        return
+    is_id = not value.startswith((".", "/", "~")) and value.count("/") <= 1
+    if is_id and not (len(path.parts) > 1 and path.parent.is_dir()):
+        return
+    hint = f" If the Hub's {value} is meant, go where there is no folder {path.parent}." if is_id else ""
+    raise UserError(f"{field}={value!r}: no such file or folder (from {Path.cwd()}).{hint}")
+
+
 def read_text(path: Path) -> str:
     """Read a text file, UTF-8 with or without a byte order mark.
 

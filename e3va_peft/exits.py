@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of
 from e3va_peft.backbones.base import submodule
+from e3va_peft.fingerprint import weights
 from e3va_peft.layer import METHOD_CHILD, E3VALayer
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -151,3 +152,26 @@ def learns(module: nn.Module | None) -> bool:
     if module is None:
         return False
     return any(True for _ in module.parameters()) or any(hasattr(m, "running_mean") for m in module.modules())
+
+
+def layers_of(model: nn.Module) -> list[E3VALayer]:
+    """Return the layers of a model, one for each of its backbones."""
+    return [module for module in model.modules() if isinstance(module, E3VALayer)]
+
+
+def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
+    """Return the modules of a model that decide what a layer's frozen pass is."""
+    modules = dict(model.named_modules())
+
+    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
+        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
+
+    return [*layer.frozen, *map(find, layer.front)]
+
+
+def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
+    found = list(weights(frozen_modules(model, layer)))
+    if layer.is_method:  # beside the modules of the stream stand a class token, positions
+        found += [(name, p) for name, p in layer.exit.named_parameters(recurse=False) if "e3va_" not in name]
+    return found

@@ -12,7 +12,10 @@ from e3va_peft.errors import UserError
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it, so that it is there whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
+    with draft.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())  # else a power cut may leave the name without the content
     draft.replace(path)
 
 

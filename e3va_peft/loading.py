@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's, or httpx2's
     HfHubHTTPError,
     HFValidationError,
@@ -18,7 +22,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
@@ -26,9 +30,33 @@ from transformers.utils import cached_file
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
+from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import everything_outside, find_exits
 
 _ALLOWED = ("transformers", "e3va_peft")
+_MAPPING: dict[str, Any] = {
+    "base_model_class": str | None,
+    "parent_library": str | None,
+    "num_labels": int | None,
+    "backbones": dict[str, str] | None,
+    "metrics": dict[str, int | float] | None,
+    "folders": list[str] | None,
+    "commits": dict[str, str] | None,
+    "backbone": dict[str, str] | None,
+    "weights": str | None,
+}
+"""What `auto_mapping` may hold; see `card.BaseModel.mapping`."""
+
+_INHERITED: dict[str, Any] = {  # which PEFT does not check
+    "auto_mapping": dict | None,
+    "base_model_name_or_path": str | None,
+    "revision": str | None,
+    "peft_version": str | None,
+    "inference_mode": bool | None,
+}
+
+_MOST_BYTES = 2**24  # of a JSON file: names of 21,841 classes take 2 MB
+_MOST_SIZE, _MOST_BLOCKS, _MOST_PARAMETERS = 10**6, 1000, 10**10  # of a base model's config
 _FILES = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, BASE_CONFIG, PROCESSOR]
 
 
@@ -61,8 +89,10 @@ def load_adapter(
         PermissionError: The Hub refuses the token.
         ConnectionError: The Hub cannot be reached, or the connection broke.
         OSError: The base model cannot be loaded.
-        ValueError: The adapter is of another method, does not say what its base model is, or has weights that are not
-            all of its own; or neither it nor the base model has the weights of some module, or has them in its sizes.
+        ValueError: A file of the adapter is malformed or describes what is too large to be meant; it is of another
+            method, does not say what its base model is, was trained on another, or has weights that are not all of its
+            own or not those that were saved; or neither it nor the base model has the weights of some module, or has
+            them in its sizes.
     """
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
@@ -72,9 +102,12 @@ def load_adapter(
             f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
             'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
         )
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, E3VAConfig):
-        raise ValueError(f"adapter={source!r}: holds {config.peft_type}, not E3VA. Load it with peft.AutoPeftModel.")
+    config = _read_adapter_config(source, folder)
+    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"adapter={source!r}: has its weights in {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}. If "
+            "you trust it, load it with peft.PeftModel.from_pretrained and save it again."
+        )
     base = _build_base(source, folder, config, {"token": token} | kwargs)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
@@ -87,10 +120,108 @@ def load_adapter(
     return model, _load_processor(folder, config, token)
 
 
+def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:
+    """Read `adapter_config.json`, whoever may have written it, before anything is built of it."""
+    file = folder / CONFIG_NAME
+    content = _read_json(file)
+    kind = content.get("peft_type")
+    if kind != "E3VA":
+        if isinstance(kind, str) and kind in PeftType.__members__:
+            raise ValueError(f"adapter={source!r}: holds {kind}, not E3VA. Load it with peft.AutoPeftModel.")
+        raise ValueError(f"{file}: peft_type={_short(kind)}: must be E3VA. Restore the file that was saved.")
+    _check_types(file, "", content, _INHERITED)
+    _check_types(file, "auto_mapping.", content.get("auto_mapping") or {}, _MAPPING)
+    try:
+        found = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError) as error:  # check_fields names field and value
+        raise ValueError(f"{file}: {error}") from None
+    assert isinstance(found, E3VAConfig)
+    return found
+
+
+def _check_types(file: Path, section: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+    for name, kind in kinds.items():
+        try:
+            type_validator(name, values.get(name), kind)
+        except TypeError:
+            raise ValueError(
+                f"{file}: {section}{name}={_short(values[name])}: must be {inspect.formatannotation(kind)}. Restore "
+                "the file that was saved."
+            ) from None
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: It is something else, or too large or too deep to be one of ours.
+    """
+    size = file.stat().st_size
+    if size > _MOST_BYTES:
+        raise ValueError(
+            f"{file}: has {size} bytes, and at most {_MOST_BYTES} are read. Restore the file that was saved."
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{file}: is not valid JSON ({reason(error)}). Restore the file that was saved.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds {_short(content)}, not an object. Restore the file that was saved.")
+    return content
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:80]}..."
+
+
+def _read_base_config(file: Path, model_class: Any) -> Any:
+    """Read `base_config.json`, and refuse sizes of which nobody trains a model.
+
+    Raises:
+        ValueError: It is no config of this class, or describes too large a model.
+    """
+    content = _read_json(file)
+    attention = content.get("_attn_implementation", content.get("attn_implementation"))
+    if isinstance(attention, str) and "/" in attention:
+        raise ValueError(
+            f"{file}: attn_implementation={attention!r}: is code of its author's, which is not run unasked."
+        )
+    for name, value in _numbers(content):
+        most = _MOST_BLOCKS if re.search("depths|num_.*layers", name) else _MOST_SIZE
+        if not -most <= value <= most:
+            raise ValueError(f"{file}: {name}={_short(value)}: is more than {most}, too large to be meant.")
+    try:
+        config = AutoConfig.for_model(**content)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in model_class(config).parameters())
+    except Exception as error:  # whatever transformers' classes do with what is not theirs
+        raise ValueError(
+            f"{file}: is no config of a {model_class.__name__} ({reason(error)}). Restore the file that was saved."
+        ) from None
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"{file}: describes a model of {parameters:.1e} parameters, too large to be meant.")
+    return config
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """Iterate over the whole numbers in a JSON object, by the name of the innermost field they are in."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
 def _download(source: str, revision: str | None, subfolder: str, token: str | bool | None) -> Path:
     """Download an adapter's files, all of one commit, and return their folder in the cache."""
-    if source.startswith((".", "/", "~")) or source.count("/") > 1:
-        raise FileNotFoundError(f"adapter={source!r}: no such folder.")
+    try:
+        refuse_no_path("adapter", source)
+    except UserError as error:
+        raise FileNotFoundError(str(error)) from None
     files = [str(PurePosixPath(subfolder) / name) for name in _FILES]
     try:
         return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
@@ -126,12 +257,20 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         raise FileNotFoundError(
             f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."
         )
-    base_config = AutoConfig.for_model(**json.loads((folder / BASE_CONFIG).read_text()))
-    saved, name = config.modules_to_save or (), config.base_model_name_or_path
+    base_config = _read_base_config(folder / BASE_CONFIG, model_class)
+    saved, name, mapping = config.modules_to_save or (), config.base_model_name_or_path, config.auto_mapping or {}
+    commits = mapping.get("commits") or {}
+    for place in (name, *(mapping.get("backbones") or {}).values()):
+        if place in (mapping.get("folders") or ()) and not os.path.isdir(place):
+            raise FileNotFoundError(
+                f"adapter={source!r}: its base model {place!r} was a folder, and there is none of that path (from "
+                f"{Path.cwd()}). If it is elsewhere now, set base_model_name_or_path in adapter_config.json."
+            )
     if name:
-        options = {"config": base_config, "revision": config.revision, "trust_remote_code": False} | kwargs
+        revision = commits.get(name) or config.revision  # the weights that it was trained on, whatever came after
+        options = {"config": base_config, "revision": revision, "trust_remote_code": False} | kwargs
         return _from_pretrained(source, model_class, name, options, saved)
-    backbones = (config.auto_mapping or {}).get("backbones") or {}
+    backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
     _refuse_lost(source, model, backbones, saved)
     for path, weights in backbones.items():
@@ -139,7 +278,8 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         part = model.get_submodule(path)
         bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
         own = [name.removeprefix(f"{path}.") for name in saved if name.startswith(f"{path}.")]
-        options = {"config": part.config, "trust_remote_code": False} | bare | kwargs
+        pinned = {"revision": commits[weights]} if weights in commits else {}
+        options = {"config": part.config, "trust_remote_code": False} | pinned | bare | kwargs
         loaded = _from_pretrained(source, type(part), weights, options, own)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
@@ -153,7 +293,12 @@ def _base_class(source: str, mapping: Mapping[str, Any]) -> Any:
             f"adapter={source!r}: its base model is {library}.{class_name}, code of its author's that is not run "
             "unasked. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
-    found: Any = getattr(importlib.import_module(library), class_name, None)
+    try:
+        found: Any = getattr(importlib.import_module(library), class_name, None)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"adapter={source!r}: its base model {library}.{class_name} cannot be imported ({reason(error)})."
+        ) from None
     if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise ValueError(f"adapter={source!r}: its base model {library}.{class_name} is not a transformers model.")
     return found
@@ -216,9 +361,11 @@ def _image_processor(place: Any, options: dict[str, Any]) -> Any:
 
 def _load_processor(folder: Path, config: E3VAConfig, token: str | bool | None) -> Any:
     backbones = (config.auto_mapping or {}).get("backbones") or {}
-    base = {"revision": config.revision, "token": token}
-    places: list[tuple[Any, dict[str, Any]]] = [(folder, {}), (config.base_model_name_or_path, base)]
-    for place, options in places + [(backbone, {"token": token}) for backbone in backbones.values()]:
+    name, commits = config.base_model_name_or_path, (config.auto_mapping or {}).get("commits") or {}
+    places: list[tuple[Any, dict[str, Any]]] = [(folder, {})]
+    for base in (name, *backbones.values()):
+        places.append((base, {"revision": commits.get(base or "") or config.revision, "token": token}))
+    for place, options in places:
         if place and cached_file(place, PROCESSOR, _raise_exceptions_for_missing_entries=False, **options):
             return _image_processor(place, options)
     return None

@@ -17,8 +17,10 @@ from torch import nn
 from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import find_exits
+from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.hooks import FrozenGuard, FrozenOutput, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
+from e3va_peft.refusals import backbone_fingerprint, check_backbone
 from e3va_peft.resolve import resolve
 from e3va_peft.saved import SavedModule, shared_tensors
 
@@ -34,12 +36,17 @@ class E3VAModel(BaseTuner):
     target_module_mapping = {}  # noqa: RUF012  exits are found by class, not by architecture
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter, on a copy of the user's config, so that one config can serve many models.
+        """Add an adapter. The config of a new one is copied, so that one config can serve many models.
+
+        That of an adapter whose weights are loaded next is kept itself, as PEFT does, unless another model has it.
 
         The saved modules are wrapped here and not by PEFT, which matches their names by `endswith`: a head that holds
         another `head` would be wrapped twice.
         """
-        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        is_new = not config.inference_mode and config.auto_mapping is None
+        if is_new or config.base is not None:
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         tails = {name for found in find_exits(model) for name in found.tail}
         for name in config.modules_to_save:
@@ -141,10 +148,13 @@ class E3VAModel(BaseTuner):
         return model
 
     @classmethod
-    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         if isinstance(model, PeftModel):  # it is being saved, perhaps to be uploaded: PEFT has no hook for the card
             model._upload_modified_files = KeepCard(model)  # type: ignore[assignment]
-        return super()._get_adapter_state_dict(model, *args, **kwargs)
+        config.base.backbone = backbone_fingerprint(model, adapter_name)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -165,32 +175,45 @@ class E3VAModel(BaseTuner):
         """Give the keys of a file the names that they have in the model; refuse a file that is not all of an adapter.
 
         Raises:
-            ValueError: The file lacks weights of the adapter, has others besides, or has them in other sizes.
+            ValueError: The file lacks weights of the adapter, has others besides, or has them in other sizes; they
+                are not finite, or not those that were saved; or the adapter was trained on other frozen weights.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         containers = (*E3VALayer.adapter_layer_names, "modules_to_save")
         own = tuple(f".{container}.{adapter_name}." for container in containers)
         expected = {
-            key.removeprefix(_PEFT_PREFIX): value.shape
+            key.removeprefix(_PEFT_PREFIX): value
             for key, value in model.state_dict().items()
             if any(part in key for part in own)
         }
-        _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value.shape for key, value in mapped.items()})
+        _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value for key, value in mapped.items()})
+        saved = config.auto_mapping or {}
+        # once: what is loaded under this name later, a checkpoint, is not what this config was saved with
+        checksum, backbone = saved.pop("weights", None), saved.pop("backbone", None)
+        if checksum is not None and checksum != tensors_checksum(mapped.values()):
+            raise ValueError(
+                f"the adapter's weights are not those that were saved: their SHA-256 is not {str(checksum)[:12]}, as "
+                "its adapter_config.json says. Restore the files that were saved together, or download them again. If "
+                "you changed the weights on purpose, remove weights from auto_mapping there."
+            )
+        if backbone is not None:
+            check_backbone(backbone, model, adapter_name, config.base_model_name_or_path or "its base")
         return mapped
 
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
 
 
-def _check_weights(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> None:
-    """Raise a ValueError unless a file has exactly the weights of an adapter; keys -> shapes."""
+def _check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """Raise a ValueError unless a file has exactly the weights of an adapter, and finite ones."""
     for key in sorted(found, key=lambda key: (f".{E3VAModel.prefix}" not in key, key)):  # the highway tells most
-        if expected.get(key) == found[key]:
+        if key in expected and expected[key].shape == found[key].shape:
+            _check_numbers(key, expected[key], found[key])
             continue
-        there = f"one of shape {tuple(expected[key])}" if key in expected else "no such highway"
+        there = f"one of shape {tuple(expected[key].shape)}" if key in expected else "no such highway"
         if f".{E3VAModel.prefix}" in key or key in expected:
             raise ValueError(
-                f"the adapter has {key} of shape {tuple(found[key])}, the base model {there}: it was trained on "
+                f"the adapter has {key} of shape {tuple(found[key].shape)}, the base model {there}: it was trained on "
                 "another backbone, or on the same one with other out_features. Load it onto the base model "
                 "named in its adapter_config.json, or let e3va_peft.load_adapter(folder_or_repo) rebuild that."
             )
@@ -204,6 +227,17 @@ def _check_weights(expected: Mapping[str, torch.Size], found: Mapping[str, torch
             f"the adapter lacks {len(missing)} of its {len(expected)} weights, {missing[0]!r} among them, which would "
             "stay as they were before training. Restore the file that was saved, or download it again."
         )
+
+
+def _check_numbers(key: str, expected: torch.Tensor, found: torch.Tensor) -> None:
+    """Raise a ValueError unless weights are of the kind of number that they have in the model, and finite."""
+    if expected.is_floating_point() != found.is_floating_point():
+        wrong = f"is of {found.dtype}, and the model's is of {expected.dtype}"
+    elif found.isfinite().all():
+        return
+    else:
+        wrong = f"has {int((~found.isfinite()).sum())} of {found.numel()} numbers that are infinite or nan"
+    raise ValueError(f"the adapter's {key} {wrong}. Restore the file that was saved, or download it again.")
 
 
 def _wrap_saved_module(model: nn.Module, name: str, adapter_name: str, active: bool, inference_mode: bool) -> None:

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import CONTAINERS, Exit, base_modules, learns
+from e3va_peft.exits import CONTAINERS, Exit, base_modules, frozen_modules, layers_of, learns
+from e3va_peft.fingerprint import checksum, weights
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
-from e3va_peft.layer import AdaptedMethod
+from e3va_peft.layer import AdaptedMethod, E3VALayer, has_units
+from e3va_peft.saved import will_be_sharded
+
+_SHOWN = 12  # digits of a checksum in a message
+_MOST_PARAMETERS, _MOST_SHARE = 3 * 10**7, 4  # of a highway, and as a multiple of its backbone's
 
 
 def named(model: nn.Module, part: str) -> list[tuple[str, nn.Module]]:
@@ -54,6 +65,19 @@ def check_exit(model: nn.Module, found: Exit) -> None:
                 f"{name} is already adapted by {type(module).__name__}. E3VA sends no gradient into the "
                 "backbone, so that adapter would never train. unload() or merge it first."
             )
+
+
+def check_highway_size(model: nn.Module, found: Exit, config: E3VAConfig) -> None:
+    """Refuse a highway that would take more room than anybody means, before it is built."""
+    stages = zip(found.family.stages(found.module), found.site.depth, strict=False)
+    width, blocks = max((stage.width, depth) for stage, depth in stages)
+    size = blocks * 2 * config.r * (width + max(1, round(config.bottleneck_ratio * width)))
+    own = sum(p.numel() for name in found.parts for p in dict(base_modules(model))[name].parameters())
+    if size > max(_MOST_PARAMETERS, _MOST_SHARE * own):
+        raise ValueError(
+            f"r={config.r}, bottleneck_ratio={config.bottleneck_ratio}: the highway would have more than {size:.1e} "
+            f"parameters beside {own:.1e} of the backbone {found.target}. Lower them; the paper's has r=16 and 0.5."
+        )
 
 
 def check_merging(found: Exit) -> None:
@@ -169,3 +193,76 @@ def check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> Non
                     f"{key!r}. Name both, leave modules_to_save out to train everything outside the backbone, or "
                     f"rename the attribute {name!r} of your model."
                 )
+
+
+def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] | None:
+    """Note the frozen weights that an adapter reads.
+
+    Args:
+        model: The adapted model.
+        adapter_name: The adapter.
+
+    Returns:
+        `checksum`, `dtype` and the version of `transformers`, which decides how weights are named and laid out; None
+        where the weights are not all at hand as plain tensors: sharded, offloaded or quantised.
+    """
+    layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
+    if will_be_sharded() or has_units(model):
+        return None
+    parts = [frozen_modules(model, layer) for layer in layers]
+    tensors = [tensor for part in parts for _, tensor in weights(part)]
+    if not tensors or not all(map(_is_plain, tensors)):
+        return None
+    sums = [_remembered(layer, part) for layer, part in zip(layers, parts, strict=True)]
+    return {
+        "checksum": sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest(),
+        "dtype": " ".join(sorted({str(tensor.dtype) for tensor in tensors})),
+        "transformers": transformers.__version__,
+    }
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not hasattr(tensor, "ds_numel")
+
+
+def _remembered(layer: E3VALayer, modules: Sequence[nn.Module]) -> str:
+    """Return the checksum of a layer's frozen modules, computed again only where a weight moved or was written."""
+    state = tuple(
+        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in weights(modules)
+    )
+    known: Any = layer.__dict__.get("_fingerprint")
+    if known is None or known[0] != state or any(version is None for _, version in state):
+        known = layer.__dict__["_fingerprint"] = (state, checksum(weights(modules)))
+    return str(known[1])
+
+
+def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str, name: str) -> None:
+    """Refuse an adapter whose backbone was another one.
+
+    Weights of another dtype cannot be compared. Where transformers has another version, which may have given the same
+    weights other names, it is a warning.
+
+    Args:
+        saved: What `backbone_fingerprint` noted when the adapter was saved.
+        model: The model that it is loaded into.
+        adapter_name: Its name there.
+        name: What its base was called.
+
+    Raises:
+        ValueError: The frozen weights are others.
+    """
+    found = backbone_fingerprint(model, adapter_name)
+    if found is None or saved.get("dtype") != found["dtype"] or saved.get("checksum") == found["checksum"]:
+        return
+    message = (
+        f"the adapter was trained on the backbone weights {str(saved.get('checksum'))[:_SHOWN]} of {name!r} (SHA-256, "
+        f"transformers {saved.get('transformers')}), and this model has {found['checksum'][:_SHOWN]} "
+        f"(transformers {found['transformers']}): it would read other features than it learned from."
+    )
+    if saved.get("transformers") != found["transformers"]:
+        warnings.warn(f"{message} If only the versions differ, save it again with this one.", stacklevel=2)
+        return
+    raise ValueError(
+        f"{message} Load it onto the base that it was trained on. If this one is meant, remove backbone from "
+        "auto_mapping in its adapter_config.json."
+    )

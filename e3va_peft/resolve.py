@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 
 from e3va_peft.backbones import registered_backbones
@@ -15,6 +19,7 @@ from e3va_peft.exits import Exit, base_modules, everything_outside, find_exits
 from e3va_peft.layer import first_live
 from e3va_peft.refusals import (
     check_exit,
+    check_highway_size,
     check_label_count,
     check_merging,
     check_nesting,
@@ -43,6 +48,7 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
         check_exit(model, found)
         check_merging(found)
         first_live(found.site.depth, config.live_blocks)  # refuses more than there are
+        check_highway_size(model, found, config)
     config.target_modules = [found.target for found in exits]
     taps = {found.family.taps(config.taps) for found in exits}
     if len(taps) == 1:  # where families with branches of other names meet, None stays
@@ -59,8 +65,10 @@ def resolve(model: nn.Module, config: E3VAConfig) -> None:
     check_quantized(model, config.modules_to_save)
     check_suffixes(model, exits, config.modules_to_save)
     check_nesting(model, config.modules_to_save)
-    config.base = _describe_base(model, exits)
-    config.base.metrics = dict((config.auto_mapping or {}).get("metrics") or {})
+    config.base = _describe_base(model, exits, config.revision)
+    before = config.auto_mapping or {}
+    config.base.metrics = dict(before.get("metrics") or {})
+    config.base.commits |= before.get("commits") or {}  # that it was loaded by, and not the newest in the cache
 
 
 def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Exit]:
@@ -112,7 +120,7 @@ def _names(patterns: list[str] | str, name: str, full: set[str]) -> bool:
     return any(name == pattern or (pattern not in full and name.endswith(f".{pattern}")) for pattern in patterns)
 
 
-def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
+def _describe_base(model: nn.Module, exits: list[Exit], revision: str | None) -> BaseModel:
     """Write down what has to be known of the base model to build it again."""
     backbones: dict[str, str] = {}
     if not getattr(model, "name_or_path", ""):
@@ -123,6 +131,8 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
     outermost = {
         name: path for name, path in backbones.items() if not any(name.startswith(f"{o}.") for o in backbones)
     }
+    sources = [str(getattr(model, "name_or_path", "")), *outermost.values()]
+    commits = {source: _commit_of(source, revision if i == 0 else None) for i, source in enumerate(sources)}
     quantizers: list[Any] = [getattr(module, "hf_quantizer", None) for _, module in base_modules(model)]
     methods = [q.quantization_config.quant_method for q in quantizers if q is not None and not q.pre_quantized]
     return BaseModel(
@@ -130,8 +140,21 @@ def _describe_base(model: nn.Module, exits: list[Exit]) -> BaseModel:
         class_name=type(model).__name__,
         library=type(model).__module__,
         backbones=outermost,
+        folders=[source for source in sources if source and os.path.isdir(source)],
+        commits={source: commit for source, commit in commits.items() if commit},
         quantized_by=str(getattr(methods[0], "value", methods[0])) if methods else "",
     )
+
+
+def _commit_of(source: str, revision: str | None) -> str | None:
+    """Return the commit that a Hub id's files in the local cache are of; a model does not know its own."""
+    if not source or os.path.isdir(source):
+        return None
+    try:
+        file = try_to_load_from_cache(source, "config.json", revision=revision)
+    except HFValidationError:  # a path of another machine
+        return None
+    return Path(file).parent.name if isinstance(file, str) else None
 
 
 def _full_names(model: nn.Module, exits: list[Exit], requested: list[str]) -> list[str]:

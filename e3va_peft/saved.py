@@ -104,7 +104,7 @@ class SavedModule(ModulesToSaveWrapper):
         """Let the base's module wait if a copy is used, and else bring it back."""
         active = self.active_adapters
         used = active and not self.disable_adapters and set(active) <= self.modules_to_save.keys()
-        if used and not _will_be_sharded():
+        if used and not will_be_sharded():
             self._let_wait()
         else:
             self._bring_back()
@@ -198,11 +198,11 @@ def _settle_after_loading(module: SavedModule, _incompatible_keys: Any) -> None:
 
 
 def _settle_before_sharding(module: SavedModule, *args: Any) -> None:
-    if _will_be_sharded():
+    if will_be_sharded():
         module._settle()
 
 
-def _will_be_sharded() -> bool:
+def will_be_sharded() -> bool:
     """Whether Accelerate uses FSDP, which pairs a model's weights with their shards one by one: then none waits."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 

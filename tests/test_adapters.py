@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
@@ -184,3 +184,13 @@ def test_unload_keeps_trained_heads_and_norms_as_peft_does():
         weight = getattr(unloaded, norm).layernorm.weight
         assert any(torch.equal(weight, value) for value in trained.values())
         assert not torch.equal(weight, getattr(case.base(), norm).layernorm.weight)
+
+
+@pytest.mark.parametrize("name", ["swin", "encoder", "classifier", "stages", "weight", "u1", "layernorm", "e3va"])
+def test_an_adapter_that_is_named_like_a_part_of_the_model_comes_back(name, tmp_path):
+    case = BY_NAME["swin-classifier"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name=name).eval()
+    model.save_pretrained(tmp_path)
+    for other in (name, "default"):
+        again = PeftModel.from_pretrained(case.base(), tmp_path / name, adapter_name=other).eval()
+        assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)

@@ -30,7 +30,7 @@ from tests.models import CASES
 
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
-    {"storage", "registration", "frozen_pass", "saved", "errors"},
+    {"storage", "registration", "frozen_pass", "saved", "errors", "fingerprint"},
     {"config", "fused", "files"},
     {"highway", "backbones"},
     {"card", "recompute", "recorder"},
@@ -226,7 +226,9 @@ def without_extras(tmp_path_factory) -> dict[str, str]:
         "from transformers import ViTConfig, ViTForImageClassification\n"
         "from e3va_peft import E3VAConfig, check_backbone\n"
         "size = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, image_size=16)\n"
-        "base = lambda: ViTForImageClassification(ViTConfig(**size, patch_size=8))\n"
+        "def base():\n"
+        "    torch.manual_seed(0)\n"
+        "    return ViTForImageClassification(ViTConfig(**size, patch_size=8))\n"
         "batch = {'pixel_values': torch.randn(2, 3, 16, 16), 'labels': torch.tensor([0, 1])}\n"
         "model = get_peft_model(base(), E3VAConfig(r=2))\n"
         "model(**batch).loss.backward()\n"

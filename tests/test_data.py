@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
 
+from e3va_peft.data import verify as verifying
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.examples import Split
 from e3va_peft.data.images import open_image, open_label_map
@@ -298,7 +300,7 @@ def test_a_missing_folder_is_named_with_the_place_it_was_looked_for(tmp_path):
 
 
 def test_a_hub_id_without_network_is_explained():
-    refused(DataConfig(source="nobody/nothing"), "data.source='nobody/nothing'", "needs the network")
+    refused(DataConfig(source="nobody/nothing"), "data.source='nobody/nothing'", "on the Hub", "the network")
 
 
 def test_a_source_without_images_or_classes_is_explained(tmp_path):
@@ -306,7 +308,7 @@ def test_a_source_without_images_or_classes_is_explained(tmp_path):
     refused(DataConfig(source=str(tmp_path / "empty")), "data.source=", "SPLIT/CLASS/image.jpg")
     (tmp_path / "flat").mkdir()
     picture().save(tmp_path / "flat" / "0.png")
-    refused(DataConfig(source=str(tmp_path / "flat")), "one sub-folder per class")
+    refused(DataConfig(source=str(tmp_path / "flat")), "Give each class a sub-folder")
     (tmp_path / "table.parquet").write_bytes(b"no parquet at all")
     refused(DataConfig(source=str(tmp_path / "table.parquet")), "table.parquet", "cannot be loaded")
 
@@ -320,6 +322,52 @@ def test_an_empty_split_is_named(tmp_path):
 
 def test_label_maps_without_names_show_their_values(tmp_path):
     refused(replace(mask_folder(tmp_path), labels=None), "data.labels: is missing", "[0, 1, 2]", kind="label-map")
+
+
+@pytest.mark.parametrize("label", [10_000_000, 2**40])
+def test_one_class_id_that_is_far_from_the_others_makes_no_classes(label, tmp_path):
+    config = parquet(tmp_path, train=table([0, 1, label]))
+    refused(config, "3 different numbers", str(label), "data.labels")
+    with pytest.raises(UserError, match=r"data\.labels=100000000: .* up to 1000000"):
+        replace(config, labels=100_000_000)
+
+
+def test_images_of_more_pixels_than_a_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    split = single(DataConfig(source=str(image_folder(tmp_path / "photos"))))
+    monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("decoded"))
+    for limit in (95, 40):  # of 96 pixels; Pillow itself warns of the first, and fails at twice its limit
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        broken(split, "photos", ".png", "pixels")
+
+
+def test_a_check_holds_few_examples_at_a_time_whatever_the_number_of_processors(tmp_path, monkeypatch):
+    config = parquet(tmp_path, train=table([i % 2 for i in range(60)]))
+    split, running, most = single(config), [], []
+    read = Split.read
+
+    def counted(self: Split, index: int) -> Any:
+        running.append(index)
+        most.append(len(running))
+        try:
+            return read(self, index)
+        finally:
+            running.remove(index)
+
+    monkeypatch.setattr(Split, "read", counted)
+    monkeypatch.setattr(verifying, "usable_processors", lambda: 64)
+    assert verify_split(split).tolist() == [30, 30]
+    assert len(most) == 60 and max(most) <= 8
+
+
+def test_the_fingerprint_of_rows_is_of_names_sizes_and_labels_and_not_of_the_place(tmp_path):
+    first = single(DataConfig(source=str(image_folder(tmp_path / "photos")))).rows_fingerprint()
+    shutil.copytree(tmp_path / "photos", tmp_path / "copy")
+    assert single(DataConfig(source=str(tmp_path / "copy"))).rows_fingerprint() == first
+    assert single(DataConfig(source=str(tmp_path / "copy"), labels=["x", "y"])).rows_fingerprint() != first
+    tables = parquet(tmp_path, train=table([0, 1, 1]))
+    before = single(tables).rows_fingerprint()
+    assert single(parquet(tmp_path, train=table([0, 1, 0]))).rows_fingerprint() != before
+    assert before.startswith("3 images (")
 
 
 @pytest.mark.parametrize("labels", [["cat"], ["cat", "cat"], 1, []])

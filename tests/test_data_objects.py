@@ -184,6 +184,7 @@ def test_an_empty_mask_is_dropped_and_counted(empty, tmp_path):
         (changed("annotations", bbox=[9, 1, -4, 6]), ["annotation 1", "negative width"]),
         (changed("annotations", bbox=[9, 1, 4]), ["annotation 1", "four numbers"]),
         (changed("annotations", bbox=[9, 1, 4, float("nan")]), ["annotation 1", "four numbers"]),
+        (changed("annotations", bbox=[9, 1, 4, 10**400]), ["annotation 1", "four numbers"]),
         (changed("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), ["annotation 1", "polygon of 7"]),
         (changed("annotations", segmentation=None), ["annotation 1", "no segmentation"]),
         (
@@ -230,6 +231,12 @@ def test_a_malformed_entry_is_named_when_the_data_is_checked(content, parts, tmp
         (changed("images", file_name=None), ["images[0]", "file_name None"]),
         (changed("images", height="10"), ["'a.png'", "height '10'"]),
         ({**COCO, "annotations": [7]}, ["annotations[0] is 7"]),
+        ({**COCO, "annotations": []}, ["2 images and no annotation"]),
+        (changed("annotations", image_id=True), ["annotation 1", "image_id True"]),
+        (changed("categories", name=" "), ["categories[0]", "name ' '"]),
+        (changed("images", file_name="a" * 5000), ["1 of its 2 images", "aaa", "data.images"]),
+        (changed("images", file_name="../outside.png"), ["1 of its 2 images", "../outside.png", "data.images"]),
+        (changed("images", file_name="b.png"), ["b.png", "more than one id"]),
         (changed("images", file_name="c.png"), ["1 of its 2 images", "c.png", "data.images"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value and isinstance(value[0], str) else "",
@@ -239,6 +246,27 @@ def test_a_file_that_is_no_coco_detection_file_is_refused(content, parts, tmp_pa
         coco(tmp_path, content=content)
     message = str(error.value)
     assert all(part in message for part in [*parts, "objects.json"]), message
+
+
+def test_an_image_outside_of_the_folder_is_read_by_no_name(tmp_path):
+    outside = picture(tmp_path / "outside.png")
+    for name in ("../outside.png", str(outside), "..\\outside.png"):
+        with pytest.raises(UserError, match=r"1 of its 2 images"):
+            coco(tmp_path, content=changed("images", file_name=name))
+    inside = picture(tmp_path / "images" / "deep" / "c.png")
+    for name in ("deep/c.png", str(inside)):
+        coco(tmp_path, content=changed("images", file_name=name))
+    (tmp_path / "images" / "link.png").symlink_to(outside)  # the user's own
+    coco(tmp_path, content=changed("images", file_name="link.png"))
+
+
+def test_images_that_are_trained_on_are_not_evaluated_on(tmp_path):
+    for name in ("a.png", "b.png"):
+        picture(tmp_path / "images" / name)
+    for split, images in (("train", COCO["images"]), ("val", COCO["images"][:1])):
+        (tmp_path / f"{split}.json").write_text(json.dumps({**COCO, "images": images}))
+    with pytest.raises(UserError, match=r"data.eval_split='val': 1 of its 1 images are trained on"):
+        load("boxes", images=str(tmp_path / "images"), annotations=str(tmp_path / "{split}.json"))
 
 
 def test_other_categories_in_the_evaluation_file_are_refused(tmp_path):
@@ -376,6 +404,21 @@ def voc(folder: Path, name: str = "a", objects: str = "", size: str | None = Non
 def thing(name: str = "dog", box: tuple[Any, ...] = (3, 2, 12, 7), more: str = "") -> str:
     sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
     return f"<object><name>{name}</name>{more}<bndbox>{sides}</bndbox></object>"
+
+
+@pytest.mark.parametrize(
+    ("head", "part"),
+    [
+        ('<!DOCTYPE a [<!ENTITY b "cc"><!ENTITY d "&b;&b;">]>', "DOCTYPE"),
+        ('<!DOCTYPE a SYSTEM "file:///etc/hostname">', "DOCTYPE"),
+        ('<?xml version="1.0" encoding="nope"?>', "nope"),
+    ],
+)
+def test_xml_with_a_document_type_or_an_unknown_encoding_is_refused_by_its_file(head, part, tmp_path):
+    file = voc(tmp_path, "a", thing()) / "Annotations" / "a.xml"
+    file.write_text(head + file.read_text())
+    with pytest.raises(UserError, match=rf"a\.xml: cannot be read as XML \(.*{part}"):
+        load("boxes", source=str(lists(tmp_path, train="a")))
 
 
 def lists(folder: Path, **names: str) -> Path:

@@ -244,6 +244,17 @@ def test_what_was_loaded_once_loads_again_without_a_connection(hub, pushed, monk
 # Refused
 
 
+def test_the_base_is_of_the_commit_that_the_adapter_was_trained_on(hub, pushed):
+    commit = hub.repos["me/base"].branches["main"]
+    other = CASE.base()
+    other.swin.encoder.layers[0].blocks[0].layernorm_before.bias.data += 1
+    other.push_to_hub("me/base")
+    assert hub.repos["me/base"].branches["main"] != commit
+    assert_equal(load_adapter("me/adapter")[0], pushed)
+    with pytest.raises(ValueError, match=r"of 'me/base'"):
+        PeftModel.from_pretrained(Swin.from_pretrained("me/base"), "me/adapter")
+
+
 def test_a_private_adapter_and_base_load_with_a_token_and_say_so_without(hub, pushed, monkeypatch):
     log_out(monkeypatch)
     hub.repos["me/adapter"].private = hub.repos["me/base"].private = True

@@ -410,6 +410,38 @@ def test_the_code_of_a_model_that_transformers_does_not_know_is_not_run(hostile,
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("architecture", ["pipeline", "Trainer", 5, "SwinModel", None, "PreTrainedConfig"])
+def test_an_architecture_that_is_no_model_with_a_head_is_refused_by_its_name(architecture, adapters, tmp_path):
+    folder = Path(shutil.copytree(adapters / "classifier-base", tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": [architecture]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"model"):
+        load_trained(str(folder))
+
+
+def test_predictions_up_to_a_stop_are_kept_and_drawings_of_before_are_removed(
+    adapters, pictures, tmp_path, monkeypatch
+):
+    output, seen = tmp_path / "found", []
+    predict(str(adapters / "segmenter"), [str(pictures)], output)
+    (output / "masks" / "mine.png").write_text("mine")
+    before = [Path(entry["mask"]) for entry in read(output)]
+    original = predict.__globals__["open_image"]
+
+    def open_image(item, where):
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(where)
+        return original(item, where)
+
+    monkeypatch.setitem(predict.__globals__, "open_image", open_image)
+    with pytest.raises(KeyboardInterrupt):
+        predict(str(adapters / "segmenter"), [str(pictures)], output, overwrite=True)
+    assert [entry["file"] for entry in read(output)] == seen
+    assert len([path for path in before if path.exists()]) == 1 < len(before)
+    assert (output / "masks" / "mine.png").exists()
+
+
 def test_names_that_look_like_markup_are_shown_as_they_are(adapters, pictures, tmp_path):
     folder = Path(shutil.copytree(adapters / "classifier", tmp_path / "classifier"))
     config = json.loads((folder / "base_config.json").read_text())
@@ -539,6 +571,12 @@ def test_a_run_is_scored_on_the_samples_that_it_was_scored_on_in_training(finish
     drawn = [[row["image"]["path"] for row in split.rows] for split in (seen[0], in_training)]
     assert [seen[0].labels[i] for i in seen[0].rows["label"]] == [Path(path).parent.name for path in drawn[0]]
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
+
+
+def test_scoring_makes_no_folder_that_a_config_names(finished):
+    moved = finished.rename(finished.with_name("moved"))
+    evaluate(str(moved))
+    assert not finished.exists()
 
 
 def test_an_adapter_alone_needs_a_config_to_be_scored_and_its_classes_must_be_the_models(finished, adapters):

@@ -33,12 +33,17 @@ from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
         ("exclude_modules", [""]),
         *(("modules_to_save", value) for value in ("classifier", [3])),
         ("init_weights", "zeros"),
-        ("bias", "all"),
     ],
 )
 def test_config_refuses_by_name_and_value(argument, value):
     with pytest.raises(ValueError, match=re.escape(f"{argument}={value!r}")):
         E3VAConfig(**{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["bias", "lora_alpha", "rank"])
+def test_config_has_no_argument_of_another_method(argument):
+    with pytest.raises(TypeError, match=argument):
+        E3VAConfig(**{argument: 1})
 
 
 @pytest.mark.parametrize("task", TaskType)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
@@ -373,6 +374,217 @@ def test_a_file_that_is_not_all_of_an_adapter_and_nothing_else_is_refused(load, 
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     with pytest.raises(ValueError, match=words):
         load(adapter, base)
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+MALFORMED = {
+    "adapter_config.json": [
+        ("[]", "holds \\[\\]"),
+        ("null", "holds None"),
+        ("{", "not valid JSON"),
+        (DEEP, "not valid JSON"),
+        (b"\xff\xfe{}", "not valid JSON"),
+        (" " * (2**24 + 1), "at most"),
+        ({"peft_type": ...}, "peft_type=None"),
+        ({"peft_type": 5}, "peft_type=5"),
+        ({"peft_type": []}, "peft_type="),
+        ({"peft_type": "NOPE"}, "peft_type='NOPE'"),
+        ({"auto_mapping": []}, "auto_mapping"),
+        *(({"auto_mapping": {name: value}}, rf"auto_mapping\.{name}=") for name, value in (
+            ("backbones", "abc"), ("backbones", {"x": 5}), ("num_labels", "3"), ("folders", "base"),
+            ("commits", ["a"]), ("parent_library", 7), ("metrics", {"accuracy": "much"}), ("backbone", "abc"),
+        )),
+        ({"auto_mapping": {"parent_library": "transformers..x", "base_model_class": "y"}}, r"transformers\.\.x\.y"),
+        ({"auto_mapping": {"parent_library": "transformers.nowhere", "base_model_class": "y"}}, "nowhere"),
+        ({"auto_mapping": {"parent_library": "os", "base_model_class": "system"}}, r"os\.system.*not run"),
+        ({"base_model_name_or_path": 5}, "base_model_name_or_path=5"),
+        ({"revision": []}, r"revision=\[\]"),
+        ({"r": "many"}, "r='many'"),
+        ({"r": 10**12}, f"r={10**12}"),
+        ({"r": 10**6}, f"r={10**6}, bottleneck_ratio"),
+        ({"bottleneck_ratio": 1e300}, "bottleneck_ratio="),
+        ({"target_modules": "swin(", "modules_to_save": []}, r"target_modules='swin\('"),
+    ],
+    "base_config.json": [
+        ("[]", "holds \\[\\]"),
+        (DEEP, "not valid JSON"),
+        ({"model_type": ...}, "no config of a SwinForImageClassification"),
+        ({"model_type": "nope"}, "no config of a SwinForImageClassification"),
+        ({"depths": [20_000, 1]}, "depths=20000"),
+        ({"num_hidden_layers": 20_000}, "num_hidden_layers=20000"),
+        ({"embed_dim": 10**9}, "embed_dim=1000000000"),
+        ({"embed_dim": 500_000}, r"of \d\.\de\+\d+ parameters"),
+        ({"depths": "many"}, "no config of a SwinForImageClassification"),
+        ({"image_size": None}, "no config of a SwinForImageClassification"),
+        ({"_attn_implementation": "kernels-community/x"}, "attn_implementation='kernels-community/x'"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [(file, *entry) for file, entries in MALFORMED.items() for entry in entries],
+    ids=lambda value: str(value)[:60] if isinstance(value, dict) else None,
+)
+def test_a_malformed_file_is_refused_by_its_name_before_anything_is_built(file, content, words, adapter):
+    path = adapter / file
+    if isinstance(content, dict):
+        known = json.loads(path.read_text())
+        if "auto_mapping" in content and isinstance(content["auto_mapping"], dict):
+            content = {"auto_mapping": known["auto_mapping"] | content["auto_mapping"]}
+        content = json.dumps({key: value for key, value in (known | content).items() if value is not ...})
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=words) as error:
+        e3va_peft.load_adapter(adapter)
+    assert time.perf_counter() - start < 5
+    about_the_model = "highway would have" in str(error.value) or "its base model" in str(error.value)
+    assert file in str(error.value) or about_the_model
+
+
+def test_weights_in_a_pickle_are_loaded_by_peft_alone(adapter, pretrained):
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"adapter_model\.bin, a pickle"):
+        e3va_peft.load_adapter(adapter)
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    PeftModel.from_pretrained(base, adapter)
+
+
+@pytest.mark.parametrize("given", [E3VAConfig(r=4), None], ids=["new", "from-the-file"])
+def test_a_config_that_is_given_for_loading_is_the_adapters_own(given, adapter, pretrained):
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    config = given or PeftConfig.from_pretrained(adapter)
+    model = PeftModel.from_pretrained(base, adapter, config=config)
+    assert model.peft_config["default"] is config and config.target_modules == ["swin.encoder"]
+    other = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    again = PeftModel.from_pretrained(other, adapter, config=config)  # a second model cannot have it as well
+    assert again.peft_config["default"] is not config and config.base.config is base.config
+
+
+def write_config(adapter: Path, **fields) -> Path:
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text()) | fields
+    file.write_text(json.dumps(content))
+    return adapter
+
+
+def test_a_config_of_a_later_version_loads_with_a_warning_that_names_its_new_field(adapter):
+    with pytest.warns(UserWarning, match="highway_of_tomorrow"):
+        model, _ = e3va_peft.load_adapter(write_config(adapter, highway_of_tomorrow=3))
+    assert model.peft_config["default"].r == 4
+
+
+def test_a_config_from_before_tap_norm_reads_taps_as_they_are_and_none_stays_the_backbones_own(adapter, tmp_path):
+    E3VAConfig().save_pretrained(tmp_path / "alone")
+    assert PeftConfig.from_pretrained(tmp_path / "alone").tap_norm is None
+    content = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    del content["tap_norm"]
+    (tmp_path / "alone" / "adapter_config.json").write_text(json.dumps(content))
+    assert PeftConfig.from_pretrained(tmp_path / "alone").tap_norm == "none"
+    config = E3VAConfig(peft_version="0.21", tap_norm=None)
+    assert config.tap_norm is copy.deepcopy(config).tap_norm is None
+
+
+def note(adapter: Path, **values) -> dict:
+    """Change what an adapter's config knows of its base; return what it knew."""
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    before = dict(content["auto_mapping"])
+    content["auto_mapping"] |= values
+    file.write_text(json.dumps(content))
+    return before
+
+
+def spoil(value: float):
+    """Put a number into a weight of the highway."""
+
+    def change(weights):
+        next(value for name, value in weights.items() if "e3va_highway" in name).view(-1)[0] = value
+
+    return change
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (spoil(float("nan")), r"e3va_highway.* 1 of \d+ numbers"),
+        (spoil(float("inf")), r"e3va_highway.* 1 of \d+ numbers"),
+        (
+            lambda weights: weights.update({name: value.int() for name, value in weights.items()}),
+            r"torch\.int32.*float32",
+        ),
+        (spoil(9.0), "not those that were saved"),
+    ],
+    ids=["nan", "inf", "int", "changed"],
+)
+def test_weights_that_are_not_finite_or_not_those_that_were_saved_are_refused(
+    load, change, words, adapter, pretrained
+):
+    edit(adapter, change)
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=words):
+        load(adapter, base)
+
+
+def test_weights_that_were_changed_on_purpose_load_once_their_checksum_is_removed(adapter):
+    edit(adapter, spoil(9.0))
+    note(adapter, weights=None)
+    e3va_peft.load_adapter(adapter)
+
+
+def nudge(weights):
+    weights["swin.encoder.layers.0.blocks.0.layernorm_before.bias"] += 1e-3
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_base_of_other_weights_than_the_adapter_was_trained_on_is_refused_by_both_checksums(
+    load, adapter, pretrained
+):
+    edit(pretrained, nudge)
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    known = note(adapter)["backbone"]["checksum"]
+    with pytest.raises(ValueError, match=rf"{known[:12]} of '{pretrained}'.* has [0-9a-f]{{12}} .*auto_mapping"):
+        load(adapter, base)
+    note(adapter, backbone=None)
+    load(adapter, base)
+
+
+def test_other_weights_under_another_version_of_transformers_are_a_warning(adapter, pretrained):
+    edit(pretrained, nudge)
+    note(adapter, backbone=note(adapter)["backbone"] | {"transformers": "4.0"})
+    with pytest.warns(UserWarning, match=r"transformers 4\.0.*transformers 5"):
+        e3va_peft.load_adapter(adapter)
+
+
+def test_a_head_of_other_weights_and_a_base_in_another_precision_are_no_other_backbone(adapter, pretrained):
+    edit(pretrained, lambda weights: weights.update({"classifier.bias": torch.full((5,), 9.0)}))
+    model, _ = e3va_peft.load_adapter(adapter, dtype=torch.bfloat16)
+    assert next(model.parameters()).dtype == torch.bfloat16
+
+
+def test_an_adapter_that_is_trained_further_is_saved_with_its_new_checksum(adapter, tmp_path):
+    model, _ = e3va_peft.load_adapter(adapter, is_trainable=True)
+    train_steps(model, BY_NAME["swin-classifier"].training_batch())
+    model.save_pretrained(tmp_path / "again")
+    assert note(tmp_path / "again")["backbone"] == note(adapter)["backbone"]
+    assert note(tmp_path / "again")["weights"] != note(adapter)["weights"]
+    model.load_adapter(adapter, "default")  # other weights than this adapter's config was loaded with
+    again, _ = e3va_peft.load_adapter(tmp_path / "again")
+    batch = BY_NAME["swin-classifier"].batch()
+    assert not torch.equal(outputs(again, batch)["logits"], outputs(model.eval(), batch)["logits"])
+
+
+def test_a_base_that_was_a_folder_is_not_looked_for_on_the_hub(pretrained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = SwinForImageClassification.from_pretrained("pretrained")
+    get_peft_model(base, E3VAConfig(r=4)).save_pretrained("adapter")
+    e3va_peft.load_adapter("adapter")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"'pretrained' was a folder.*elsewhere.*base_model_name_or_path"):
+        e3va_peft.load_adapter(tmp_path / "adapter")
 
 
 def test_a_head_that_is_not_in_the_file_is_named(adapter):

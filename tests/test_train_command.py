@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from e3va_peft.training import run as run_module
 from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
+from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.trainer import VisionTrainer
 from tests.helpers import Stop, adapter_weights, by_two, stop_after
 from tests.inputs import classify, detect, segment, write
@@ -190,12 +192,127 @@ def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path
         data = (newest / name).read_bytes()
         (newest / name).write_bytes(data[: len(data) // 2])
         assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
-        assert re.search(rf"cut\s+short\s+\({name}\)", capsys.readouterr().out)
+        assert re.search(rf"not\s+whole:\s+{name}", capsys.readouterr().out)
         (tmp_path / "run" / "broken-checkpoint-9").rename(newest)
         (newest / name).write_bytes(data)
     (newest / "optimizer.pt").write_bytes(b"half")
     assert train(config)["resumed"]
     assert (tmp_path / "run" / "broken-checkpoint-9").is_dir()
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run that was stopped behind three checkpoints, the images it was trained on, and its config; to be copied."""
+    root = tmp_path_factory.mktemp("stopped")
+    values = classify(root, num_train_epochs=4, save_total_limit=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        stop_after(10, patch)
+        with pytest.raises(Stop):
+            train(parse_config(values))
+    return root, values
+
+
+def copy_of(stopped, folder: Path) -> Path:
+    """A copy of the run alone: it says that its place is still that of the original."""
+    shutil.copytree(stopped[0] / "run", folder / "run")
+    return folder / "run"
+
+
+FILES = (
+    "adapter_model.safetensors", "adapter_config.json", "optimizer.pt", "scheduler.pt", "rng_state.pth",
+    "trainer_state.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("manifest", [True, False], ids=["", "no-manifest"])
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(
+    damage, manifest, stopped, tmp_path, capsys
+):
+    run = copy_of(stopped, tmp_path)
+    newest = run / "checkpoint-9"
+    if not manifest:
+        (newest / MANIFEST).unlink()
+    for name in FILES:
+        if not manifest and (name == "adapter_config.json" or (damage == "flipped" and name != "optimizer.pt")):
+            continue  # only a manifest knows
+        data = (newest / name).read_bytes()
+        if damage == "missing":
+            (newest / name).unlink()
+        else:
+            place = len(data) // 2
+            (newest / name).write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert run_module.last_checkpoint(run, run_module.Console(soft_wrap=True)).name == "checkpoint-6"
+        assert name.split("_")[-1].split(".")[0] in capsys.readouterr().out
+        (run / "broken-checkpoint-9").rename(newest)
+        (newest / name).write_bytes(data)
+    assert run_module.last_checkpoint(run, run_module.Console()).name == "checkpoint-9"
+
+
+def test_a_run_without_a_whole_checkpoint_says_that_it_starts_from_the_beginning(stopped, tmp_path, capsys):
+    run = copy_of(stopped, tmp_path)
+    for step in (3, 6, 9):
+        (run / f"checkpoint-{step}" / "trainer_state.json").write_text("[]")
+        (run / f"checkpoint-{step}" / MANIFEST).write_text("{" if step == 6 else "{}")
+    assert run_module.last_checkpoint(run, run_module.Console(soft_wrap=True)) is None
+    shown = capsys.readouterr().out
+    assert f"{MANIFEST} is damaged" in shown and "trainer_state.json" in shown and "from the beginning" in shown
+
+
+@pytest.mark.parametrize("change", ["fewer", "other-file", "other-label", "touched", "checkpoint-of-before"])
+def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=2))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    red = tmp_path / "colors" / "train" / "red"
+    image = next(red.iterdir())
+    if change in ("fewer", "checkpoint-of-before"):
+        image.unlink()
+    elif change == "other-file":
+        image.write_bytes(image.read_bytes() + b"more")
+    elif change == "other-label":
+        image.rename(tmp_path / "colors" / "train" / "green" / f"moved-{image.name}")
+    else:
+        os.utime(image, (1, 1))
+    if change == "checkpoint-of-before":
+        (tmp_path / "run" / "checkpoint-3" / MANIFEST).unlink()
+    if change in ("touched", "checkpoint-of-before"):
+        assert train(config)["resumed"]
+        return
+    with pytest.raises(UserError, match=r"checkpoint-3: was trained on 12 images .* now has 1[12] images"):
+        train(config)
+
+
+def test_a_run_does_not_resume_on_another_base(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=2))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    next(value for name, value in weights.items() if "layers.0" in name).view(-1)[0] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"checkpoint-3: the adapter was trained on the backbone weights"):
+        train(config)
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_a_run_whose_best_checkpoint_was_damaged_resumes_and_ends(method, tmp_path, monkeypatch, capsys):
+    config = parse_config(classify(tmp_path, num_train_epochs=3, save_total_limit=3) | {"method": method})
+    with monkeypatch.context() as patch:
+        stop_after(7, patch)
+        with pytest.raises(Stop):
+            train(config)
+    newest = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    best = Path(newest["best_model_checkpoint"])
+    assert best.name == "checkpoint-3"
+    (best / "optimizer.pt").write_bytes(b"half")
+    assert train(config)["resumed"]
+    assert "checkpoint-3 is not whole" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["e3va", "lora"])
@@ -209,6 +326,7 @@ def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_resumed_from(meth
     file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
     weights = {name: value for name, value in load_file(file).items() if not re.search(part, name)}
     save_file(weights, file, metadata={"format": "pt"})
+    (file.parent / MANIFEST).unlink()  # a checkpoint from before there were any
     with pytest.raises(UserError, match=rf"checkpoint-6: .*\d+ weights, '.*({part})"):
         train(config)
 
@@ -238,23 +356,61 @@ def test_a_pretrained_head_may_stay_as_it_is(tmp_path):
     assert load_trained(str(tmp_path / "run")).labels == ("green", "red")
 
 
-def test_ctrl_c_saves_a_checkpoint_and_the_same_command_resumes(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(number, code, tmp_path, monkeypatch):
     config = write(tmp_path / "config.yaml", classify(tmp_path, eval_strategy="no", save_strategy="no"))
     original = VisionTrainer.training_step
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == 4:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(VisionTrainer, "training_step", training_step)
         stopped = CliRunner().invoke(app, ["train", str(config)])
-    assert stopped.exit_code == 130 and "step 5 of 9" in stopped.output, stopped.output
+    assert stopped.exit_code == code and "step 5 of 9" in stopped.output, stopped.output
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-5"
     assert CliRunner().invoke(app, ["train", str(config)]).exit_code == 0
     record = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert record["resumed"] and record["steps"] == 9
+
+
+def test_ctrl_c_in_an_evaluation_stops_behind_it(tmp_path, monkeypatch):
+    config = write(tmp_path / "config.yaml", classify(tmp_path))
+    original = VisionTrainer.prediction_step
+
+    def prediction_step(self, *args, **kwargs):
+        found = original(self, *args, **kwargs)
+        if self.state.global_step == 3:
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    monkeypatch.setattr(VisionTrainer, "prediction_step", prediction_step)
+    stopped = CliRunner().invoke(app, ["train", str(config)])
+    assert stopped.exit_code == 130 and "step 3 of 9" in stopped.output, stopped.output
+    assert "stopping after this evaluation" in stopped.output
+    assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-3"
+
+
+def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=2))
+    with monkeypatch.context() as patch:
+        stop_after(4, patch)
+        with pytest.raises(Stop):
+            train(config)
+    (tmp_path / "run" / "metrics.json").touch()
+    assert train(config)["resumed"]
+
+
+def test_a_run_without_an_evaluation_and_one_that_ends_in_its_warm_up_are_warned_of(tmp_path, capsys):
+    values = classify(tmp_path, num_train_epochs=1, warmup_steps=1000)
+    shutil.rmtree(tmp_path / "colors" / "test")
+    train(parse_config(values))
+    shown = capsys.readouterr().out
+    assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
+    assert "the warm-up takes 1000 steps and the training 3" in shown
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from e3va_peft.cache.taking import frozen_weights, layers_of
-from e3va_peft.cache.units import checksum
+from e3va_peft.exits import frozen_weights, layers_of
+from e3va_peft.fingerprint import checksum
 from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Once
 

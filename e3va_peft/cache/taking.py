@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from e3va_peft.cache.layout import TAP, Layout, memory
-from e3va_peft.cache.units import Pass, Returned, Units, as_it_was, checksum, seeded, set_mode
+from e3va_peft.cache.units import Pass, Returned, Units, as_it_was, seeded, set_mode
 from e3va_peft.errors import UserError
+from e3va_peft.exits import frozen_weights, layers_of
+from e3va_peft.fingerprint import checksum
 from e3va_peft.hooks import Hook
-from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
 
 RECORD = "frozen_pass"  # name of the rows in a batch
@@ -309,22 +310,3 @@ def _agree(found: Any, expected: Any) -> bool:
         if a.numel() and not (a.double() - b.double()).abs().max() <= _TOLERANCE * b.double().abs().max() + 1e-6:
             return False
     return True
-
-
-def layers_of(model: nn.Module) -> list[E3VALayer]:
-    """Return the layers of a model, one for each of its backbones."""
-    return [module for module in model.modules() if isinstance(module, E3VALayer)]
-
-
-def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
-    modules = dict(model.named_modules())
-
-    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
-        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
-
-    states = [module.state_dict(keep_vars=True) for module in (*layer.frozen, *map(find, layer.front))]
-    if layer.is_method:  # beside the modules of the stream stand a class token, positions
-        states.append(dict(layer.exit.named_parameters(recurse=False)))
-    pairs = (pair for state in states for pair in state.items())
-    return [(name, value) for name, value in pairs if "e3va_" not in name and isinstance(value, Tensor)]

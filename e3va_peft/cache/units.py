@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from e3va_peft.backbones import child
 from e3va_peft.exits import CONTAINERS, Exit, find_exits
+from e3va_peft.fingerprint import checksum
 from e3va_peft.recompute import forwards_replaced
 from e3va_peft.replay import Captured, Tree
 
@@ -221,12 +221,3 @@ def seeded() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
-
-
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 of weights, by name."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -14,7 +15,7 @@ from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, make_record, make_rows, shown
-from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
+from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
 from e3va_peft.errors import UserError, read_text, reason
 
 _ROBOFLOW = "_annotations.coco.json"
@@ -84,6 +85,7 @@ def read_coco(
     contents = {name: _load_coco(path) for name, (path, _) in chosen.items()}
     groups = _groups(list(contents.values()))
     tables: dict[str, datasets.Dataset] = {}
+    places: dict[str, list[Path]] = {}
     known = list(model or ())
     for name, (path, images) in chosen.items():
         content = contents.pop(name)
@@ -100,8 +102,14 @@ def read_coco(
                 "both files the same."
             )
         labels = {number: known.index(category) for number, category in categories.items()}
-        tables[name] = _coco_rows(content, labels, path, images, kind)
-        refuse_empty(config, name, tables[name])
+        places[name], records = _coco_rows(content, labels, path, images, kind)
+        refuse_empty(config, name, records)
+        if not content["annotations"]:
+            raise UserError(
+                f"{path}: has {len(records)} images and no annotation. Annotate them, or name another file."
+            )
+        tables[name] = make_rows(places[name], records)
+    refuse_overlap(places)
     names = known if model is not None else class_names(config, known) or known
     refuse_names(names, 1)
     return tables, names
@@ -151,7 +159,7 @@ def _categories(items: list[Record], groups: set[tuple[int, str]], path: Path) -
     found: dict[int, str] = {}
     for i, item in enumerate(items):
         number, name = _whole(item, "id", f"{path}: categories[{i}]"), item.get("name")
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not name.strip():
             raise UserError(f"{path}: categories[{i}] has the name {name!r}, not text. Name it.")
         if (number, name) in groups:
             continue
@@ -163,9 +171,13 @@ def _categories(items: list[Record], groups: set[tuple[int, str]], path: Path) -
 
 def _coco_rows(
     content: dict[str, list[Any]], labels: Mapping[int, int], path: Path, folder: Path, kind: LabelKind
-) -> datasets.Dataset:
+) -> tuple[list[Path], list[Record]]:
+    """Read the images of a file, and a record for each."""
     images = _coco_images(content["images"], path)
     files = _locate([name for name, _ in images.values()], folder, path)
+    twice = [str(file) for file, count in Counter(files).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: has {shown(twice)} under more than one id. Join their annotations under one.")
     seen: set[str] = set()
     for i, item in enumerate(content["annotations"]):
         name = f"annotation {item['id']}" if "id" in item else f"annotations[{i}]"
@@ -179,7 +191,7 @@ def _coco_rows(
             raise UserError(f"{where}: has an id that was there before. Renumber the annotations.")
         seen.add(name)
         images[number][1]["objects"].append(_coco_object(item, name, labels[category], kind))
-    return make_rows(files, [record for _, record in images.values()])
+    return files, [record for _, record in images.values()]
 
 
 def _coco_images(items: list[Record], path: Path) -> dict[int, tuple[str, Record]]:
@@ -208,11 +220,18 @@ def _coco_object(item: Record, name: str, label: int, kind: LabelKind) -> Record
 
 def _whole(item: Record, key: str, where: str) -> int:
     value = item.get(key)
-    if not isinstance(value, int):
+    if not isinstance(value, int) or isinstance(value, bool):
         raise UserError(
             f"{where}: has the {key} {value!r}, not a whole number, as COCO detection files have. Correct it."
         )
     return value
+
+
+def _is_below(folder: Path, name: str) -> bool:
+    """Whether a name is of a file in a folder, and does not climb out of it. Links in the folder are the user's."""
+    climbs = PureWindowsPath(name).is_absolute() or ".." in PureWindowsPath(name).parts
+    inside = Path(name).is_relative_to(folder.absolute()) if Path(name).is_absolute() else not climbs
+    return inside and os.path.isfile(folder / name)  # which, unlike Path's, takes a name that is too long for no file
 
 
 def _locate(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
@@ -226,7 +245,7 @@ def _locate(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"data.images={str(folder)!r}: no such folder (from {Path.cwd()}).")
     there = {entry.name for entry in folder.iterdir()}  # one look, not one for each of 118,000 files
-    found = {name: folder / name for name in names if name in there or (folder / name).is_file()}
+    found = {name: folder / name for name in names if name in there or _is_below(folder, name)}
     if len(found) < len(set(names)):
         wanted = Counter(PureWindowsPath(name).name for name in set(names))  # which splits at / and \
         below: dict[str, list[Path]] = {}

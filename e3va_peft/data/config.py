@@ -10,10 +10,16 @@ LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
 """Labels of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
 
 
+MOST_CLASSES = 1_000_000
+"""Most classes that are made of a number."""
+
 _COUNT: Rule = (lambda count: count >= 1, "must be a whole number of at least 1, or left out for all.")
 _RULES: dict[str, Rule] = {
     "eval_fraction": (lambda share: 0 < share < 1, "must be between 0 and 1, e.g. 0.1."),
-    "labels": (lambda _: True, "holds what is not a name. Quote it: YAML reads true and 1.5 as values."),
+    "labels": (
+        lambda labels: not isinstance(labels, int) or labels <= MOST_CLASSES,
+        f"must be names, or a number up to {MOST_CLASSES}. Quote it as a name: YAML reads true and 1.5 as values.",
+    ),
     "ignore_index": (lambda index: 0 <= index <= 65535, "must be a whole number that a mask can hold, 0 to 65535."),
     "train_samples": _COUNT,
     "eval_samples": _COUNT,

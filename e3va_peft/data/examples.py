@@ -81,15 +81,16 @@ class Split:
         check_size(image, raw, where, mask.shape, where_mask, "label map")
         shift = 1 if self.reduce_labels else 0
         ignored = (mask == self.ignore_index) | ((mask == 0) & self.reduce_labels)
-        ids = mask - shift
-        wrong = np.unique(mask[~ignored & ((ids < 0) | (ids >= len(self.labels)))])
+        wrong = np.unique(mask[~ignored & ((mask < shift) | (mask >= len(self.labels) + shift))])
         if len(wrong):
             raise UserError(
                 f"{where_mask}: has the label {wrong[0]}, but data.labels has {len(self.labels)} names, for "
                 f"the values {shift} to {len(self.labels) - 1 + shift}; data.ignore_index is {self.ignore_index}. Add "
                 "the missing names, or set data.ignore_index, or data.reduce_labels if 0 means nothing."
             )
-        return np.where(ignored, self.ignore_index, ids)
+        mask -= shift
+        mask[ignored] = self.ignore_index
+        return mask
 
     def fingerprint(self) -> str:
         """SHA-256 of all that examples are read from: files by path, size and time of change, the rest as it is."""
@@ -105,6 +106,20 @@ class Split:
                 digest.update(repr(item).encode())
         return digest.hexdigest()
 
+    def rows_fingerprint(self) -> str:
+        """Number of images, and SHA-256 of what they are: files by name and size, images in a table by name; labels.
+
+        Unlike `fingerprint` it is the same for a copy of the data, and reads no image.
+        """
+        digest = hashlib.sha256(repr((self.labels, self.kind, self.reduce_labels, self.ignore_index)).encode())
+        flat = self.rows.flatten()
+        columns = [name for name in flat.column_names if not name.endswith(".bytes")]
+        for part in flat.select_columns(columns).iter(1000):
+            for name in columns:
+                named = name.endswith(".path")
+                digest.update(repr([_name_and_size(item) if named else item for item in part[name]]).encode())
+        return f"{len(self)} images ({digest.hexdigest()[:12]})"
+
     def where(self, index: int, column: str = "image") -> str:
         """Name an example in a message: by the path of its image, or label map, or by its row."""
         return self._where(self.rows[index][column], index)
@@ -112,6 +127,13 @@ class Split:
     def _where(self, item: dict[str, Any], index: int) -> str:
         path = item.get("path")
         return path if path and os.path.exists(path) else f"{self.name}, row {index}{f' ({path})' if path else ''}"
+
+
+def _name_and_size(path: str | None) -> tuple[str | None, int | None]:
+    try:
+        return (path, None) if path is None else (os.path.basename(path), os.stat(path).st_size)
+    except (OSError, ValueError):  # a name in a table
+        return path, None
 
 
 class Examples(Dataset[dict[str, torch.Tensor]]):

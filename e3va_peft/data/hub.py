@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 
 from e3va_peft.data.config import DataConfig
-from e3va_peft.errors import UserError, reason
+from e3va_peft.data.images import IMAGE_SUFFIXES
+from e3va_peft.data.splits import EVAL, TRAIN
+from e3va_peft.errors import UserError, reason, refuse_no_path
 
 _HINTS = {
     "label_column": " An image folder needs one sub-folder per class.",
     "objects_column": " YOLO's text files need a data.yaml, COCO's JSON data.images and data.annotations.",
 }
+
+_LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".txt")
+_TABLE = (
+    "Put the list into the folder of the images as metadata.csv, with the columns file_name and label, and name that "
+    "folder; or sort the images into one sub-folder per class."
+)
+_TOLD = ("metadata.*", "*/metadata.*", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")  # what needs no folders
 
 
 def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -31,18 +41,100 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
             return dict(datasets.load_from_disk(str(path)))
         if (path / "state.json").is_file():
             return {"train": datasets.load_from_disk(str(path))}
-        if not path.exists() and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-            raise UserError(f"data.source={source!r}: no such file or folder (from {Path.cwd()}).")
+        refuse_no_path("data.source", source)
+        if path.is_file():
+            raise UserError(f"data.source={source!r}: {_file_hint(path)}")
         place = str(path) if path.exists() else source
         return dict(datasets.load_dataset(place, config.name, revision=config.revision))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UserError):
             raise
+        if path.is_dir():
+            raise UserError(
+                f"data.source={source!r}: cannot be read ({reason(error)}). It holds {look(path)}. An image folder is "
+                "SPLIT/CLASS/image.jpg or CLASS/image.jpg."
+            ) from None
+        if path.exists():
+            raise UserError(
+                f"data.source={source!r}: cannot be loaded as parquet ({reason(error)}). Replace it."
+            ) from None
         raise UserError(
-            f"data.source={source!r}: cannot be loaded as a Hub dataset, image folder or parquet ({reason(error)}). "
-            "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg; a Hub id needs the network and, if private, "
+            f"data.source={source!r}: no such file or folder (from {Path.cwd()}), and no dataset of that name on the "
+            f"Hub ({reason(error)}). Correct the path; or, for the Hub, the id, the network and, if it is private, "
             "`hf auth login`."
         ) from None
+
+
+def _file_hint(path: Path) -> str:
+    """Say what to do with a file that is no parquet."""
+    suffixes = "".join(path.suffixes[-2:]).lower()
+    if suffixes.endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")):
+        return "is an archive. Unpack it, and name the folder."
+    if suffixes.endswith(_LISTS):
+        return f"is a list, and images are read from folders. {_TABLE}"
+    return "is a file of no format that is read. Name a folder of images, or a .parquet."
+
+
+def look(folder: Path) -> str:
+    """Say what a folder of images holds, for a message."""
+    direct, below, lists = _contents(folder)
+    found = [f"{len(direct)} images directly"] if direct else []
+    deeper = [name for name, inner in below.items() if inner and not _contents(folder / name)[0]]
+    with_images = [name for name in below if name not in deeper and _contents(folder / name)[0]]
+    found += [f"images in the {len(with_images)} folders {_some(with_images)}"] if with_images else []
+    found += [f"folders in {_some(deeper)}"] if deeper else []
+    found += [f"the files {_some(lists)}"] if lists else []
+    return ", ".join(found) or "nothing that is read"
+
+
+def refuse_unsorted(config: DataConfig) -> None:
+    """Refuse a folder of images that says nothing of their classes, after one look at it.
+
+    Raises:
+        UserError: It has a list instead of images, or images lie in no folder of a class, or all in one.
+    """
+    folder = Path(str(config.source))
+    if not folder.is_dir() or any(any(folder.glob(name)) for name in _TOLD):
+        return
+    direct, below, lists = _contents(folder)
+    usual = {*TRAIN, *EVAL, config.train_split, config.eval_split}
+    splits = [name for name in below if name in usual]
+    places = {name: _contents(folder / name) for name in splits} or {"": (direct, below, lists)}
+    begin, sorts = (
+        f"data.source={config.source!r}:",
+        "Give each class a sub-folder: SPLIT/CLASS/image.jpg, or CLASS/image.jpg.",
+    )
+    if lists and not direct and not any(below.values()):
+        raise UserError(f"{begin} holds no image, but {_some(lists)}. {_TABLE}")
+    bare = [name for name, (images, classes, _) in places.items() if images and not any(classes.values())]
+    if bare:
+        where = f"directly in {' and '.join(bare)}" if splits else "in it directly"
+        table = f" Or, with {lists[0]}: {_TABLE}" if lists else ""
+        raise UserError(f"{begin} its images lie {where}, and nothing says what their classes are. {sorts}{table}")
+    for name, (_, classes, _) in places.items():
+        filled = [label for label, number in classes.items() if number]
+        if len(filled) == 1 and name not in EVAL:
+            images, inner, _ = _contents(folder / name / filled[0])
+            if images and not inner:
+                raise UserError(
+                    f"{begin} has images of one class alone, in the sub-folder {filled[0]!r}{name and f' of {name}'}. "
+                    f"A classifier tells two or more apart. {sorts}"
+                )
+
+
+def _contents(folder: Path) -> tuple[list[str], dict[str, int], list[str]]:
+    """Return the images of a folder, its sub-folders with the number of what is in each, and its lists."""
+    entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    images = [entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+    lists = [
+        entry.name for entry in entries if entry.name.lower().endswith((".csv", ".tsv", ".json", ".txt", ".xlsx"))
+    ]
+    below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and entry.name[0] != "."}
+    return images, below, lists
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def column(field: str, wanted: str | None, found: Sequence[str], rows: datasets.Dataset, split: str) -> str:

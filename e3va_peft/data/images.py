@@ -13,6 +13,7 @@ from e3va_peft.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
+_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -93,12 +94,20 @@ def check_size(
 def _open(item: dict[str, Any], where: str) -> Image.Image:
     data = item.get("bytes")
     try:
-        return Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)
+        image = Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{where}: is not there any more. Restore it, or remove its row or label map.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
         hint = f", save it as one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
         raise UserError(f"{where}: cannot be read as an image ({error}). Replace it{hint}, or remove it.") from None
+    most = Image.MAX_IMAGE_PIXELS
+    if most is not None and image.width * image.height > most:  # before any of them is decoded
+        image.close()
+        raise UserError(
+            f"{where}: has {image.width} x {image.height} pixels, more than the {most} that are decoded. Resize it, "
+            "or cut it into tiles."
+        )
+    return image
 
 
 def _decoded(item: dict[str, Any], where: str) -> Image.Image:

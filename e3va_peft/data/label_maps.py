@@ -25,7 +25,17 @@ def find_label_maps(config: DataConfig) -> dict[str, datasets.Dataset]:
     Raises:
         UserError: There are none, or an image or label map stands alone.
     """
-    return _folder_pair(config) if config.images is not None else load_dataset(config)
+    if config.images is not None:
+        return _folder_pair(config)
+    found = load_dataset(config)
+    for split, rows in found.items() if Path(str(config.source)).is_dir() else ():
+        if sum(isinstance(feature, datasets.Image) for feature in rows.features.values()) < 2:
+            raise UserError(
+                f"data.source={config.source!r}: split {split!r} has the columns {list(rows.features)}, and "
+                "semantic-segmentation needs a label map for each image. Write images: and masks:, two folders with "
+                "the same file names, instead of source:. For folders of classes, set task: image-classification."
+            )
+    return found
 
 
 def read_label_maps(

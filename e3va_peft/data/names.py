@@ -9,6 +9,8 @@ from typing import Any
 from e3va_peft.data.config import DataConfig, source_of
 from e3va_peft.errors import UserError, read_text
 
+_SPARSE = 1000  # classes for each that occurs from which a label is taken for a mistake
+
 
 def class_names(config: DataConfig, known: Sequence[str] | None) -> list[str] | None:
     """Choose the class names: those of the config, else those of the dataset, else None.
@@ -64,12 +66,22 @@ def own_names(
 
 
 def names_of(seen: Iterable[Any]) -> list[str] | None:
-    """Derive class names from all labels of a split: sorted names, or numbers up to the largest; None of others."""
+    """Derive class names from all labels of a split: sorted names, or numbers up to the largest; None of others.
+
+    Raises:
+        UserError: Of the numbers up to the largest nearly none occurs.
+    """
     values = {value for value in seen if value is not None}
     if all(isinstance(value, str) for value in values):
         return sorted(values)
     if all(isinstance(value, int) for value in values):
-        return [str(i) for i in range(max(values) + 1)]
+        count = max(values) + 1
+        if count > _SPARSE * len(values):
+            raise UserError(
+                f"the labels are {len(values)} different numbers up to {max(values)}, which would be {count} classes. "
+                f"Number the classes from 0, or give data.labels: {count} if that is what they are."
+            )
+        return [str(i) for i in range(count)]
     return None
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from e3va_peft.data.examples import Split
 from e3va_peft.data.records import Decoded, refuse_broken
 from e3va_peft.errors import UserError
 
+_THREADS = 8
 _ENOUGH = 10  # boxes to judge their format by
 _BOXES = {
     "xywh": "x, y of the upper left corner, width, height in pixels",
@@ -25,7 +27,7 @@ _BOXES = {
 
 @dataclass
 class _Seen:
-    """Examples of a split, added up.
+    """An example, or those of a split added up.
 
     Attributes:
         counts: How often each class occurs, `(K,)` int64.
@@ -47,13 +49,23 @@ class _Seen:
     largest: float = 0.0
     box_format: str = ""
 
+    def add(self, other: _Seen) -> None:
+        """Add an example."""
+        self.counts += other.counts
+        for name in ("errors", "blank", "dropped", "clipped", "outside"):
+            getattr(self, name).extend(getattr(other, name))
+        self.objects += other.objects
+        self.largest = max(self.largest, other.largest)
+        self.box_format = other.box_format or self.box_format
+
 
 def verify_split(
     split: Split, report: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None
 ) -> np.ndarray:
     """Decode every example once and count how often each class occurs, `(K,)` int64.
 
-    Counted are images, pixels, or objects that are neither difficult nor a crowd.
+    Counted are images, pixels, or objects that are neither difficult nor a crowd. At most `_THREADS` examples are in
+    memory at a time, whatever the number of processors.
 
     Args:
         split: The examples.
@@ -65,17 +77,17 @@ def verify_split(
             read as.
     """
     seen = _Seen(np.zeros(len(split.labels), dtype=np.int64))
-
-    def check(index: int) -> int | np.ndarray | Decoded | UserError:
-        try:
-            return split.read(index)[1]
-        except UserError as error:
-            return error
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for index, found in enumerate(pool.map(check, range(len(split)))):
+    threads = min(_THREADS, usable_processors())
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[_Seen]] = deque()
+        for index in range(len(split)):
+            waiting.append(pool.submit(_look_at, split, index))
+            if len(waiting) >= 4 * threads:  # some ahead of the oldest, not all
+                seen.add(waiting.popleft().result())
+                report()
+        for future in waiting:
+            seen.add(future.result())
             report()
-            _add(seen, split, index, found)
     refuse_broken(seen.errors, len(split), "examples")
     _refuse_other_boxes(seen, split.name)
     for text in _notes(seen, split.name):
@@ -83,21 +95,27 @@ def verify_split(
     return seen.counts
 
 
-def _add(seen: _Seen, split: Split, index: int, found: int | np.ndarray | Decoded | UserError) -> None:
-    if isinstance(found, UserError):
-        seen.errors.append(str(found))
-        return
-    counts = _count(split, found)
-    seen.counts += counts
-    if isinstance(found, np.ndarray) and not counts.any():
+def usable_processors() -> int:
+    """Return how many processors this process may use, which a container or a scheduler can limit."""
+    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _look_at(split: Split, index: int) -> _Seen:
+    """Decode an example and keep nothing of it but counts and names."""
+    try:
+        found = split.read(index)[1]
+    except UserError as error:
+        return _Seen(np.zeros(len(split.labels), dtype=np.int64), errors=[str(error)])
+    seen = _Seen(_count(split, found))
+    if isinstance(found, np.ndarray) and not seen.counts.any():
         seen.blank.append(split.where(index, "label"))
     if isinstance(found, Decoded):
-        seen.dropped += found.dropped
-        seen.clipped += found.clipped
-        seen.outside += found.outside
-        seen.objects += len(found.objects) + len(found.dropped)
-        seen.largest = max(seen.largest, found.objects.boxes.max(initial=0))
+        seen.dropped, seen.clipped, seen.outside = found.dropped, found.clipped, found.outside
+        seen.objects = len(found.objects) + len(found.dropped)
+        seen.largest = found.objects.boxes.max(initial=0)
         seen.box_format = found.box_format
+    return seen
 
 
 def _count(split: Split, label: int | np.ndarray | Decoded) -> np.ndarray:

@@ -97,10 +97,18 @@ def _voc_names(records: Iterable[Record]) -> list[str]:
     return list(VOC_CLASSES) if names and set(names) <= set(VOC_CLASSES) else names
 
 
+class _Plain(ElementTree.TreeBuilder):
+    """Builds a tree of XML without a document type, which could define entities that grow without end."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        """Refuse it."""
+        raise ValueError(f"it has a DOCTYPE, {name}, which Pascal VOC's files have not")
+
+
 def _voc_record(number: int, path: Path) -> Record:
     try:
-        root = ElementTree.parse(path).getroot()
-    except (ElementTree.ParseError, OSError, UnicodeDecodeError, ValueError) as error:
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=_Plain())).getroot()
+    except (ElementTree.ParseError, OSError, LookupError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as XML ({reason(error)}). Correct or replace it.") from None
     sides = ("height", "width") if root.find("size") is not None else ()
     size = [int(_voc_number(root, f"size/{side}", str(path))) for side in sides]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -10,13 +9,15 @@ from faster_coco_eval.core import mask as rle
 
 LEAST_SIDE = 1e-2  # pixels; of a thinner box rounding leaves nothing, and a loss of infinity
 
+_MOST = 1e15  # beyond any pixel
+
 _FAR = 10  # image sides that a polygon may lead away from its image: it is drawn edge by edge
 
 
 def are_numbers(values: Any) -> bool:
-    """Whether a value is a list of finite numbers."""
+    """Whether a value is a list of numbers that can be pixels: finite, and no integer that no float can hold."""
     return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) for value in values
+        isinstance(value, int | float) and not isinstance(value, bool) and -_MOST < value < _MOST for value in values
     )
 
 

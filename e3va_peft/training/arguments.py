@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from e3va_peft.card import record_metrics
-from e3va_peft.errors import UserError
+from e3va_peft.errors import UserError, one_of
 from e3va_peft.methods import METHODS
 from e3va_peft.training.config import RECIPE_EPOCHS, RunConfig
 from e3va_peft.training.tasks import Task
@@ -69,6 +71,17 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         arguments = training_arguments(config.output, **(defaults | given | own))
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise UserError(f"training: {error}") from error
+    for name in arguments.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(f"training.report_to={name!r}: {one_of(name, ['none', *INTEGRATION_TO_CALLBACK])}")
+        if name not in (
+            *get_available_reporting_integrations(),
+            "flyte",
+        ):  # which is not among those that it looks for
+            raise UserError(
+                f"training.report_to={name!r}: is not installed. Run `pip install {name.replace('_', '-')}`, or leave "
+                "report_to out."
+            )
     arguments.label_names = ["labels"]
     arguments.remove_unused_columns = False
     if arguments.fp16 and arguments.device.type == "cpu":

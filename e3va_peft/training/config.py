@@ -37,6 +37,7 @@ RECIPES = resources.files("e3va_peft") / "recipes"
 RECIPE_EPOCHS = 10
 """Epochs of a run that does not say."""
 
+_TRAINING_NAMES = {each.name for each in dataclasses.fields(TrainingArguments)}
 _LISTED = 30  # fields of a section that a message may list
 
 _RESERVED = {
@@ -314,7 +315,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
 
 
 _LEAST = {
-    **dict.fromkeys(("num_train_epochs", "learning_rate", "weight_decay", "dataloader_num_workers", "seed"), 0),
+    **dict.fromkeys(("weight_decay", "dataloader_num_workers", "seed"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
 }
 
@@ -331,6 +332,10 @@ def _check_training(training: Mapping[str, Any]) -> None:
             check_value(f"training.{name}", value, types[name] | int if float in kinds else types[name])
         if name in _LEAST and not value >= _LEAST[name]:
             raise UserError(f"training.{name}={value!r}: must be at least {_LEAST[name]}.")
+        if name in ("num_train_epochs", "learning_rate") and not 0 < value < math.inf:
+            raise UserError(f"training.{name}={value!r}: must be more than 0, or nothing is trained.")
+        if name == "max_steps" and not (value >= 1 or value == -1):
+            raise UserError(f"training.max_steps={value!r}: must be at least 1, or -1 to train num_train_epochs.")
 
 
 def _method(value: Any) -> dict[str, Any]:
@@ -427,11 +432,30 @@ def _mapping(name: str, value: Any) -> dict[str, Any]:
     return dict(value or {})
 
 
+_SYNONYMS = {
+    **dict.fromkeys(("lr", "learningrate", "rate", "base_lr"), "learning_rate"),
+    **dict.fromkeys(("epochs", "epoch", "num_epochs", "max_epochs", "n_epochs"), "num_train_epochs"),
+    **dict.fromkeys(("batch_size", "batchsize", "batch", "train_batch_size", "bs"), "per_device_train_batch_size"),
+    **dict.fromkeys(("steps", "num_steps", "max_iters", "iterations"), "max_steps"),
+    **dict.fromkeys(("workers", "num_workers"), "dataloader_num_workers"),
+    **dict.fromkeys(("warmup", "warmup_ratio"), "warmup_steps"),
+    **dict.fromkeys(("accumulation", "grad_accum", "accumulate_grad_batches"), "gradient_accumulation_steps"),
+    **dict.fromkeys(("scheduler", "lr_scheduler"), "lr_scheduler_type"),
+    **dict.fromkeys(("optimizer",), "optim"),
+}
+"""What other trainers call a training argument."""
+
+
 def _refuse_unknown(section: str, values: Mapping[str, Any], cls: type[Any]) -> None:
     """Refuse names that are not a dataclass's fields."""
     names = [each.name for each in dataclasses.fields(cls) if each.init]
     for key in values:
         if key not in names:
             where = f"{section}.{key}" if section else str(key)
+            meant = _SYNONYMS.get(str(key).lower().replace("-", "_"))
+            if section in ("", "training") and meant is not None:
+                raise UserError(f"{where}: no such field. Write training: {{{meant}: {values[key]!r}}}.")
+            if not section and str(key) in _TRAINING_NAMES:
+                raise UserError(f"{where}: no such field. Write training: {{{key}: {values[key]!r}}}.")
             listed = f" There are {', '.join(names)}." if len(names) <= _LISTED else ""
             raise UserError(f"{where}: no such field.{nearest(str(key), names) or listed}")

@@ -50,11 +50,17 @@ def finished(config: RunConfig) -> dict[str, Any] | None:
         FileExistsError: `config.output` holds a run with other settings.
     """
     output = Path(config.output)
-    if not (output / METRICS).is_file():
+    if not _is_finished(output):
         return None
     _refuse_changes(output, read_run(output), config)
     record: dict[str, Any] = json.loads((output / METRICS).read_text(encoding="utf-8"))
     return record
+
+
+def _is_finished(output: Path) -> bool:
+    """Whether a run has written its metrics; a file of no bytes is what a power cut leaves."""
+    file = output / METRICS
+    return file.is_file() and file.stat().st_size > 0
 
 
 def checkpoints(output: Path) -> dict[int, Path]:
@@ -94,9 +100,9 @@ def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     before = read_run(output)
     if overwrite:
         return
-    if (output / METRICS).is_file() or checkpoints(output):
+    if _is_finished(output) or checkpoints(output):
         _refuse_changes(output, before, config)
-    if (output / METRICS).is_file():
+    if _is_finished(output):
         raise FileExistsError(
             f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
             "again."

@@ -6,8 +6,9 @@ import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,19 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation
+from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation, PreTrainedModel
 
 from e3va_peft import detection
 from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
-from e3va_peft.cache.taking import layers_of
 from e3va_peft.data.examples import Examples
 from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
 from e3va_peft.data.load import load_eval_split
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections
 from e3va_peft.detection import Detector
-from e3va_peft.errors import UserError, reason
+from e3va_peft.errors import UserError, reason, refuse_no_path
+from e3va_peft.exits import layers_of
+from e3va_peft.files import write_whole
 from e3va_peft.loading import load_adapter
 from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
@@ -44,7 +46,8 @@ from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
-CLASSES = "classes.json"
+CLASSES, PREDICTIONS = "classes.json", "predictions.json"
+_TRAINABLE = ("ForImageClassification", "ForSemanticSegmentation", "ForUniversalSegmentation", "RCNN", "RetinaNet")
 _OF_LABELS = {"do_reduce_labels", "ignore_index", "num_labels"}  # what an image processor does to label maps alone
 
 
@@ -113,6 +116,7 @@ def load_trained(source: str) -> Trained:
     Raises:
         UserError: Nothing that can be loaded is there.
     """
+    refuse_no_path("run", source)
     folder = Path(source).expanduser()
     config = read_run(folder) if (folder / CONFIG).is_file() else None
     if config is not None:
@@ -162,8 +166,9 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         )
     architecture_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (architecture_config.architectures or [""])[0]
-    cls: Any = getattr(detection, architecture, None) or getattr(transformers, architecture, None)
-    if cls is None:
+    name = architecture if isinstance(architecture, str) and architecture.endswith(_TRAINABLE) else ""
+    cls: Any = getattr(detection, name, None) or getattr(transformers, name, None)
+    if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
     if config is not None and saves == "inserted":
         whole = adapt(cls(architecture_config), config.method)
@@ -224,18 +229,19 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
             f"data.labels: the data has the classes {list(labels)[:10]}, the model {list(trained.labels)[:10]}. "
             "Give data.labels in the model's order."
         )
-    arguments = build_arguments(config, task, has_eval=True)
-    arguments.load_best_model_at_end, arguments.report_to = False, []
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    trainer = VisionTrainer(
-        task,
-        trained.processor,
-        model=trained.model,
-        args=arguments,
-        eval_dataset=Examples(split, task.evaluation_view(trained.processor)),
-        data_collator=task.collator(trained.base, trained.processor),
-    )
-    loss = trainer.evaluate()["eval_loss"]
+    with TemporaryDirectory() as nowhere:  # Trainer makes its output folder, and nothing is put out
+        arguments = build_arguments(replace(config, output=nowhere), task, has_eval=True)
+        arguments.load_best_model_at_end, arguments.report_to = False, []
+        arguments.save_strategy = arguments.eval_strategy = "no"
+        trainer = VisionTrainer(
+            task,
+            trained.processor,
+            model=trained.model,
+            args=arguments,
+            eval_dataset=Examples(split, task.evaluation_view(trained.processor)),
+            data_collator=task.collator(trained.base, trained.processor),
+        )
+        loss = trainer.evaluate()["eval_loss"]
     return {"loss": loss, **trainer.scores}, split.labels
 
 
@@ -353,7 +359,7 @@ def _load_together(sources: Sequence[str]) -> list[Trained]:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
-    there = [name for name in ("predictions.json", "masks", "overlays", CLASSES) if (output / name).exists()]
+    there = [name for name in (PREDICTIONS, "masks", "overlays", CLASSES) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"output={str(output)!r}: holds {', '.join(there)} already. Choose another folder, or --overwrite."
@@ -367,21 +373,37 @@ def _predict(
     entries: dict[Path, list[dict[str, Any]]] = {output: [] for output in trained}
     for output, each in trained.items():
         output.mkdir(parents=True, exist_ok=True)
+        _remove_drawings(output)
         if each.task == "semantic-segmentation":
             values = {each.first_label + i: label for i, label in enumerate(each.labels)}
             (output / CLASSES).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
-        try:
-            image = open_image({"path": str(path)}, str(path))
-        except UserError as error:
-            for own in entries.values():
-                own.append({"file": str(path), "error": str(error)})
-            continue
-        for output, each in trained.items():
-            entries[output].append({"file": str(path), **_found(each, image, output, name, top, threshold)})
-    for output, own in entries.items():
-        (output / "predictions.json").write_text(json.dumps(plain(own), indent=2) + "\n", encoding="utf-8")
+    try:
+        for name, path in track(files.items(), "predicting", console=Console(stderr=True), transient=True):
+            try:
+                image = open_image({"path": str(path)}, str(path))
+            except UserError as error:
+                for own in entries.values():
+                    own.append({"file": str(path), "error": str(error)})
+                continue
+            for output, each in trained.items():
+                entries[output].append({"file": str(path), **_found(each, image, output, name, top, threshold)})
+    finally:  # what was found up to here is kept, whatever ends it
+        for output, own in ((output, own) for output, own in entries.items() if own):
+            write_whole(output / PREDICTIONS, json.dumps(plain(own), indent=2) + "\n")
     return entries
+
+
+def _remove_drawings(output: Path) -> None:
+    """Remove the label maps and drawings that earlier predictions in a folder name, and nothing else."""
+    try:
+        before = json.loads((output / PREDICTIONS).read_text(encoding="utf-8"))
+        named = [entry[part] for entry in before for part in ("mask", "overlay") if isinstance(entry.get(part), str)]
+    except (OSError, ValueError, AttributeError, TypeError):
+        return
+    own = {(output / part).resolve() for part in ("masks", "overlays")}
+    for path in map(Path, named):
+        if own & set(path.resolve().parents) and path.suffix == ".png":
+            path.unlink(missing_ok=True)
 
 
 def _found(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from peft import PeftModel
 from rich import progress
 from rich.console import Console
@@ -24,12 +25,20 @@ from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Objects
 from e3va_peft.data.verify import missing_classes, verify_split
-from e3va_peft.errors import UserError
+from e3va_peft.errors import UserError, reason
 from e3va_peft.methods import adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import CURVES, METRICS, begin, check_output, locked
-from e3va_peft.training.saving import check_disk, check_hub, full_disk_explained, last_checkpoint, push, save_results
+from e3va_peft.training.saving import (
+    check_disk,
+    check_hub,
+    full_disk_explained,
+    last_checkpoint,
+    push,
+    refuse_other_rows,
+    save_results,
+)
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
@@ -37,7 +46,16 @@ from e3va_peft.training.trainer import Curves, NextView, Progress, StopOnInterru
 
 
 class Interrupted(Exception):
-    """The run was stopped by Ctrl-C after a checkpoint."""
+    """The run was stopped by Ctrl-C, or by the signal that ends a job, after a checkpoint.
+
+    Args:
+        text: What to say.
+        signal: Number of the signal.
+    """
+
+    def __init__(self, text: str, signal: int) -> None:
+        super().__init__(text)
+        self.signal = signal
 
 
 def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
@@ -80,14 +98,30 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         checkpoint = None if overwrite else last_checkpoint(output, console)
     with state.main_process_first():
         splits = load_splits(config.data, task.label_kind, config.seed)
+    if splits[1] is None:
+        console.print(
+            "[yellow]warning[/yellow]: there is nothing to evaluate on, so nothing will say how good the model is. "
+            "Set data.eval_split, or data.eval_fraction to set some aside."
+        )
     if config.data.verify and checkpoint is None and state.is_main_process:
         verify(splits, console)
     state.wait_for_everyone()
+    rows = splits[0].rows_fingerprint()
+    if checkpoint is not None:
+        refuse_other_rows(checkpoint, rows)
     arguments = build_arguments(config, task, has_eval=splits[1] is not None)
     hub = check_hub(config, arguments) if state.is_main_process else None
+    if hub is not None and Path(config.model).exists():
+        place = escape(str(Path(config.model)))
+        console.print(
+            f"[yellow]warning[/yellow]: the adapter that is pushed to {hub} names its base model, {place}, a folder "
+            "that nobody else has."
+        )
     trainer = _build_trainer(config, task, arguments, *splits)
+    trainer.rows = rows
     model, trained = trainer.model, trainer.get_num_trainable_parameters()  # before training may wrap the model
     check_disk(output, model)
+    check_sizes(trainer)
     console.print(_summary(config, trainer, trained))
     if checkpoint is not None:
         console.print(f"going on from {escape(str(checkpoint))}")
@@ -134,6 +168,33 @@ def _build_trainer(
         data_collator=task.collator(model, processor),
         callbacks=callbacks,
     )
+
+
+def check_sizes(trainer: VisionTrainer) -> None:
+    """Run the model once on an example of each split, so that images of a size that it cannot take stop no long run.
+
+    Raises:
+        UserError: It cannot.
+    """
+    model, training = trainer.model, trainer.model.training
+    device = next(model.parameters()).device
+    for dataset in (trainer.train_dataset, trainer.eval_dataset):
+        if dataset is None or device.type == "meta":
+            continue
+        with torch.random.fork_rng():  # augmentation and Mask2Former draw, and training shall draw the same
+            batch = send_to_device(dict(trainer.data_collator([dataset[0]])), device)
+            height, width = batch["pixel_values"].shape[-2:]
+            try:
+                with torch.no_grad(), trainer.compute_loss_context_manager():
+                    model.eval()(**{name: value for name, value in batch.items() if name != "truth"})
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, ValueError, IndexError) as error:
+                raise UserError(
+                    f"image_size={trainer.task.config.image_size}: {trainer.task.config.model} cannot take images of "
+                    f"{height} x {width} pixels ({reason(error)}). Leave it out, or set a larger one, e.g. 224."
+                ) from error
+    model.train(training)
 
 
 def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> float:
@@ -227,11 +288,12 @@ def _run(trainer: VisionTrainer, checkpoint: Path | None, overwrite: bool) -> fl
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         interrupt.restore()
-    if interrupt.interrupted:
+    if interrupt.signal is not None:
         raise Interrupted(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, saved in "
             f"{trainer.args.output_dir}. The same command{' without --overwrite' if overwrite else ''} resumes from "
-            "there."
+            "there.",
+            interrupt.signal,
         )
     return time.perf_counter() - start
 

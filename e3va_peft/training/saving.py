@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import zipfile
@@ -29,50 +30,118 @@ from e3va_peft.methods import METHODS
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced
 
+MANIFEST = "e3va_manifest.json"
+
 _FULL_DISK = (  # what Python, safetensors and torch.save say
     "No space left", "os error 28", "File too large", "os error 27", "failed writing", "iostream error",
 )  # fmt: skip
 
 
 def last_checkpoint(output: Path, console: Console) -> Path | None:
-    """Return the newest checkpoint that is whole; put aside those that were cut short, and say so.
+    """Return the newest checkpoint that is whole; put aside those that are not, and say so.
 
     Args:
         output: Folder of the run.
         console: Where to say it.
     """
-    found = checkpoints(output)
+    found, whole = checkpoints(output), []
     for step in sorted(found, reverse=True):
         broken = _what_is_broken(found[step])
         if broken is None:
-            return found[step]
+            whole.append(found[step])
+            continue
         aside = found[step].with_name(f"broken-{found[step].name}")
         shutil.rmtree(aside, ignore_errors=True)
         found[step].rename(aside)
-        note = f"{found[step]} was cut short ({broken}); put aside as {aside.name}"
+        note = f"{found[step]} is not whole: {broken}. It is put aside as {aside.name}"
         console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
-    return None
+    if found and not whole:
+        console.print("[yellow]warning[/yellow]: no checkpoint is whole; training starts from the beginning.")
+    return whole[0] if whole else None
+
+
+def write_manifest(checkpoint: Path, rows: str) -> None:
+    """Write beside the files of a checkpoint what they are, by which damage is known when a run resumes from it.
+
+    Args:
+        checkpoint: Its folder.
+        rows: Fingerprint of the examples that are trained on.
+    """
+    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST)
+    sums = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
+    write_whole(checkpoint / MANIFEST, json.dumps({"rows": rows, "files": sums}, indent=2) + "\n")
+
+
+def refuse_other_rows(checkpoint: Path, rows: str) -> None:
+    """Refuse to resume on other examples than a checkpoint was trained on; one without a manifest does not say.
+
+    Raises:
+        UserError: They differ.
+    """
+    before = _manifest(checkpoint).get("rows", rows)
+    if before != rows:
+        raise UserError(
+            f"{checkpoint}: was trained on {before}, and the data now has {rows}. Restore the images and labels of "
+            "then to resume, or train on those of now from the beginning with --overwrite."
+        )
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except FileNotFoundError:  # from before there were manifests, or the run ended before it was written
+        return {}
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _what_is_broken(checkpoint: Path) -> str | None:
-    """Name the first file of a checkpoint that is missing or cut short; None where it is whole."""
-    weights = [*checkpoint.glob("*model*.safetensors")]
-    if not weights:
-        return "no weights"
-    for path in weights:
+    """Say what is wrong with the first file of a checkpoint that is missing or damaged; None where it is whole."""
+    try:
+        sums = _manifest(checkpoint).get("files")
+    except (OSError, ValueError):
+        return f"{MANIFEST} is damaged"
+    if sums is None:
+        return _what_looks_broken(checkpoint)
+    for name, checksum in sums.items():
+        try:
+            if _sha256(checkpoint / name) != checksum:
+                return f"{name} is not what was written (SHA-256)"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({reason(error)})"
+    return None
+
+
+def _what_looks_broken(checkpoint: Path) -> str | None:
+    """Judge a checkpoint without a manifest by what its files must be."""
+    for pattern in ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"):
+        if not list(checkpoint.glob(pattern)):
+            return f"{pattern} is missing"
+    for path in checkpoint.glob("*model*.safetensors"):
         try:
             with safe_open(path, framework="pt"):
                 pass
         except (OSError, SafetensorError):
-            return path.name
+            return f"{path.name} is cut short"
     for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
-        if not zipfile.is_zipfile(path):
-            return path.name
+        try:
+            with zipfile.ZipFile(path) as archive:
+                whole = archive.testzip() is None
+        except (OSError, zipfile.BadZipFile):
+            whole = False
+        if not whole:
+            return f"{path.name} is damaged"
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):
-        return "trainer_state.json"
-    return None
+        state = None
+    return None if isinstance(state, dict) else "trainer_state.json is damaged"
 
 
 def check_disk(output: Path, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -30,11 +30,13 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
 from e3va_peft.errors import UserError
+from e3va_peft.refusals import check_backbone
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import draw_curves
+from e3va_peft.training.saving import write_manifest
 from e3va_peft.training.tasks import Task
 
 
@@ -49,12 +51,14 @@ class VisionTrainer(Trainer):
 
     Attributes:
         scores: Scores of the last evaluation, per-class scores included.
+        rows: Fingerprint of the examples that are trained on, for the manifests of checkpoints.
     """
 
     def __init__(self, task: Task, processor: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
         self.task = task
         self.processor = processor
         self.scores: dict[str, Any] = {}
+        self.rows = ""
         self._evidence: Any = None
         super().__init__(compute_metrics=self._score, **kwargs)
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
@@ -140,6 +144,12 @@ class VisionTrainer(Trainer):
         else:
             super()._save(output_dir, state_dict)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes its random numbers
+        if self.args.should_save:
+            write_manifest(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.rows)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
         if isinstance(target, PreTrainedModel):
@@ -148,6 +158,7 @@ class VisionTrainer(Trainer):
             bare = self.accelerator.unwrap_model(target)
             if isinstance(bare, PeftModel):
                 refuse_other_weights(bare, Path(resume_from_checkpoint))
+                refuse_other_base(bare, Path(resume_from_checkpoint))
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -193,6 +204,22 @@ def refuse_other_weights(model: PeftModel, folder: Path) -> None:
             )
 
 
+def refuse_other_base(model: PeftModel, folder: Path) -> None:
+    """Refuse an E3VA checkpoint that was trained on other frozen weights than the model has.
+
+    Raises:
+        UserError: They differ.
+    """
+    name = model.active_adapter
+    config = PeftConfig.from_pretrained(str(folder))
+    backbone = (config.auto_mapping or {}).get("backbone")
+    if backbone is not None:
+        try:
+            check_backbone(backbone, model, name, config.base_model_name_or_path or "its base")
+        except ValueError as error:
+            raise UserError(f"{folder}: {error}") from None
+
+
 class Progress(ProgressCallback):
     """A bar over the steps, and above it a line for each evaluation.
 
@@ -210,8 +237,14 @@ class Progress(ProgressCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Open the bar where the run stands."""
+        """Open the bar where the run stands; warn of a run that ends before its learning rate is reached."""
         self.current_step = state.global_step
+        warmup = args.get_warmup_steps(state.max_steps)
+        if state.is_world_process_zero and warmup >= state.max_steps:
+            tqdm.write(
+                f"warning: the warm-up takes {warmup} steps and the training {state.max_steps}, so the learning rate "
+                f"{args.learning_rate:g} is never reached. Lower training.warmup_steps, or train longer."
+            )
         if state.is_world_process_zero:
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=self.quiet, unit="step"
@@ -298,11 +331,12 @@ class StopOnInterrupt(TrainerCallback):
     In a run of several processes Ctrl-C keeps its usual meaning: they would stop at different steps.
 
     Attributes:
-        interrupted: Whether it was pressed.
+        signal: Number of the signal that came; None where none did.
     """
 
     def __init__(self) -> None:
-        self.interrupted = False
+        self.signal: int | None = None
+        self._evaluates = False
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -322,20 +356,33 @@ class StopOnInterrupt(TrainerCallback):
             if number == signal.SIGTERM:
                 os._exit(0)
             return
-        if self.interrupted:
+        if self.signal is not None:
             self.restore()
             raise KeyboardInterrupt
-        self.interrupted = True
+        self.signal = number
+        what = "evaluation" if self._evaluates else "step"
         with contextlib.suppress(OSError):  # nobody may be reading any more
-            tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+            tqdm.write(f"stopping after this {what}, with a checkpoint; once more to stop at once")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop where Ctrl-C was pressed."""
-        if self.interrupted:
+        if self.signal is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """Note that it is an evaluation which is waited for."""
+        self._evaluates = True
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Save and stop behind an evaluation in which Ctrl-C was pressed."""
+        self._evaluates = False
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
 
     on_epoch_end = on_step_end  # what the last step of an epoch gave is saved, too
 

@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.card import PROCESSOR
 from e3va_peft.data.config import LabelKind
-from e3va_peft.errors import UserError, nearest, reason
+from e3va_peft.errors import UserError, nearest, reason, refuse_no_path
 from e3va_peft.training.config import RunConfig
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
@@ -156,6 +156,7 @@ def find_config(model: str) -> Any:
     Raises:
         UserError: There is no such model.
     """
+    refuse_no_path("model", model)
     with _clear_errors(model):
         return AutoConfig.from_pretrained(model, trust_remote_code=False)
 

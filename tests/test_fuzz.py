@@ -1,0 +1,173 @@
+"""Whatever is written into a config, an annotation file, an adapter or a command, it works or is one clear error.
+
+`E3VA_FUZZ=10000 python -m pytest tests/test_fuzz.py` tries as many cases of each.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from transformers import SwinForImageClassification
+from typer.testing import CliRunner
+
+from e3va_peft import E3VAConfig, load_adapter
+from e3va_peft.cli import app
+from e3va_peft.data.load import load_splits
+from e3va_peft.data.verify import verify_split
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import parse_config, read_config
+from tests.inputs import save_shapes, save_swin
+
+CASES = int(os.environ.get("E3VA_FUZZ", "25"))
+fuzz = settings(
+    max_examples=CASES,
+    deadline=None,
+    derandomize="E3VA_FUZZ" not in os.environ,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.sampled_from([0, -1, 1, 2, 10**9, 10**400, 1e308, -0.5]),
+    st.floats(),
+    st.text(max_size=12),
+    st.sampled_from(
+        ["", "~", "../..", "/dev/null", "[/bold]", "e3va", "train", "\x00", "a" * 5000, "runs/x", "{split}"]
+    ),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def places(content: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Where something can be put in nested lists and mappings."""
+    keys = list(content) if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ()
+    below = [place for key in keys for place in places(content[key], (*prefix, key))]
+    return [*((*prefix, key) for key in keys), *below]
+
+
+@st.composite
+def spoilt(draw: st.DrawFn, content: Any) -> Any:
+    """Something valid, with one to three of its values replaced, or removed."""
+    content = copy.deepcopy(content)
+    for _ in range(draw(st.integers(1, 3))):
+        where = places(content)
+        if not where:
+            break
+        *path, last = draw(st.sampled_from(where))
+        inner = content
+        for key in path:
+            inner = inner[key]
+        if draw(st.booleans()) or isinstance(inner, list):
+            inner[last] = draw(VALUES)
+        else:
+            del inner[last]
+    return content
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+CONFIG: dict[str, Any] = {
+    "task": "image-classification", "model": "m", "output": "o", "method": {"name": "e3va", "r": 4, "taps": ["mlp"]},
+    "data": {"source": "s", "labels": ["a", "b"], "eval_fraction": 0.1, "train_samples": 5, "verify": True},
+    "augment": {"scale": [0.5, 1], "flip": True}, "cache": {"views": 2, "limit": "4GiB"}, "image_size": 32,
+    "processor": {"image_mean": [0.5, 0.5, 0.5]}, "model_options": {"x": 1}, "lr_steps": [1, 2],
+    "training": {"num_train_epochs": 3, "learning_rate": 1e-3, "eval_strategy": "no", "report_to": "none"},
+    "sweep": {"learning_rate": [1e-3, 2e-3]},
+}  # fmt: skip
+
+
+@fuzz
+@given(values=spoilt(CONFIG) | st.dictionaries(st.sampled_from(list(CONFIG)), VALUES))
+def test_any_config_is_read_or_refused(values):
+    try:
+        config = parse_config(values)
+    except UserError as error:
+        assert str(error)
+    else:
+        assert parse_config(config.to_dict()).to_dict() == config.to_dict() or config.to_dict() != config.to_dict()
+
+
+@fuzz
+@given(
+    text=st.text(max_size=200) | st.sampled_from(["&a [*a]", "a: &a {b: *a}", "!!python/object:os.system {}", "? ? ?"])
+)
+def test_any_text_is_read_as_a_config_or_refused(text, tmp_path):
+    (tmp_path / "c.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(UserError):
+        read_config(tmp_path / "c.yaml")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    return save_shapes(tmp_path_factory.mktemp("shapes"))
+
+
+@fuzz
+@given(data=st.data())
+def test_any_annotation_file_is_read_or_refused(data, shapes, tmp_path):
+    content = json.loads((shapes / "coco" / "val.json").read_text())
+    file = tmp_path / "objects.json"
+    file.write_text(json.dumps(data.draw(spoilt(content) | VALUES)))
+    fields = {"images": str(shapes / "coco" / "val"), "annotations": str(file)}
+    config = parse_config({"task": "instance-segmentation", "model": "m", "output": "o", "data": fields})
+    try:
+        verify_split(load_splits(config.data, "instances")[0])
+    except UserError as error:
+        assert "objects.json" in str(error) or "data." in str(error), error
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("adapter")
+    base = SwinForImageClassification.from_pretrained(save_swin(root / "base"))
+    get_peft_model(base, E3VAConfig(r=2)).save_pretrained(root / "adapter")
+    return root / "adapter"
+
+
+@fuzz
+@given(data=st.data(), name=st.sampled_from(["adapter_config.json", "base_config.json"]))
+@pytest.mark.filterwarnings("ignore")
+def test_any_adapter_is_loaded_or_refused(data, name, adapter):
+    before = (adapter / name).read_text()
+    try:
+        (adapter / name).write_text(json.dumps(data.draw(spoilt(json.loads(before)) | VALUES)))
+        load_adapter(adapter)
+    except (ValueError, OSError) as error:
+        assert not isinstance(error, UnicodeError) and str(error)
+    finally:
+        (adapter / name).write_text(before)
+
+
+WORDS = st.sampled_from(
+    ["train", "--set", "--output", "--overwrite", "--top", "x.yaml", "c.yaml", "training.lr=1", "a=b", "=", "-1",
+     "[/x]", "dinov2", "\u2028", "--adapters", "runs/x", "--data"]
+) | st.text(st.characters(exclude_characters="/~."), max_size=8)  # fmt: skip
+
+
+@fuzz
+@given(words=st.lists(WORDS, max_size=5), command=st.sampled_from(["train", "eval", "predict", "recipes"]))
+def test_any_command_ends_with_what_is_wrong(words, command, tmp_path):
+    (tmp_path / "c.yaml").write_text(json.dumps(CONFIG | {"model": "./nowhere", "data": {"source": "./nowhere"}}))
+    done = CliRunner().invoke(app, [command, *words])
+    assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)
+    assert done.exit_code in (0, 1, 2)

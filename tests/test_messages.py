@@ -1,0 +1,105 @@
+"""A newcomer's mistakes: each is one error, before any work, that names what was written and what to write instead."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from e3va_peft.errors import UserError
+from e3va_peft.training.config import read_config
+from e3va_peft.training.predict import load_trained
+from e3va_peft.training.run import train
+from tests.inputs import classify, write
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A tiny model, and a folder of images for each mistake."""
+    root = tmp_path_factory.mktemp("inputs")
+    classify(root)
+    red = root / "colors" / "train" / "red"
+    (root / "empty").mkdir()
+    shutil.copytree(red, root / "flat")
+    shutil.copytree(red, root / "one" / "train" / "red")
+    shutil.copytree(red, root / "one-unsplit" / "red")
+    for split in ("train", "val"):
+        shutil.copytree(red, root / "flat-splits" / split)
+    (root / "table").mkdir()
+    (root / "table" / "labels.csv").write_text("file,label\na.png,red\n")
+    shutil.copytree(red, root / "flat-with-table")
+    for folder in (root, root / "flat-with-table"):
+        (folder / "labels.csv").write_text("file,label\n0.png,red\n")
+    with zipfile.ZipFile(root / "photos.zip", "w") as archive:
+        archive.write(red / "0.png")
+    (root / "runs" / "there").mkdir(parents=True)
+    return root
+
+
+DATA = {
+    "no-such-name": ("photoz", ["data.source='photoz'", "no such file or folder (from "]),
+    "no-such-path": ("./photoz", ["data.source='./photoz'", "no such file or folder (from "]),
+    "beside-a-folder": ("runs/photoz", ["data.source='runs/photoz'", "no such file or folder", "no folder runs"]),
+    "empty": ("empty", ["data.source='empty'", "nothing that is read", "SPLIT/CLASS/image.jpg"]),
+    "flat": ("flat", ["data.source='flat'", "in it directly", "CLASS/image.jpg"]),
+    "flat-splits": ("flat-splits", ["directly in train and val", "SPLIT/CLASS/image.jpg"]),
+    "one-class": ("one", ["one class alone", "'red' of train"]),
+    "one-class-unsplit": ("one-unsplit", ["one class alone", "'red'"]),
+    "csv": ("labels.csv", ["data.source='labels.csv'", "is a list", "metadata.csv", "file_name"]),
+    "folder-with-csv": ("table", ["holds no image", "labels.csv", "metadata.csv"]),
+    "flat-with-csv": ("flat-with-table", ["in it directly", "labels.csv", "metadata.csv"]),
+    "zip": ("photos.zip", ["is an archive", "Unpack it"]),
+}
+
+
+FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "task": ({"task": "classification"}, ["task='classification'", "Did you mean image-classification"]),
+    "section": ({"traning": {}}, ["traning", "Did you mean training"]),
+    "method": ({"method": "qlora"}, ["method='qlora'", "Did you mean lora"]),
+    "head": ({"task": "object-detection", "head": "mask-rcnn"}, ["head='mask-rcnn'", "instance-segmentation"]),
+    "model-path": ({"model": "./swin"}, ["model='./swin'", "no such file or folder (from "]),
+    "model-beside": ({"model": "runs/swin"}, ["model='runs/swin'", "no such file or folder (from "]),
+    "lr": ({"training": {"lr": 1e-3}}, ["training.lr", "learning_rate: 0.001"]),
+    "epochs": ({"training": {"epochs": 3}}, ["training.epochs", "num_train_epochs: 3"]),
+    "top-epochs": ({"epochs": 3}, ["epochs: no such field", "training: {num_train_epochs: 3}"]),
+    "batch_size": ({"batch_size": 8}, ["batch_size: no such field", "training: {per_device_train_batch_size: 8}"]),
+    "training.batch_size": (
+        {"training": {"batch_size": 8}},
+        ["training.batch_size", "per_device_train_batch_size: 8"],
+    ),
+    "top-learning_rate": ({"learning_rate": 1e-3}, ["learning_rate: no such", "training: {learning_rate: 0.001}"]),
+    "max_steps": ({"training": {"max_steps": 0}}, ["training.max_steps=0", "at least 1"]),
+    "no-epochs": ({"training": {"num_train_epochs": 0}}, ["training.num_train_epochs=0", "more than 0"]),
+    "logger": ({"training": {"report_to": "neptune"}}, ["training.report_to='neptune'", "pip install neptune"]),
+    "no-logger": ({"training": {"report_to": ["wand"]}}, ["training.report_to='wand'", "wandb"]),
+    "image_size": ({"image_size": 5}, ["image_size=5", "5 x 5 pixels"]),
+    "classes-for-segmenter": ({"task": "semantic-segmentation"}, ["needs a label map", "images:", "masks:"]),
+    **{name: ({"data": {"source": source}}, words) for name, (source, words) in DATA.items()},
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), FIELDS.values(), ids=FIELDS)
+def test_a_mistake_is_named_with_what_to_write(fields, words, inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(inputs)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    values = classify(inputs, eval_strategy="no") | {"output": str(tmp_path / "run")}
+    more = {"training": values["training"] | fields["training"]} if "training" in fields else {}
+    with pytest.raises(UserError) as error:
+        train(read_config(write(tmp_path / "config.yaml", values | fields | more)))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "Name one" not in str(error.value)  # which helps nobody who has no columns
+    assert not list((tmp_path / "run").glob("*")), "nothing was begun"
+
+
+@pytest.mark.parametrize("source", ["runs/nope", "./nope"])
+def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(source, inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    hub: Callable[..., Any] = lambda *args, **kwargs: pytest.fail("asked the Hub")  # noqa: E731
+    monkeypatch.setattr("e3va_peft.loading.snapshot_download", hub)
+    with pytest.raises(UserError, match=rf"run='{source}': no such file or folder \(from {inputs}\)"):
+        load_trained(source)
