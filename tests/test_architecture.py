@@ -266,9 +266,7 @@ def test_a_room_whose_packages_are_missing_names_the_install_line(room, without_
 
 def test_the_readme_and_the_pages_show_what_was_recorded(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(PACKAGE.parent / "benchmarks" / "readme_tables.py"), run_name="__main__")
-    assert not ended.value.code
+    runpy.run_path(str(PACKAGE.parent / "benchmarks" / "readme_tables.py"), run_name="__main__")  # or it exits
 
 
 def test_no_test_module_imports_from_another():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,11 @@ def blocks(page: str, language: str) -> list[str]:
 
 def commands() -> Iterator[list[str]]:
     for page in PAGES:
-        for line in "".join(blocks(page, "bash")).splitlines():
+        for line in "".join(blocks(page, "bash")).replace("&&", "\n").splitlines():
             words = shlex.split(line.partition(" > ")[0], comments=True)
-            if "e3va_peft" in words[:6]:
+            if words[:1] == ["accelerate"]:
                 words = ["e3va", *words[words.index("e3va_peft") + 1 :]]
-            if words[:1] == ["e3va"]:
+            if words and Path(words[0]).name == "e3va":
                 yield words[1:]
 
 
@@ -55,26 +56,28 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(PeftModel, "push_to_hub", lambda model, name: model.save_pretrained(name))  # a folder here
     folder = save_swin(tmp_path / "swin")
-    model = get_peft_model(
-        transformers.SwinForImageClassification.from_pretrained(folder), e3va_peft.E3VAConfig(live_blocks=1)
-    )
+    base = transformers.SwinForImageClassification.from_pretrained(folder)
+    model = get_peft_model(base, e3va_peft.E3VAConfig())
     model.save_pretrained("me/my-adapter")
     for name in ("cells", "nuclei", "tissue"):
         model.add_adapter(name, e3va_peft.E3VAConfig())
     transformers.image_utils.PIL.Image.new("RGB", (40, 40)).save("photo.jpg")
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
-    names: dict[str, Any] = {
-        **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer},
-        **{"model": model, "batch": batch, "outputs": {}, "train": Colors(), "test": Colors()},
+    names = {
+        **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},
+        **{"training_arguments": partial(training_arguments, use_cpu=True), "train": Colors(), "test": Colors()},
+        **{
+            "model": model,
+            "base": type(base).from_pretrained(folder),
+            "batch": batch,
+            "images": batch["pixel_values"],
+        },
         "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
-        "training_arguments": lambda output, **options: training_arguments(
-            output, max_steps=1, use_cpu=True, **options
-        ),
     }
     for code in blocks(page, "python"):
         code = code.replace("microsoft/swin-base-patch4-window7-224", str(folder))
         code = code.replace('training_arguments("out"', 'training_arguments("out", max_steps=1')
-        exec(compile(code, page, "exec"), names)
+        exec(compile(code, page, "exec"), dict(names))
 
 
 def test_the_configs_of_all_pages_are_read(tmp_path):
