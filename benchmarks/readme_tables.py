@@ -295,7 +295,8 @@ def paper_time() -> str:
     return markdown(["seconds of a training step", *PAPER_METHODS.values(), "E3VA against full"], body)
 
 
-# Rows of the README's table: name there, name in `memory.json` and `speed.json`, name in the records of scores.
+# Rows of the README's table: name there, name in `memory.json` and `speed.json`, name in the records of scores. A row
+# of which nothing is recorded is left out.
 METHODS = {
     "full fine-tuning": ("full", "full"),
     "LoRA": ("LoRA", "lora"),
@@ -306,6 +307,8 @@ METHODS = {
     "- 2 live blocks": ("E3VA, 2 live", "e3va-2"),
     "- 4 live blocks": ("E3VA, 4 live", "e3va-4"),
     "- half of the blocks live": ("E3VA, half live", "e3va-6"),
+    "AdaptFormer": ("AdaptFormer", "adaptformer"),
+    "Mona": ("Mona", "mona"),
     "head only": ("head only", "head-only"),
 }
 SCORES = {"nuclei": "nuclei, mean IoU", "tissue": "MRI tissue, mean IoU"}
@@ -325,8 +328,12 @@ def methods() -> str:
     body = []
     for title, (cost, name) in METHODS.items():
         found = [name if name.startswith("as ") else score_of(own.get(name)) for own in scores.values()]
-        sizes = [f"{kept[cost][kind] / MIB:.0f} MiB" for kind in ("saved_bytes", "peak_bytes")]
-        body.append([title, *found, *sizes, f"{times[cost]:.2f}"])
+        sizes = ["", ""]
+        if cost in kept:
+            sizes = [f"{kept[cost][kind] / MIB:.0f} MiB" for kind in ("saved_bytes", "peak_bytes")]
+        cells = [*found, *sizes, f"{times[cost]:.2f}" if cost in times else ""]
+        if any(cells):
+            body.append([title, *cells])
     return markdown(["method", *scores, "kept for backward", "peak", "time of a step"], body)
 
 

@@ -23,7 +23,15 @@ from e3va_peft.training.config import read_config
 from tests.inputs import classify, save_swin, write
 
 ROOT = Path(__file__).parent.parent
-PAGES = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+
+
+def read(path: Path) -> str:
+    """A page, with the files that it takes in."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r'^--8<-- "(.+)"$', lambda match: read(ROOT / match[1]).strip(), text, flags=re.MULTILINE)
+
+
+PAGES = {path.name: read(path) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
 ELSEWHERE = {"objects.md", "quantized.md"}  # tests of detectors, and of quantised bases
 
 
@@ -66,12 +74,8 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {
         **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},
         **{"training_arguments": partial(training_arguments, use_cpu=True), "train": Colors(), "test": Colors()},
-        **{
-            "model": model,
-            "base": type(base).from_pretrained(folder),
-            "batch": batch,
-            "images": batch["pixel_values"],
-        },
+        **{"model": model, "base": type(base).from_pretrained(folder)},
+        **{"batch": batch, "images": batch["pixel_values"]},
         "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
     }
     for code in blocks(page, "python"):
