@@ -14,6 +14,7 @@ import torch
 import transformers
 import typer
 from peft import PeftModel, get_peft_model
+from PIL import Image
 
 import e3va_peft
 from e3va_peft.cli import app
@@ -32,7 +33,7 @@ def read(path: Path) -> str:
 
 
 PAGES = {path.name: read(path) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
-ELSEWHERE = {"objects.md", "quantized.md"}  # tests of detectors, and of quantised bases
+ELSEWHERE = {"objects.md"}  # the tests of detectors run it
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -69,7 +70,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     model.save_pretrained("me/my-adapter")
     for name in ("cells", "nuclei", "tissue"):
         model.add_adapter(name, e3va_peft.E3VAConfig())
-    transformers.image_utils.PIL.Image.new("RGB", (40, 40)).save("photo.jpg")
+    Image.new("RGB", (40, 40)).save("photo.jpg")
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     names = {
         **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},
