@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -43,21 +44,23 @@ def rows(name: str) -> list[dict[str, Any]]:
 def accuracy(task: str) -> dict[str, dict[str, Any]]:
     """Read the scores of a task, method -> row with `mean` and `deviation`: `accuracy/TASK/*.json`, one file a run.
 
-    A method is left out until it has as many seeds as the others. A task without such files has those of `TASK.json`.
+    A method is left out until it has as many seeds as the others. A task without such files has the scores of
+    `TASK.json`, which otherwise says what a step costs.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((RESULTS / "accuracy" / task).glob("*.json")):
         run = json.loads(path.read_text())
         if run["part"] == "seed":
             runs.setdefault(run["method"], []).append(run)
+    costs = {row["method"]: row for row in (rows(task) if (RESULTS / f"{task}.json").is_file() else ())}
     if not runs:
-        return {row["method"]: row for row in (rows(task) if (RESULTS / f"{task}.json").is_file() else ())}
+        return costs
     found: dict[str, dict[str, Any]] = {}
     for method, own in runs.items():
         scores = [run["score"] for run in own]
         if len(own) == max(map(len, runs.values())):
             deviation = statistics.stdev(scores) if len(scores) > 1 else None
-            found[method] = own[0] | {"mean": statistics.fmean(scores), "deviation": deviation}
+            found[method] = costs.get(method, {}) | own[0] | {"mean": statistics.fmean(scores), "deviation": deviation}
     return found
 
 
@@ -345,19 +348,23 @@ def when() -> str:
         {method: f"{row['mean']:.3f}" for method, row in accuracy(task).items()} for task in ("nuclei", "cifar10")
     )
     live = "".join(f", {score} with {name[5:]} live blocks" for name, score in nuclei.items() if "e3va-" in name)
-    return f"""\
-- **Memory is short:** E3VA with `tap_storage="recompute"`. It keeps {kept["E3VA, recompute"]} MiB where LoRA keeps
-  {kept["LoRA"]} and LoRA with checkpointing {kept["LoRA + checkpointing"]}, in \
-{times["E3VA, recompute"] / times["LoRA + checkpointing"]:.2f} of the latter's time.
-- **Time is short:** plain E3VA, {times["E3VA"]:.2f} of the head alone's; LoRA takes {times["LoRA"]:.2f}, with \
-checkpointing {times["LoRA + checkpointing"]:.2f}.
-- **The same images for many epochs or runs:** E3VA from a [cache](docs/cache.md); a whole step then takes
-  {cached("Swin-B"):.2f} of the head alone's on a Swin-B and {cached("ViT-B"):.2f} on a ViT-B.
-- **The score is all that counts:** LoRA, or full fine-tuning. On nuclei they reach {nuclei["lora"]} and \
-{nuclei["full"]}, E3VA {nuclei["e3va"]}{live},
-  the head alone {nuclei["head-only"]}.
-- **There is time for few steps only:** E3VA may gain nothing over the head alone yet. On CIFAR-10, after 250 steps,
-  it has {cifar["e3va"]}, the head alone {cifar["head-only"]}, LoRA {cifar["lora"]}."""
+    lines = [
+        f"""**Memory is short:** E3VA with `tap_storage="recompute"`. It keeps {kept["E3VA, recompute"]} MiB where LoRA
+        keeps {kept["LoRA"]} and LoRA with checkpointing {kept["LoRA + checkpointing"]}, in
+        {times["E3VA, recompute"] / times["LoRA + checkpointing"]:.2f} of the latter's time.""",
+        f"""**Time is short:** plain E3VA, whose step takes {times["E3VA"]:.2f} of the head alone's; LoRA's takes
+        {times["LoRA"]:.2f}, with checkpointing {times["LoRA + checkpointing"]:.2f}.""",
+        f"""**The same images for many epochs or runs:** E3VA from a [cache](docs/cache.md); a whole step then takes
+        {cached("Swin-B"):.2f} of the head alone's on a Swin-B and {cached("ViT-B"):.2f} on a ViT-B.""",
+        f"""**The score is all that counts:** LoRA, or full fine-tuning. On nuclei they reach {nuclei["lora"]} and
+        {nuclei["full"]}, E3VA {nuclei["e3va"]}{live}, the head alone {nuclei["head-only"]}.""",
+        f"""**There is time for few steps only:** E3VA may gain nothing over the head alone yet. On CIFAR-10, after 250
+        steps, it has {cifar["e3va"]}, the head alone {cifar["head-only"]}, LoRA {cifar["lora"]}.""",
+    ]
+    return "\n".join(
+        fill(" ".join(line.split()), 119, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def cached(model: str) -> float:
