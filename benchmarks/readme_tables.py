@@ -1,14 +1,18 @@
-"""Write the README's tables from `results/*.json`; with `--check` only say whether they are up to date.
+"""Write the tables of README.md and docs/*.md from `results/`; with `--check` only say whether they are up to date.
 
-python benchmarks/readme_tables.py [--check]
+    python benchmarks/readme_tables.py [--check]
+
+A page marks a place by `<!-- table: NAME -->` and, below it, `<!-- end of table -->`.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +39,36 @@ def rows(name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         sys.exit(f"{path.name} is missing: record it with benchmarks/{name}.py (see its docstring)")
     return json.loads(path.read_text())["rows"]
+
+
+def accuracy(task: str) -> dict[str, dict[str, Any]]:
+    """Read the scores of a task, method -> row with `mean` and `deviation`: `accuracy/TASK/*.json`, one file a run.
+
+    A method is left out until it has as many seeds as the others. A task without such files has the scores of
+    `TASK.json`, which otherwise says what a step costs.
+    """
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((RESULTS / "accuracy" / task).glob("*.json")):
+        run = json.loads(path.read_text())
+        if run["part"] == "seed":
+            runs.setdefault(run["method"], []).append(run)
+    costs = {row["method"]: row for row in (rows(task) if (RESULTS / f"{task}.json").is_file() else ())}
+    if not runs:
+        return costs
+    found: dict[str, dict[str, Any]] = {}
+    for method, own in runs.items():
+        scores = [run["score"] for run in own]
+        if len(own) == max(map(len, runs.values())):
+            deviation = statistics.stdev(scores) if len(scores) > 1 else None
+            found[method] = costs.get(method, {}) | own[0] | {"mean": statistics.fmean(scores), "deviation": deviation}
+    return found
+
+
+def score_of(row: dict[str, Any] | None) -> str:
+    """Format a mean and its deviation over seeds."""
+    if row is None:
+        return ""
+    return f"{row['mean']:.3f}" + (f" ± {row['deviation']:.3f}" if row["deviation"] is not None else "")
 
 
 def markdown(header: list[str], body: list[list[str]]) -> str:
@@ -127,28 +161,21 @@ def quantized() -> str:
 
 
 def scored(titles: dict[str, str]) -> str:
-    """Table of methods on real data: a block for each recorded file, by its title."""
+    """Table of methods on real data: a block for each recorded task, by its title."""
     body = []
     for name, title in titles.items():
-        for row in rows(name):
-            spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
-            body.append(
-                [
-                    title,
-                    row["method"],
-                    f"{row['mean']:.3f}{spread}",
-                    f"{row['trained_parameters'] / 1e6:.2f} M",
-                    f"{row['saved_bytes'] / MIB:.0f} MiB",
-                    f"{row['step_seconds']:.2f}",
-                ]
-            )
+        for method, row in accuracy(name).items():
+            kept = f"{row['saved_bytes'] / MIB:.0f} MiB" if "saved_bytes" in row else ""
+            seconds = f"{row['step_seconds']:.2f}" if "step_seconds" in row else ""
+            trained = f"{row['trained_parameters'] / 1e6:.2f} M"
+            body.append([title, method, score_of(row), trained, kept, seconds])
             title = ""
     return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
 
 
 def training() -> str:
-    """Table of `training.py`: both settings, one row per method."""
-    titles = {"nuclei": "nuclei, mean IoU", "cifar10": "CIFAR-10, accuracy"}
+    """Table of methods on label maps and classes, one row per method."""
+    titles = {"nuclei": "nuclei, mean IoU", "tissue": "MRI tissue, mean IoU", "cifar10": "CIFAR-10, accuracy"}
     return scored(titles)
 
 
@@ -157,11 +184,10 @@ def compare() -> str:
     header = ["method", "mean IoU", "trained", "kept for backward", "backbone share", "peak", "s per step"]
     body = []
     for row in rows("compare"):
-        spread = f" ± {row['deviation']:.3f}" if row["deviation"] is not None else ""
         body.append(
             [
                 row["method"],
-                f"{row['mean']:.3f}{spread}",
+                score_of(row),
                 f"{row['trained_parameters'] / 1e6:.2f} M",
                 f"{row['saved_bytes'] / MIB:.0f} MiB",
                 f"{100 * row['backbone_share']:.0f} %",
@@ -272,7 +298,84 @@ def paper_time() -> str:
     return markdown(["seconds of a training step", *PAPER_METHODS.values(), "E3VA against full"], body)
 
 
+# Rows of the README's table: name there, name in `memory.json` and `speed.json`, name in the records of scores. A row
+# of which nothing is recorded is left out.
+METHODS = {
+    "full fine-tuning": ("full", "full"),
+    "LoRA": ("LoRA", "lora"),
+    "LoRA + checkpointing": ("LoRA + checkpointing", "as LoRA"),
+    "E3VA": ("E3VA", "e3va"),
+    '- `tap_storage="int8"`': ("E3VA, int8", ""),
+    '- `tap_storage="recompute"`': ("E3VA, recompute", "as E3VA"),
+    "- 2 live blocks": ("E3VA, 2 live", "e3va-2"),
+    "- 4 live blocks": ("E3VA, 4 live", "e3va-4"),
+    "- half of the blocks live": ("E3VA, half live", "e3va-6"),
+    "AdaptFormer": ("AdaptFormer", "adaptformer"),
+    "Mona": ("Mona", "mona"),
+    "head only": ("head only", "head-only"),
+}
+SCORES = {"nuclei": "nuclei, mean IoU", "tissue": "MRI tissue, mean IoU"}
+
+
+def costs() -> tuple[dict[str, dict[str, Any]], dict[str, float]]:
+    """Read the memory of methods on Swin-B, 224 px, batch 8, and their time as a multiple of head only's."""
+    found = {row["method"]: row for row in rows("memory") if row["setting"] == "Swin-B classifier, 224 px, batch 8"}
+    seconds = {row["method"]: row["seconds"] for row in rows("speed") if row["setting"] == "Swin-B, 224 px, batch 8"}
+    return found, {method: value / seconds["head only"] for method, value in seconds.items()}
+
+
+def methods() -> str:
+    """The README's table: score, memory and time of E3VA's settings and of the methods to choose between."""
+    kept, times = costs()
+    scores = {title: found for task, title in SCORES.items() if (found := accuracy(task))}
+    body = []
+    for title, (cost, name) in METHODS.items():
+        found = [name if name.startswith("as ") else score_of(own.get(name)) for own in scores.values()]
+        sizes = ["", ""]
+        if cost in kept:
+            sizes = [f"{kept[cost][kind] / MIB:.0f} MiB" for kind in ("saved_bytes", "peak_bytes")]
+        cells = [*found, *sizes, f"{times[cost]:.2f}" if cost in times else ""]
+        if any(cells):
+            body.append([title, *cells])
+    return markdown(["method", *scores, "kept for backward", "peak", "time of a step"], body)
+
+
+def when() -> str:
+    """The README's list of when to use what."""
+    memory, times = costs()
+    kept = {method: f"{row['saved_bytes'] / MIB:.0f}" for method, row in memory.items()}
+    nuclei, cifar = (
+        {method: f"{row['mean']:.3f}" for method, row in accuracy(task).items()} for task in ("nuclei", "cifar10")
+    )
+    live = "".join(f", {score} with {name[5:]} live blocks" for name, score in nuclei.items() if "e3va-" in name)
+    lines = [
+        f"""**Memory is short:** E3VA with `tap_storage="recompute"`. It keeps {kept["E3VA, recompute"]} MiB where LoRA
+        keeps {kept["LoRA"]} and LoRA with checkpointing {kept["LoRA + checkpointing"]}, in
+        {times["E3VA, recompute"] / times["LoRA + checkpointing"]:.2f} of the latter's time.""",
+        f"""**Time is short:** plain E3VA, whose step takes {times["E3VA"]:.2f} of the head alone's; LoRA's takes
+        {times["LoRA"]:.2f}, with checkpointing {times["LoRA + checkpointing"]:.2f}.""",
+        f"""**The same images for many epochs or runs:** E3VA from a [cache](docs/cache.md); a whole step then takes
+        {cached("Swin-B"):.2f} of the head alone's on a Swin-B and {cached("ViT-B"):.2f} on a ViT-B.""",
+        f"""**The score is all that counts:** LoRA, or full fine-tuning. On nuclei they reach {nuclei["lora"]} and
+        {nuclei["full"]}, E3VA {nuclei["e3va"]}{live}, the head alone {nuclei["head-only"]}.""",
+        f"""**There is time for few steps only:** E3VA may gain nothing over the head alone yet. On CIFAR-10, after 250
+        steps, it has {cifar["e3va"]}, the head alone {cifar["head-only"]}, LoRA {cifar["lora"]}.""",
+    ]
+    return "\n".join(
+        fill(" ".join(line.split()), 119, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for line in lines
+    )
+
+
+def cached(model: str) -> float:
+    """Time of a whole step of E3VA from the cache, in int8, as a multiple of head only's."""
+    seconds = {row.get("method"): row.get("seconds") for row in rows("cache") if row["setting"].startswith(model)}
+    return seconds["E3VA from the cache, int8, two taps a block"] / seconds["head only"]
+
+
 TABLES = {
+    "methods": methods,
+    "when": when,
     "demo": demo,
     "memory": memory,
     "speed": speed,
@@ -289,15 +392,18 @@ TABLES = {
 
 
 def main() -> None:
-    """Fill in, or check, the marked places."""
-    path = ROOT / "README.md"
-    text = old = path.read_text()
-    for name, table in TABLES.items():
-        place = rf"(<!-- table: {name} -->\n).*?(<!-- end of table -->)"
-        text = re.sub(place, lambda match, table=table: f"{match[1]}{table()}\n{match[2]}", text, flags=re.S)
-    if "--check" in sys.argv:
-        sys.exit(0 if text == old else "README.md is out of date: run python benchmarks/readme_tables.py")
-    path.write_text(text)
+    """Fill in, or check, the marked places; a table without a place is an error, and so is a place without one."""
+    pages = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+    shown = [name for text in pages.values() for name in re.findall(r"<!-- table: (.+?) -->", text)]
+    if odd := set(shown) ^ set(TABLES):
+        sys.exit(f"tables without a place, or places without a table: {', '.join(sorted(odd))}")
+    place = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.S)
+    for path, old in pages.items():
+        text = place.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}\n{match[3]}", old)
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif text != old:
+            sys.exit(f"{path.name} is out of date: run python benchmarks/readme_tables.py")
 
 
 if __name__ == "__main__":

@@ -266,6 +266,21 @@ def _in_a_line(entry: dict[str, Any]) -> str:
 
 
 @app.command()
+def export(source: Source, output: Annotated[Path, typer.Argument(help="File to write, e.g. model.onnx.")]) -> None:
+    """Write a classifier or a segmenter as ONNX, compared with PyTorch by onnxruntime.
+
+    It takes any number of images, as the image processor prepares square ones. Detectors cannot be exported.
+
+    Example: [bold]e3va export runs/first model.onnx[/bold]
+    """
+    with _errors_in_plain_words():
+        from e3va_peft.training.export import export as run
+
+        _check_new_file(output)
+        typer.echo(run(source, output))
+
+
+@app.command()
 def plan(
     model: Annotated[
         str,

@@ -337,7 +337,8 @@ def _from_pretrained(
             f"adapter={source!r}: its base model {name!r} cannot be loaded. If it is elsewhere now, set "
             f"base_model_name_or_path in adapter_config.json. {error.__cause__ or error}"
         ) from error
-    elsewhere = (*saved, *(part for found in find_exits(model) for part in found.site.unused))
+    weightless = [name for name, module in model.named_modules() if next(module.parameters(), None) is None]  # a loss
+    elsewhere = (*saved, *weightless, *(part for found in find_exits(model) for part in found.site.unused))
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     random = sorted(key for key in absent if not any(key.startswith(f"{part}.") for part in elsewhere))
     if random:

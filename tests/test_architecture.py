@@ -266,11 +266,9 @@ def test_a_room_whose_packages_are_missing_names_the_install_line(room, without_
     assert "faster_coco_eval, matplotlib, PIL" in said and 'pip install "e3va_peft[train]"' in said
 
 
-def test_the_readme_shows_what_was_recorded(monkeypatch):
+def test_the_readme_and_the_pages_show_what_was_recorded(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["readme_tables.py", "--check"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(PACKAGE.parent / "benchmarks" / "readme_tables.py"), run_name="__main__")
-    assert not ended.value.code
+    runpy.run_path(str(PACKAGE.parent / "benchmarks" / "readme_tables.py"), run_name="__main__")  # or it exits
 
 
 def test_no_test_module_imports_from_another():

@@ -317,9 +317,9 @@ def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     assert (drawing != np.asarray(Image.open(shown / "val0.png"))).any()
 
 
-def test_the_readmes_python_goes_from_a_coco_file_to_masks(root, tmp_path, monkeypatch):
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n((?:(?!```).)*CascadeMaskRCNN\(.*?)```", readme, re.DOTALL)
+def test_the_documented_python_goes_from_a_coco_file_to_masks(root, tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "objects.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n((?:(?!```).)*CascadeMaskRCNN\(.*?)```", page, re.DOTALL)
     options = ", ".join(f"{name}={value!r}" for name, value in small_head("cascade-mask-rcnn").items())
     for theirs, ours in {
         "coco/train2017": f"{root}/shapes/coco/train",

@@ -23,10 +23,12 @@ from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
 from e3va_peft.data.images import open_label_map
 from e3va_peft.data.load import load_eval_split, load_splits
+from e3va_peft.detection import DetectionImageProcessor
 from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.drawing import palette
+from e3va_peft.training.export import export
 from e3va_peft.training.predict import evaluate, load_trained, predict, predict_together
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks.base import find_config, find_processor
@@ -602,3 +604,36 @@ def test_label_maps_are_written_in_the_numbering_of_the_users_own(tmp_path):
         right, counted = right + (found == truth)[truth > 0].sum(), counted + (truth > 0).sum()
     scores, _ = evaluate(str(tmp_path / "run"))
     assert scores["overall_accuracy"] == pytest.approx(right / counted)
+
+
+@pytest.mark.slow
+def test_an_exported_classifier_is_a_file_that_agrees_with_pytorch(tmp_path):
+    folder = tmp_path / "adapter"
+    base = BY_NAME["vit-classifier"].base()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), E3VAConfig(r=2, init_weights=False))
+    model.save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    done = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "model.onnx")])
+    assert done.exit_code == 0, done.output
+    assert "pixel_values (batch, 3, 28, 28) -> logits" in done.output
+    assert [path.name for path in tmp_path.glob("*.onnx*")] == ["model.onnx"]
+    again = CliRunner().invoke(app, ["export", str(folder), str(tmp_path / "model.onnx")])
+    assert again.exit_code == 1 and "output=" in again.output
+
+
+def test_a_detector_is_not_exported(tmp_path):
+    retinanet = BY_NAME["swin-retinanet"].base()
+    retinanet.save_pretrained(tmp_path / "base")
+    get_peft_model(type(retinanet).from_pretrained(tmp_path / "base"), E3VAConfig(r=2)).save_pretrained(tmp_path / "a")
+    DetectionImageProcessor().save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="detector"):
+        export(str(tmp_path / "a"), tmp_path / "model.onnx")
+
+
+def test_what_differs_from_pytorch_is_not_kept(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.onnx, "export", lambda model, images, path, **_: path.write_bytes(b"graph"))
+    monkeypatch.setattr("e3va_peft.training.export._difference", lambda *_: float("nan"))
+    with pytest.raises(UserError, match="differs"):
+        export(str(adapters / "classifier"), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,116 @@
+"""What README.md and the pages of docs/ show: Python runs, configs and commands are taken, files are there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import typer
+from peft import PeftModel, get_peft_model
+from PIL import Image
+
+import e3va_peft
+from e3va_peft.cli import app
+from e3va_peft.data.yaml import parse_yaml
+from e3va_peft.training import training_arguments
+from e3va_peft.training.config import read_config
+from tests.inputs import classify, save_swin, write
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(path: Path) -> str:
+    """A page, with the files that it takes in."""
+    text = path.read_text(encoding="utf-8")
+    return re.sub(r'^--8<-- "(.+)"$', lambda match: read(ROOT / match[1]).strip(), text, flags=re.MULTILINE)
+
+
+PAGES = {path.name: read(path) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+ELSEWHERE = {"objects.md"}  # the tests of detectors run it
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGES[page], re.MULTILINE | re.DOTALL)
+
+
+def commands() -> Iterator[list[str]]:
+    for page in PAGES:
+        for line in "".join(blocks(page, "bash")).replace("&&", "\n").splitlines():
+            words = shlex.split(line.partition(" > ")[0], comments=True)
+            if words[:1] == ["accelerate"]:
+                words = ["e3va", *words[words.index("e3va_peft") + 1 :]]
+            if words and Path(words[0]).name == "e3va":
+                yield words[1:]
+
+
+class Colors(torch.utils.data.Dataset):
+    """Four images, as a data set for the Trainer."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(i)), "labels": i % 2}
+
+
+@pytest.mark.parametrize("page", sorted(page for page in PAGES if blocks(page, "python") and page not in ELSEWHERE))
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PeftModel, "push_to_hub", lambda model, name: model.save_pretrained(name))  # a folder here
+    folder = save_swin(tmp_path / "swin")
+    base = transformers.SwinForImageClassification.from_pretrained(folder)
+    model = get_peft_model(base, e3va_peft.E3VAConfig())
+    model.save_pretrained("me/my-adapter")
+    for name in ("cells", "nuclei", "tissue"):
+        model.add_adapter(name, e3va_peft.E3VAConfig())
+    Image.new("RGB", (40, 40)).save("photo.jpg")
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    names = {
+        **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},
+        **{"training_arguments": partial(training_arguments, use_cpu=True), "train": Colors(), "test": Colors()},
+        **{"model": model, "base": type(base).from_pretrained(folder)},
+        "batch": batch,
+        "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),
+    }
+    for code in blocks(page, "python"):
+        code = code.replace("microsoft/swin-base-patch4-window7-224", str(folder))
+        code = code.replace('training_arguments("out"', 'training_arguments("out", max_steps=1')
+        exec(compile(code, page, "exec"), dict(names))
+
+
+def test_the_configs_of_all_pages_are_read(tmp_path):
+    shown = [parse_yaml(text, page) for page in PAGES for text in blocks(page, "yaml")]
+    assert len(shown) > 4
+    for values in shown:
+        values = values if "task" in values else classify(tmp_path) | values
+        read_config(str(write(tmp_path / "shown.yaml", values)), ())
+
+
+def test_the_commands_of_all_pages_are_taken(tmp_path):
+    known = typer.main.get_command(app).commands
+    shown = list(commands())
+    assert {words[0] for words in shown} >= {"train", "eval", "predict", "compare", "recipes", "demo"} <= known.keys()
+    for words in shown:
+        context = known[words[0]].make_context(words[0], words[1:])
+        if fields := context.params.get("overrides"):
+            read_config(str(write(tmp_path / "my.yaml", classify(tmp_path))), fields)
+
+
+def test_every_file_that_a_page_names_is_there():
+    for page, text in PAGES.items():
+        for name in re.findall(r"\b(?:benchmarks|examples|notebooks|e3va_peft)/[\w/-]*(?:\.\w+)?", text):
+            assert (ROOT / name).exists(), f"{page}: {name}"
+    for target in re.findall(r"\]\(([^)#]+)|(?:src|srcset)=\"([^\"]+)", PAGES["README.md"]):
+        (target,) = filter(None, target)
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
