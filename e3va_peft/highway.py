@@ -5,14 +5,15 @@ residual stream, `z` the lane, `n(t)` a tap normalised over its channels:
 
     adapter   A(t) = s (GELU(n(t) U1 V1 + b1) U2 V2 + b2)   dual low-rank
     lane      z_l  = z_{l-1} + A(attention_l) + A'(mlp_l)   or, with one tap per block, + A(attention_l + mlp_l)
+              z_l  = z_{l-1} + A(x_{l-1})                       with a tap of the stream, alone or beside the others
     merging   z    = PM(x + z) - PM(x)                      PM: the backbone's own frozen patch merging
     live      x_l  = x_{l-1} + attention_l + A(attention_l) + ...   where gradient passes the block, from x + z on
 
 *The paper's*: the dual low-rank adapter, the sum, patch merging. *Inferred*, because the paper gives neither code nor
 these details: k = C/2, the place of GELU, the norm n, the lane starting at zero, the initialisation. *Ours*: the scale
-s of an answer, live blocks. `benchmarks/results/choices.json` compares norms, scales of an answer and a factor on the
-sum (1, 1/sqrt(n), 1/n, learnt; 1 here): without live blocks all are within noise of each other on two tasks. One of
-its scales, a constant for each adapter (`calibrated`), won nothing and is not in the package.
+s of an answer, taps of the stream, live blocks. `benchmarks/results/choices.json` compares norms, scales of an answer
+and a factor on the sum (1, 1/sqrt(n), 1/n, learnt; 1 here): without live blocks all are within noise of each other on
+two tasks. One of its scales, a constant for each adapter (`calibrated`), won nothing and is not in the package.
 
 `adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
 values and gradients and keeps less for backward.
