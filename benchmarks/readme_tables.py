@@ -79,7 +79,7 @@ def markdown(header: list[str], body: list[list[str]]) -> str:
 
 def demo() -> str:
     """Table of `e3va demo`."""
-    header = ["method", "trained", "kept for backward", "peak", "s per step", "mIoU", "training"]
+    header = ["method", "trained", "kept for backward", "peak", "s per step", "mIoU", "epochs", "training"]
     body = [
         [
             row["method"],
@@ -88,6 +88,7 @@ def demo() -> str:
             f"{row['peak_bytes'] / MIB:.0f} MiB",
             f"{row['step_seconds']:.2f}",
             f"{row['mean_iou']:.3f}",
+            str(row["epochs"]),
             f"{row['training_seconds']:.0f} s",
         ]
         for row in rows("demo")

@@ -50,7 +50,7 @@ def test_demo_runs_the_whole_road(tiny_vit, tmp_path):
 
 def test_methods_start_from_the_same_model_and_train_the_same_head(tiny_vit):
     heads = {}
-    for method, _ in demo.COMPARED:
+    for method, *_ in demo.COMPARED:
         torch.manual_seed(0)
         model = adapt(demo.build_base(tiny_vit), method)
         trained = [p for n, p in model.named_parameters() if p.requires_grad and "decode_head" in n]
