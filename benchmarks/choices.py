@@ -14,14 +14,13 @@ begin at zero: AdamW's steps do not depend on the size of a gradient. It is put 
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from record import RESULTS, quiet, replace_row, training_parser
+from record import RESULTS, quiet, replace_row, spread, training_parser
 from torch import Tensor, nn
 from training import SETTINGS, overrides, result
 
@@ -95,9 +94,7 @@ def record(task: str, choice: Mapping[str, Any], runs: list[dict[str, Any]]) -> 
         "metric": metric,
         "learning_rate": RATES[task],
         "steps": runs[0]["steps"],
-        "scores": scores,
-        "mean": statistics.fmean(scores),
-        "deviation": statistics.stdev(scores),
+        **spread(scores),
     }
     replace_row(RESULTS / "choices.json", about, row)
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import warnings
@@ -60,6 +61,12 @@ def save(name: str, rows: list[dict[str, Any]], *more: str, folder: Path = RESUL
     """Write `<folder>/<name>.json` with the rows and where they come from, the versions of `more` included."""
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.json", json.dumps({**origin(*more), "rows": rows}, indent=2) + "\n")
+
+
+def spread(scores: list[float]) -> dict[str, Any]:
+    """Scores of the seeds of a method, their mean, and their standard deviation, None of one seed."""
+    deviation = statistics.stdev(scores) if len(scores) > 1 else None
+    return {"scores": scores, "mean": statistics.fmean(scores), "deviation": deviation}
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

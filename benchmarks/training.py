@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import quiet, save, training_parser
+from record import quiet, save, spread, training_parser
 
 from e3va_peft.compare.run import Comparison, measure_steps
 from e3va_peft.data.load import load_splits
@@ -183,9 +183,7 @@ def train_all(args: argparse.Namespace) -> list[dict[str, Any]]:
             {
                 "method": method,
                 "metric": setting.metric,
-                "scores": scores,
-                "mean": statistics.fmean(scores),
-                "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+                **spread(scores),
                 "learning_rate": rates[method][0],
                 "searched": rates[method][1],
                 "trained_parameters": done[0]["trained_parameters"],

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from e3va_peft.backbones import Backbone, Site, child, family_of
 from e3va_peft.backbones.base import submodule
-from e3va_peft.fingerprint import weights
 from e3va_peft.layer import METHOD_CHILD, E3VALayer
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -159,19 +158,15 @@ def layers_of(model: nn.Module) -> list[E3VALayer]:
     return [module for module in model.modules() if isinstance(module, E3VALayer)]
 
 
-def frozen_modules(model: nn.Module, layer: E3VALayer) -> list[nn.Module]:
-    """Return the modules of a model that decide what a layer's frozen pass is."""
+def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
     modules = dict(model.named_modules())
 
     def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
         return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
 
-    return [*layer.frozen, *map(find, layer.front)]
-
-
-def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
-    found = list(weights(frozen_modules(model, layer)))
+    states = [module.state_dict(keep_vars=True) for module in (*layer.frozen, *map(find, layer.front))]
     if layer.is_method:  # beside the modules of the stream stand a class token, positions
-        found += [(name, p) for name, p in layer.exit.named_parameters(recurse=False) if "e3va_" not in name]
-    return found
+        states.append(dict(layer.exit.named_parameters(recurse=False)))
+    pairs = (pair for state in states for pair in state.items())
+    return [(name, value) for name, value in pairs if "e3va_" not in name and isinstance(value, Tensor)]

@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
-
-
-def weights(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights of modules by name, without highways."""
-    for module in modules:
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            if "e3va_" not in name and isinstance(tensor, Tensor):
-                yield name, tensor
+from torch import Tensor
 
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import CONTAINERS, Exit, base_modules, frozen_modules, layers_of, learns
-from e3va_peft.fingerprint import checksum, weights
+from e3va_peft.exits import CONTAINERS, Exit, base_modules, frozen_weights, layers_of, learns
+from e3va_peft.fingerprint import checksum
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
 from e3va_peft.layer import AdaptedMethod, E3VALayer, has_units
@@ -209,8 +209,8 @@ def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] 
     layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
     if will_be_sharded() or has_units(model):
         return None
-    parts = [frozen_modules(model, layer) for layer in layers]
-    tensors = [tensor for part in parts for _, tensor in weights(part)]
+    parts = [frozen_weights(model, layer) for layer in layers]
+    tensors = [tensor for part in parts for _, tensor in part]
     if not tensors or not all(map(_is_plain, tensors)):
         return None
     sums = [_remembered(layer, part) for layer, part in zip(layers, parts, strict=True)]
@@ -225,14 +225,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not hasattr(tensor, "ds_numel")
 
 
-def _remembered(layer: E3VALayer, modules: Sequence[nn.Module]) -> str:
-    """Return the checksum of a layer's frozen modules, computed again only where a weight moved or was written."""
-    state = tuple(
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in weights(modules)
-    )
+def _remembered(layer: E3VALayer, weights: Sequence[tuple[str, Tensor]]) -> str:
+    """Return the checksum of a layer's frozen weights, computed again only where one moved or was written."""
+    state = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in weights)
     known: Any = layer.__dict__.get("_fingerprint")
     if known is None or known[0] != state or any(version is None for _, version in state):
-        known = layer.__dict__["_fingerprint"] = (state, checksum(weights(modules)))
+        known = layer.__dict__["_fingerprint"] = (state, checksum(weights))
     return str(known[1])
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as if started there: what benchmarks share
-from record import RESULTS, origin, quiet
+from record import RESULTS, origin, quiet, spread
 from training import overrides
 
 from e3va_peft.data.yaml import parse_yaml
@@ -105,8 +104,8 @@ class Protocol:
             if time.monotonic() > self.args.deadline:
                 raise SystemExit(f"time is up before {name}; the same command continues")
             start = time.perf_counter()
-            found = self._demo(name, method, rate, seed, search) if self.task.recipe == "demo" else None
-            found = found or self._command(name, method, rate, seed, search)
+            train_one = self._demo if self.task.recipe == "demo" else self._command
+            found = train_one(name, method, rate, seed, search)
             row = {
                 **{"task": self.task.name, "method": method, "options": SETTINGS[method]},
                 **{"part": "search" if search else "seed", "learning_rate": rate, "seed": seed},
@@ -208,9 +207,7 @@ def summary(task: str) -> list[dict[str, Any]]:
         scores = [row["score"] for row in seeds]
         rows.append(
             {
-                **{"task": task, "method": method, "metric": seeds[0]["metric"], "scores": scores},
-                "mean": statistics.fmean(scores),
-                "deviation": statistics.stdev(scores) if len(scores) > 1 else None,
+                **{"task": task, "method": method, "metric": seeds[0]["metric"], **spread(scores)},
                 **{key: seeds[0][key] for key in ("learning_rate", "steps", "epochs", "trained_parameters")},
                 "searched": {f"{row['learning_rate']:g}": row["score"] for row in own if row["part"] == "search"},
             }

@@ -74,10 +74,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     for name in arguments.report_to:
         if name not in INTEGRATION_TO_CALLBACK:
             raise UserError(f"training.report_to={name!r}: {one_of(name, ['none', *INTEGRATION_TO_CALLBACK])}")
-        if name not in (
-            *get_available_reporting_integrations(),
-            "flyte",
-        ):  # which is not among those that it looks for
+        if name not in (*get_available_reporting_integrations(), "flyte"):  # which it does not look for
             raise UserError(
                 f"training.report_to={name!r}: is not installed. Run `pip install {name.replace('_', '-')}`, or leave "
                 "report_to out."
