@@ -27,13 +27,21 @@ from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
-from e3va_peft.training.config import parse_config, read_config
+from e3va_peft.training.config import RunConfig, parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.trainer import VisionTrainer
 from tests.helpers import Stop, adapter_weights, by_two, stop_after
 from tests.inputs import classify, detect, segment, write
+
+
+def train_until(step: int, config: RunConfig, monkeypatch) -> None:
+    """Train, and be killed in the middle of a step."""
+    with monkeypatch.context() as patch:
+        stop_after(step, patch)
+        with pytest.raises(Stop):
+            train(config)
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +76,7 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
 
 def test_curves_are_drawn_after_each_evaluation_and_at_the_end(tmp_path, monkeypatch, curves):
     config, picture = parse_config(classify(tmp_path)), tmp_path / "run" / "curves.png"
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(4, config, monkeypatch)
     assert picture.stat().st_size > 5000
     first = picture.read_bytes()
     train(config)
@@ -170,10 +175,7 @@ def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(metho
     options = {"method": method, "model_options": {"drop_path_rate": 0.0}}
     whole = train(parse_config(classify(tmp_path, "whole", **arguments) | options))
     config = parse_config(classify(tmp_path, "cut", **arguments) | options)
-    with monkeypatch.context() as patch:
-        stop_after(7, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(7, config, monkeypatch)
     resumed = train(config)
     assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 12
     first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
@@ -183,10 +185,7 @@ def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(metho
 
 def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path, monkeypatch, capsys):
     config = parse_config(classify(tmp_path, num_train_epochs=4, save_total_limit=3))
-    with monkeypatch.context() as patch:
-        stop_after(10, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(10, config, monkeypatch)
     newest = tmp_path / "run" / "checkpoint-9"
     for name in ("adapter_model.safetensors", "optimizer.pt", "trainer_state.json"):
         data = (newest / name).read_bytes()
@@ -263,10 +262,7 @@ def test_a_run_without_a_whole_checkpoint_says_that_it_starts_from_the_beginning
 @pytest.mark.parametrize("change", ["fewer", "other-file", "other-label", "touched", "checkpoint-of-before"])
 def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path, num_train_epochs=2))
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(4, config, monkeypatch)
     red = tmp_path / "colors" / "train" / "red"
     image = next(red.iterdir())
     if change in ("fewer", "checkpoint-of-before"):
@@ -288,10 +284,7 @@ def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
 
 def test_a_run_does_not_resume_on_another_base(tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path, num_train_epochs=2))
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(4, config, monkeypatch)
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     next(value for name, value in weights.items() if "layers.0" in name).view(-1)[0] += 1
@@ -303,10 +296,7 @@ def test_a_run_does_not_resume_on_another_base(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["e3va", "head-only"])
 def test_a_run_whose_best_checkpoint_was_damaged_resumes_and_ends(method, tmp_path, monkeypatch, capsys):
     config = parse_config(classify(tmp_path, num_train_epochs=3, save_total_limit=3) | {"method": method})
-    with monkeypatch.context() as patch:
-        stop_after(7, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(7, config, monkeypatch)
     newest = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
     best = Path(newest["best_model_checkpoint"])
     assert best.name == "checkpoint-3"
@@ -319,10 +309,7 @@ def test_a_run_whose_best_checkpoint_was_damaged_resumes_and_ends(method, tmp_pa
 @pytest.mark.parametrize("part", ["highway|lora_A", "classifier"])
 def test_a_checkpoint_that_lacks_weights_of_its_adapter_is_not_resumed_from(method, part, tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path) | {"method": method})
-    with monkeypatch.context() as patch:
-        stop_after(7, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(7, config, monkeypatch)
     file = tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors"
     weights = {name: value for name, value in load_file(file).items() if not re.search(part, name)}
     save_file(weights, file, metadata={"format": "pt"})
@@ -396,10 +383,7 @@ def test_ctrl_c_in_an_evaluation_stops_behind_it(tmp_path, monkeypatch):
 
 def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path, num_train_epochs=2))
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        with pytest.raises(Stop):
-            train(config)
+    train_until(4, config, monkeypatch)
     (tmp_path / "run" / "metrics.json").touch()
     assert train(config)["resumed"]
 
