@@ -48,6 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"e3va-{live}": {"name": "e3va", "live_blocks": live} for live in LIVE},
     "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},
 }
+CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
+SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-stream")}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of a method's default
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -63,6 +65,8 @@ class Task:
         seeds: Of head, data order and augmentation.
         epochs: Of a run that is scored on the evaluation images.
         search_epochs: Of a run that is scored on training images set aside.
+        cached_epochs: Of a run from a cache that is scored on the evaluation images, and as many more when searching.
+        views: How often a cache draws the augmentation of an image.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
         search: More of them that set training images aside.
         quick: More of them that leave a few images.
@@ -74,6 +78,8 @@ class Task:
     seeds: list[int]
     epochs: int
     search_epochs: int
+    cached_epochs: int
+    views: int = 1
     fields: Sequence[str] = ()
     search: Sequence[str] = ()
     quick: Sequence[str] = ()
@@ -122,7 +128,8 @@ class Protocol:
         fields += overrides(str(self._folder(name)), self.args.model, rate, seed)
         fields += self.task.search if search else ()
         fields += self.task.quick if self.args.quick else ()
-        fields += ["data.verify=false", f"training.num_train_epochs={self._epochs(search)}"]
+        fields += ["data.verify=false", f"training.num_train_epochs={self._epochs(method, search)}"]
+        fields += [f"cache.views={self.task.views}", "cache.storage=fp16"] if method.endswith(CACHED) else ()
         options = dict(SETTINGS[method])
         fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
         return read_config(self.task.recipe, fields)
@@ -130,8 +137,11 @@ class Protocol:
     def _folder(self, name: str) -> Path:
         return Path(self.args.runs) / self.task.name / name
 
-    def _epochs(self, search: bool) -> int:
-        return 1 if self.args.quick else self.task.search_epochs if search else self.task.epochs
+    def _epochs(self, method: str, search: bool) -> int:
+        if self.args.quick:
+            return 1
+        epochs = self.task.search_epochs if search else self.task.epochs
+        return epochs * self.task.cached_epochs // self.task.epochs if method.endswith(CACHED) else epochs
 
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
@@ -146,8 +156,8 @@ class Protocol:
         fit, scored = set_aside(mni152_slices()[0]) if search else mni152_slices()
         if self.args.quick:
             fit, scored = choose(fit, range(8)), choose(scored, range(2))
-        epochs = self._epochs(search)
-        model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, self._folder(name), epochs, seed)
+        epochs, cache = self._epochs(method, search), method.endswith(CACHED)
+        model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, self._folder(name), epochs, seed, cache)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         score = mean_iou(predict(model, scored), scored)
         return {"score": score, "steps": epochs * -(-len(fit) // 2), "epochs": epochs, "trained_parameters": trained}
