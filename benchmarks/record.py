@@ -41,12 +41,19 @@ def quiet() -> None:
 def origin(*more: str) -> dict[str, Any]:
     """Return where a result comes from, the versions of `more` packages included."""
     return {
-        "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *(Path(a).name for a in sys.argv[1:])]),
+        "command": " ".join(["python", script(), *(Path(a).name for a in sys.argv[1:])]),
         "revision": revision(),
         "versions": versions(*more),
         "python": platform.python_version(),
         "machine": machine(),
     }
+
+
+def script() -> str:
+    """Return the script that runs, from the root of the repository on."""
+    path = Path(sys.argv[0]).resolve()
+    root = RESULTS.parents[1]
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
 
 
 def revision() -> str:
