@@ -97,6 +97,8 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "E3VA, all live": lambda model: by("e3va", live_blocks=blocks_of(model))(model),
     "E3VA, 2 live, int8": by("e3va", live_blocks=2, tap_storage="int8"),
     "E3VA, 2 live, recompute": by("e3va", live_blocks=2, tap_storage="recompute"),
+    "E3VA+": by("e3va-plus"),
+    "E3VA+, recompute": by("e3va-plus", tap_storage="recompute"),
     "head only": by("head-only"),
 }
 

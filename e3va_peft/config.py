@@ -21,6 +21,7 @@ _EXITS: Rule = (
     "of the backbone: leave it out, and the exit is found by itself.",
 )
 _MOST = 10**6
+PLUS: dict[str, Any] = {"taps": ("stream",), "r": 64, "bottleneck_ratio": 1, "tap_storage": "int4"}
 _NOT_GIVEN: Any = object()  # unlike None, which is a choice
 _FLAG: Rule = (lambda _: True, "must be True or False.")
 _RULES: dict[str, Rule] = {
@@ -165,6 +166,18 @@ class E3VAConfig(PeftConfig):
             if len(set(self.taps)) < len(self.taps) or ("block" in self.taps and len(self.taps) > 1):
                 raise ValueError(f"taps={self.taps!r}: must be names of branches, each once, or ('block',) alone.")
             self.taps = tuple(self.taps)
+
+    @classmethod
+    def plus(cls, **options: Any) -> "E3VAConfig":
+        """E3VA+, this package's own choice: an adapter of rank 64 a block, which reads the stream, kept in 4 bits.
+
+        Against the paper's setting it keeps fewer bytes and learns faster (`benchmarks/results/accuracy/`), with two
+        to three times the parameters: 3.1 instead of 1.2 million on Swin-B.
+
+        Args:
+            options: More fields, or other values of those that it sets.
+        """
+        return cls(**PLUS | options)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`; where the adapter is in a model, let that write what travels with it.

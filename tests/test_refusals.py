@@ -59,6 +59,16 @@ def test_config_keeps_what_it_was_given_in_a_normal_form():
     assert config.peft_type == PeftType.E3VA
 
 
+def test_the_setting_of_e3va_plus_takes_further_fields_and_other_values(tmp_path):
+    plus = E3VAConfig.plus(live_blocks=2, tap_storage="recompute")
+    assert plus == E3VAConfig(taps=("stream",), r=64, bottleneck_ratio=1, tap_storage="recompute", live_blocks=2)
+    assert E3VAConfig.plus().tap_storage == "int4"
+    plus.save_pretrained(tmp_path)
+    assert E3VAConfig.from_pretrained(tmp_path).taps == ("stream",)
+    with pytest.raises(TypeError, match="rank"):
+        E3VAConfig.plus(rank=8)
+
+
 def test_every_field_of_the_config_has_help():
     own = set(E3VAConfig.__dataclass_fields__) - set(E3VAConfig.__mro__[1].__dataclass_fields__)
     assert own == {

@@ -26,7 +26,7 @@ from readme_tables import MIB, markdown, score_of
 HEADER = ["method", "score", "rate", "epochs", "trained", "kept", "peak", "s a step", "s in all", "best of those"]
 STYLES = {"e3va": ("#D55E00", "*"), "head-only": ("#000000", "D"), "full": ("#000000", "s")}
 OTHERS = ("#0072B2", "o")
-TWINS = {"lora-checkpointing": "lora", "e3va-stream-recompute": "e3va-stream"}  # the same gradients at another cost
+TWINS = {"lora-checkpointing": "lora", "e3va-plus-recompute": "e3va-stream"}  # the same gradients at another cost
 
 Row = dict[str, Any]
 

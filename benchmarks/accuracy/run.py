@@ -46,10 +46,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "lora_alpha": 8},  # PEFT's own scale
     "e3va": {"name": "e3va"},
     **{f"e3va-{live}": {"name": "e3va", "live_blocks": live} for live in LIVE},
-    "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},
+    "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},  # E3VA+, taps not rounded
+    "e3va-plus": {"name": "e3va-plus"},
 }
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
-SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-stream")}
+SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-plus")}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of a method's default
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -129,7 +130,7 @@ class Protocol:
         fields += self.task.search if search else ()
         fields += self.task.quick if self.args.quick else ()
         fields += ["data.verify=false", f"training.num_train_epochs={self._epochs(method, search)}"]
-        fields += [f"cache.views={self.task.views}", "cache.storage=fp16"] if method.endswith(CACHED) else ()
+        fields += [f"cache.views={self.task.views}", "cache.storage=int8"] if method.endswith(CACHED) else ()
         options = dict(SETTINGS[method])
         fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
         return read_config(self.task.recipe, fields)

@@ -17,7 +17,7 @@ from e3va_peft.methods.adapter import ADAPTER
 from e3va_peft.methods.adaptformer import ADAPTFORMER
 from e3va_peft.methods.base import INSERTED, Method, refuse_lost, trained_whole
 from e3va_peft.methods.bitfit import BITFIT
-from e3va_peft.methods.e3va import E3VA
+from e3va_peft.methods.e3va import E3VA, E3VA_PLUS
 from e3va_peft.methods.full import FULL
 from e3va_peft.methods.head_only import HEAD_ONLY
 from e3va_peft.methods.lora import LORA
@@ -30,7 +30,7 @@ from e3va_peft.methods.partial import PARTIAL_1
 __all__ = ["INSERTED", "METHODS", "Method", "adapt", "refuse_lost", "settings", "trained_whole"]
 
 _CHOOSING, _INSERTING = (FULL, HEAD_ONLY, PARTIAL_1, BITFIT, NORM_TUNING), (ADAPTER, ADAPTFORMER, LORAND, MONA)
-METHODS = {method.name: method for method in (*_CHOOSING, *_INSERTING, LORA, LORA_CHECKPOINTING, E3VA)}
+METHODS = {method.name: method for method in (*_CHOOSING, *_INSERTING, LORA, LORA_CHECKPOINTING, E3VA_PLUS, E3VA)}
 """All methods by name."""
 
 

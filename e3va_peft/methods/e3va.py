@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from peft import get_peft_model
@@ -16,6 +17,11 @@ def e3va(model: nn.Module, **options: Any) -> nn.Module:
     return get_peft_model(model, E3VAConfig(**options))
 
 
+def e3va_plus(model: nn.Module, **options: Any) -> nn.Module:
+    """Train a highway as `E3VAConfig.plus` has it."""
+    return get_peft_model(model, E3VAConfig.plus(**options))
+
+
 SOURCE = "Yin et al., ACM MM 2024, arXiv 2306.09729"
 SETTINGS: dict[str, dict[str, Any]] = {
     "E3VA, block taps": {"taps": ("block",)},
@@ -24,4 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 E3VA = Method(
     "e3va", "E3VA", "highway", e3va, 2e-3, SOURCE, E3VAConfig, "adapter", True, published=1.20, settings=SETTINGS
+)
+E3VA_PLUS = replace(
+    E3VA, name="e3va-plus", title="E3VA+", adapt=e3va_plus, source="this package", published=None, settings={}
 )

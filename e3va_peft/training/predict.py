@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversal
 
 from e3va_peft import detection
 from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
+from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples
 from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
 from e3va_peft.data.load import load_eval_split
@@ -149,8 +150,9 @@ def _class_names(config: Any) -> tuple[str, ...]:
 
 
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
-    saves = "" if config is None else METHODS[config.method_name].saves
-    if folder is not None and config is not None and saves == "adapter" and config.method_name != "e3va":
+    method = None if config is None else METHODS[config.method_name]
+    saves = "" if method is None else method.saves
+    if folder is not None and method is not None and saves == "adapter" and method.options is not E3VAConfig:
         base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
         with warnings.catch_warnings():  # as `norm_tuning` does
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)

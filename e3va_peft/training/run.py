@@ -21,12 +21,13 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
+from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.load import load_splits
 from e3va_peft.data.objects import Objects
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
-from e3va_peft.methods import adapt, refuse_lost
+from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import CURVES, METRICS, begin, check_output, locked
@@ -157,7 +158,7 @@ def _build_trainer(
     refuse_lost(adapted, new)
     progress_bar = Progress(task.main_metric, quiet=arguments.disable_tqdm)
     callbacks = [progress_bar, Curves(Path(config.output) / CURVES, task.main_metric)]
-    callbacks += [MetricsToCard()] if config.method_name == "e3va" else []
+    callbacks += [MetricsToCard()] if METHODS[config.method_name].options is E3VAConfig else []
     return VisionTrainer(
         task,
         processor,
