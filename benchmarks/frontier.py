@@ -21,6 +21,7 @@ STYLES = {
     "E3VA, no live block": ("#D55E00", "*", 12),
     "E3VA, live blocks": ("#E69F00", "P", 8),
     "LoRA": ("#0072B2", "o", 7),
+    "AdaptFormer, Mona": ("#009E73", "^", 7),
     "full": ("#000000", "s", 7),
 }
 
@@ -29,7 +30,7 @@ def kind_of(method: str) -> str:
     """Return the group that a method is drawn in."""
     if method.startswith("E3VA"):
         return "E3VA, live blocks" if "live" in method else "E3VA, no live block"
-    return "LoRA" if method.startswith("LoRA") else "full"
+    return next((kind for kind in STYLES if method.split(" +")[0] in kind), "full")
 
 
 def points() -> dict[str, dict[str, tuple[float, float]]]:

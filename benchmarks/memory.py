@@ -84,6 +84,8 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "LoRA": by("lora", lora_alpha=8),
     "LoRA + checkpointing": by("lora-checkpointing", lora_alpha=8),
     "LoRA + checkpointing, blocks only": lambda model: blocks_only(METHODS["LoRA + checkpointing"](model)),
+    "AdaptFormer": by("adaptformer"),
+    "Mona": by("mona"),
     "E3VA": by("e3va"),
     "E3VA, one tap a block": by("e3va", taps=("block",)),
     "E3VA, int8": by("e3va", tap_storage="int8"),

@@ -6,10 +6,12 @@
     python benchmarks/accuracy/run.py nuclei ... --quick                                         # a few steps of each
     python benchmarks/accuracy/run.py --list                                                     # what is recorded
 
-A task is a file beside this one. All methods get the same head, images, order, augmentation and epochs. A learning
-rate is searched for each from its default on, by factors of two, until the best one is bracketed on both sides, on a
-part of the *training* images that is set aside; the evaluation images are seen once per seed, at the end. A run that
-was stopped resumes at its last epoch, and what is recorded is not trained again: `results/accuracy/TASK/*.json`.
+A task is a file beside this one. All methods get the same head, images, order, augmentation and epochs; only those
+whose names end in -cached see the images more often, as the task says, in about as much time as LoRA takes. A learning
+rate is searched for each from its default on (or the task's `centres`), by factors of two, until the best one is
+bracketed on both sides, on a part of the *training* images that is set aside; the evaluation images are seen once per
+seed, at the end. A run that was stopped resumes at its last epoch, and what is recorded is not trained again:
+`results/accuracy/TASK/*.json`.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
 SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-plus")}
-SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of a method's default
+SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
 
@@ -67,6 +69,7 @@ class Task:
         epochs: Of a run that is scored on the evaluation images.
         search_epochs: Of a run that is scored on training images set aside.
         cached_epochs: Of a run from a cache that is scored on the evaluation images, and as many more when searching.
+        centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
         search: More of them that set training images aside.
@@ -80,6 +83,7 @@ class Task:
     epochs: int
     search_epochs: int
     cached_epochs: int
+    centres: Mapping[str, float] = field(default_factory=dict)
     views: int = 1
     fields: Sequence[str] = ()
     search: Sequence[str] = ()
@@ -165,7 +169,7 @@ class Protocol:
 
     def best_rate(self, method: str) -> float:
         """The learning rate that did best on images set aside, with worse ones on both sides."""
-        default = METHODS[SETTINGS[method]["name"]].learning_rate
+        default = self.task.centres.get(method, METHODS[SETTINGS[method]["name"]].learning_rate)
         return bracketed(lambda factor: self.score(method, default * factor, 0, search=True)) * default
 
     def all(self, methods: Sequence[str]) -> None:
