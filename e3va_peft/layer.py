@@ -175,13 +175,15 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             exit.get_submodule(stage.blocks[0]).register_forward_pre_hook(GridTap(i))
             for j, block in enumerate(stage.blocks[:depth]):
                 points = self.family.tap_points(exit, block)
-                chosen = tuple(points) if self.taps == BLOCK else self.taps
+                live = self.live is not None and (i, j) >= self.live
+                summed = self.taps == BLOCK or (live and self.taps == (STREAM,))  # the stream alone: before live blocks
+                chosen = tuple(points) if summed else self.taps
                 points[STREAM] = TapPoint(exit.get_submodule(block), "input", None)
-                if self.live is not None and (i, j) >= self.live:  # before a tap reads what the lane has entered
+                if live:  # before a tap reads what the lane has entered
                     exit.get_submodule(block).register_forward_pre_hook(LiveInput(), with_kwargs=True)
                     exit.get_submodule(block).register_forward_hook(LiveOutput())
                 for k, name in enumerate(chosen):
-                    index, parts = (j, len(chosen)) if self.taps == BLOCK else (j * len(self.taps) + k, 1)
+                    index, parts = (j, len(chosen)) if summed else (j * len(self.taps) + k, 1)
                     tap = Tap(i, index, points[name].read, parts, f"{block}: {name}")
                     if tap.read == "input":
                         points[name].module.register_forward_pre_hook(tap)

@@ -97,6 +97,20 @@ def test_the_lane_enters_the_first_live_block(taps):
     assert not torch.allclose(states[-1], adapted_states[-1])
 
 
+@pytest.mark.parametrize("name", ["swin-classifier", "vit-classifier", "dinov2-classifier", "convnext-classifier"])
+def test_taps_of_the_stream_alone_read_live_blocks_as_their_sum(name):
+    case = BY_NAME[name]
+    depth = sum(layers(adapted(case))[0].depth)
+    for blocks, other, live in ((depth, "block", depth), (2, "stream", 0)):
+        left = adapted(case, init_weights=False, modules_to_save=[], taps=("stream",), live_blocks=blocks).double()
+        right = adapted(case, init_weights=False, modules_to_save=[], taps=(other,), live_blocks=live).double()
+        right.load_state_dict(left.state_dict())
+        found, expected = (outputs(model, double(case.batch())) for model in (left, right))
+        states = [key for key in found if "hidden_states[" in key]
+        same = [key for key in states if torch.allclose(found[key], expected[key], rtol=1e-10, atol=1e-10)]
+        assert same == states if other == "block" else 0 < len(same) < len(states)
+
+
 @every_model_but("swin-mask2former")  # its loss samples points in fp32
 def test_checkpointing_changes_no_gradient_and_keeps_less(case):
     found, kept = {}, {}
