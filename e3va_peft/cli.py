@@ -239,7 +239,11 @@ def predict(
         for folder, entries in found.items():
             for entry in entries[:20]:
                 console.print(f"{escape(entry['file'])}: {_in_a_line(entry)}")
-            console.print(escape(f"{len(entries)} images: {folder / 'predictions.json'}"))
+            console.print(
+                escape(
+                    f"{len(entries)} images: {folder / 'predictions.json'}, and to look at: {folder / 'index.html'}"
+                )
+            )
         broken = [entry for entry in next(iter(found.values())) if "error" in entry]
         if broken:
             typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)

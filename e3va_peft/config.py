@@ -68,9 +68,10 @@ class E3VAConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Points of a block to read, one adapter for each: branches by the backbone's own names, before "
-            "their residual add, such as ('attention', 'mlp') or ('branch',); 'stream', what enters the block, alone "
-            "or beside them (ours; alone, a live block is read as by ('block',)); or ('block',), the branches' sum. One tap a block halves what taps keep for "
-            "backward. None means all of the backbone's branches."
+            "their residual add, such as ('attention', 'mlp') or ('branch',); 'stream', what enters the block, "
+            "alone or beside them (ours; alone, a live block is read as by ('block',)); or ('block',), the "
+            "branches' sum. One tap a block halves what taps keep for backward. None means all of the "
+            "backbone's branches."
         },
     )
     tap_norm: str | None = field(

@@ -176,7 +176,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             for j, block in enumerate(stage.blocks[:depth]):
                 points = self.family.tap_points(exit, block)
                 live = self.live is not None and (i, j) >= self.live
-                summed = self.taps == BLOCK or (live and self.taps == (STREAM,))  # the stream alone: before live blocks
+                summed = self.taps == BLOCK or (live and self.taps == (STREAM,))
                 chosen = tuple(points) if summed else self.taps
                 points[STREAM] = TapPoint(exit.get_submodule(block), "input", None)
                 if live:  # before a tap reads what the lane has entered

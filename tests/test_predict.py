@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import datasets
 import numpy as np
@@ -31,6 +33,7 @@ from e3va_peft.training.drawing import palette
 from e3va_peft.training.export import export
 from e3va_peft.training.predict import evaluate, load_trained, predict, predict_together
 from e3va_peft.training.run import train
+from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.inputs import segment
 from tests.models import BY_NAME
@@ -93,7 +96,7 @@ def test_a_classifier_names_the_most_probable_classes_of_each_image(adapters, pi
         found = entry["predictions"]
         assert [item["label"] for item in found] == [LABELS[i] for i in scores.argsort(descending=True)[:2].tolist()]
         np.testing.assert_allclose([item["score"] for item in found], scores.sort(descending=True)[0][:2], rtol=1e-5)
-    assert not (output / "masks").exists() and not (output / "overlays").exists()
+    assert not (output / "masks").exists() and Image.open(entries[0]["overlay"]).size <= (512, 512)
     every = predict(str(adapters / "classifier"), [str(pictures)], output, top=9, overwrite=True)
     assert all(len(entry["predictions"]) == 3 for entry in every)
     assert all(sum(item["score"] for item in entry["predictions"]) == pytest.approx(1) for entry in every)
@@ -240,7 +243,7 @@ def test_several_adapters_find_what_each_finds_alone_and_the_backbone_runs_once(
         assert read(folder) == entries
         assert without_folder(folder) == without_folder(tmp_path / "alone")
         files = [file.relative_to(folder) for file in folder.rglob("*.png")]
-        assert len(files) == (6 if name == "segmenter" else 0)
+        assert len(files) == (6 if name == "segmenter" else 3)
         assert all((folder / file).read_bytes() == (tmp_path / "alone" / file).read_bytes() for file in files)
     assert len({json.dumps(without_folder(folder)) for folder in found}) == 3
 
@@ -637,3 +640,46 @@ def test_what_differs_from_pytorch_is_not_kept(adapters, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="differs"):
         export(str(adapters / "classifier"), tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
+
+
+# --- the contact sheet -----------------------------------------------------------------------------------------------
+
+
+class Links(HTMLParser):
+    """Collects what a page links to, and its text."""
+
+    def __init__(self, page: Path) -> None:
+        super().__init__()
+        self.links, self.text = [], []
+        self.feed(page.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("href", "src")]
+
+    def handle_data(self, data):
+        self.text += [data.strip()] if data.strip() else []
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_contact_sheet_shows_every_image_from_files_beside_it(name, adapters, pictures, tmp_path):
+    (pictures / "b.v2.png").rename(pictures / "<b> & #1.png")
+    (pictures / "a.jpg").write_bytes(b"junk")
+    entries = predict(str(adapters / name), [str(pictures)], tmp_path / "found")
+    (tmp_path / "found").rename(tmp_path / "sent along")
+    page = Links(tmp_path / "sent along" / "index.html")
+    assert len(page.links) == 2 * 3  # a picture and what a click opens, but for the broken one
+    assert all((tmp_path / "sent along" / unquote(link)).is_file() for link in page.links)
+    assert {Path(entry["file"]).name for entry in entries} <= set(page.text) and "<b> & #1.png" in page.text
+    assert any("Replace it" in text for text in page.text)
+    for entry in entries:
+        found = [each["label"] for each in entry.get("predictions", ())[:3]] or list(entry.get("shares", ()))
+        assert set(found) <= set(page.text)
+
+
+def test_the_contact_sheet_counts_objects_and_says_which_colour_a_class_has(tmp_path):
+    objects = [{"label": label} for label in ("cell", "<i>", "cell")]
+    write_sheet(tmp_path / "index.html", [{"file": "a.png", "objects": objects}], ["cell", "<i>", "none"], "run")
+    page, (first, second, _) = Links(tmp_path / "index.html"), palette(3).tolist()
+    assert [page.text[page.text.index(name, -4) + 1] for name in ("cell", "<i>")] == ["2", "1"]
+    source = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert f"rgb{tuple(first)}" in source and f"rgb{tuple(second)}" in source and "none" not in page.text

@@ -41,13 +41,15 @@ from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
 from e3va_peft.training.saving import plain
+from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
 from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
-CLASSES, PREDICTIONS = "classes.json", "predictions.json"
+CLASSES, PREDICTIONS, SHEET = "classes.json", "predictions.json", "index.html"
+_SMALL = 512  # pixels of the longer side of a classified image on the contact sheet
 _TRAINABLE = ("ForImageClassification", "ForSemanticSegmentation", "ForUniversalSegmentation", "RCNN", "RetinaNet")
 _OF_LABELS = {"do_reduce_labels", "ignore_index", "num_labels"}  # what an image processor does to label maps alone
 
@@ -61,12 +63,14 @@ class Trained:
         processor: Its image processor.
         labels: Class names in the order of their ids.
         config: The run it comes from; None for an adapter or model by itself.
+        name: What it was loaded from: the last part of its path or Hub id.
     """
 
     model: nn.Module
     processor: Any
     labels: tuple[str, ...]
     config: RunConfig | None
+    name: str = ""
 
     @property
     def base(self) -> Any:
@@ -134,7 +138,7 @@ def load_trained(source: str) -> Trained:
     if processor is None:
         raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(model.to(device).eval(), processor, _class_names(_base(model).config), config)
+    return Trained(model.to(device).eval(), processor, _class_names(_base(model).config), config, _name_of(source))
 
 
 def _base(model: Any) -> Any:
@@ -252,9 +256,9 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Predict images and write what is found.
 
-    Writes `predictions.json`; for a segmenter `masks/` (one value per pixel, as in the label maps that it was trained
-    on, with a palette), `classes.json` (value -> class) and `overlays/`; for a detector `overlays/` with boxes, masks
-    and names.
+    Writes `predictions.json`, and `index.html`, a page with all pictures; for a segmenter `masks/` (one value per
+    pixel, as in the label maps that it was trained on, with a palette), `classes.json` (value -> class) and
+    `overlays/`; for a detector `overlays/` with boxes, masks and names; for a classifier small copies there.
     An image that is broken or cannot be prepared is named in its entry, and the others are predicted all the same.
 
     Args:
@@ -319,7 +323,7 @@ def _folders(sources: Sequence[str], output: Path) -> list[Path]:
     """Return the folder of each source, by the last part of its path or Hub id."""
     folders: dict[Path, str] = {}
     for source in sources:
-        folder = output / os.path.basename(os.path.abspath(os.path.expanduser(source)))  # links keep their names
+        folder = output / _name_of(source)
         if folder in folders:
             raise UserError(
                 f"adapters: {source!r} has the name of {folders[folder]!r}, and both would write to {folder}. Give "
@@ -327,6 +331,10 @@ def _folders(sources: Sequence[str], output: Path) -> list[Path]:
             )
         folders[folder] = source
     return list(folders)
+
+
+def _name_of(source: str) -> str:
+    return os.path.basename(os.path.abspath(os.path.expanduser(source)))  # links keep their names
 
 
 def _load_together(sources: Sequence[str]) -> list[Trained]:
@@ -361,7 +369,7 @@ def _load_together(sources: Sequence[str]) -> list[Trained]:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
-    there = [name for name in (PREDICTIONS, "masks", "overlays", CLASSES) if (output / name).exists()]
+    there = [name for name in (PREDICTIONS, "masks", "overlays", CLASSES, SHEET) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"output={str(output)!r}: holds {', '.join(there)} already. Choose another folder, or --overwrite."
@@ -392,6 +400,7 @@ def _predict(
     finally:  # what was found up to here is kept, whatever ends it
         for output, own in ((output, own) for output, own in entries.items() if own):
             write_whole(output / PREDICTIONS, json.dumps(plain(own), indent=2) + "\n")
+            write_sheet(output / SHEET, own, trained[output].labels, f"Predictions of {trained[output].name}")
     return entries
 
 
@@ -414,7 +423,7 @@ def _found(
     """Predict one image; write its drawings, and return what is found or why it cannot be prepared."""
     try:
         if trained.task == "image-classification":
-            return _classes(trained, image, top)
+            return _classes(trained, image, output, name, top)
         if trained.task == "semantic-segmentation":
             return _regions(trained, image, output, name)
         return _objects(trained, image, output, name, threshold)
@@ -440,11 +449,16 @@ def _files(images: Sequence[str]) -> dict[str, Path]:
     return files
 
 
-def _classes(trained: Trained, image: Image.Image, top: int) -> dict[str, Any]:
+def _classes(trained: Trained, image: Image.Image, output: Path, name: str, top: int) -> dict[str, Any]:
+    """Classify an image; return its classes, and the file of a small copy for the contact sheet."""
     logits = trained.outputs(image).logits[0].float()
     scores, ids = logits.softmax(0).topk(min(top, len(logits)))
     found = [{"label": trained.labels[i], "score": s} for i, s in zip(ids.tolist(), scores.tolist(), strict=True)]
-    return {"predictions": found}
+    small, file = image.copy(), output / "overlays" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    small.thumbnail((_SMALL, _SMALL))
+    small.save(file)
+    return {"overlay": str(file), "predictions": found}
 
 
 def _objects(trained: Trained, image: Image.Image, output: Path, name: str, threshold: float) -> dict[str, Any]:
