@@ -5,11 +5,12 @@
 The loss is taken on the feature maps, without a head, so that nothing but backbone and adapters counts. Random
 weights, fp32, AdamW, two threads; medians over rounds that take one step of every method in turn, after one round to
 warm up. Inference is that of the Swin-B classifier, with the highway at random values, at batch sizes from 1 to 32:
-latency, and peak of live tensor bytes beyond the weights.
+latency, and peak of live tensor bytes beyond the weights. What is measured again replaces its part of `speed.json`.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 import sys
 import time
@@ -19,11 +20,12 @@ from typing import Any
 import torch
 from memory import METHODS, SETTINGS, STAGES, SWIN_B, Setting, adamw, methods_of
 from peft import get_peft_model
-from record import quiet, save
+from record import RESULTS, origin, quiet
 from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
 from e3va_peft import E3VAConfig
+from e3va_peft.files import write_whole
 from e3va_peft.meter import live_bytes
 
 ROUNDS = 5
@@ -130,13 +132,16 @@ def main() -> None:
     """Measure what the command line names, all by default."""
     quiet()
     torch.set_num_threads(2)
-    rows = []
+    path, order = RESULTS / "speed.json", [*(part.title for part in PARTS.values()), "inference"]
     for key in sys.argv[1:] or [*PARTS, "inference"]:
         found = inference_rows() if key == "inference" else training_rows(key)
         for row in found:
             print({name: value for name, value in row.items() if name != "rounds"}, flush=True)
-        rows += found
-    save("speed", rows)
+        recorded, setting = json.loads(path.read_text()), found[0]["setting"]
+        recorded["origins"][setting] = origin()
+        rows = [row for row in recorded["rows"] if row["setting"] != setting] + found
+        recorded["rows"] = sorted(rows, key=lambda row: order.index(row["setting"]))
+        write_whole(path, json.dumps(recorded, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"e3va-{live}": {"name": "e3va", "live_blocks": live} for live in LIVE},
     "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},  # E3VA+, taps not rounded
     "e3va-plus": {"name": "e3va-plus"},
+    **{f"e3va-plus-{live}": {"name": "e3va-plus", "live_blocks": live} for live in LIVE[1::2]},
 }
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
 SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-plus")}
