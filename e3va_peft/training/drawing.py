@@ -27,6 +27,18 @@ def palette(count: int) -> np.ndarray:
     return colors.round().astype(np.uint8)
 
 
+def draw_class(image: Image.Image, label: int, score: float, labels: Sequence[str]) -> Image.Image:
+    """Write the class of an image and its probability below it.
+
+    Args:
+        image: RGB.
+        label: Id of the class.
+        score: 0 to 1.
+        labels: Class names in the order of their ids.
+    """
+    return _with_legend(image, {f"{labels[label]} {score:.2f}": tuple(palette(len(labels))[label].tolist())})
+
+
 def draw_regions(image: Image.Image, ids: np.ndarray, labels: Sequence[str]) -> Image.Image:
     """Draw a label map over its image: a tint and a thin outline for each region, and a legend below.
 

@@ -24,7 +24,7 @@ from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
-ADAPTER, MODEL = "adapter", "model"
+ADAPTER, MODEL, LOGS = "adapter", "model", "logs"
 MARKER, LOCK, DRAFT = ".e3va-run", ".e3va-lock", ".e3va-draft"
 
 _CHECKPOINT, _BROKEN = re.compile(r"checkpoint-(\d+)"), re.compile(r"broken-checkpoint-(\d+)")
@@ -298,6 +298,15 @@ def place(output: Path, draft: Path, name: str, console: Console) -> Path:
     return folder
 
 
+def log_folder(output: Path) -> Path:
+    """Return the folder of a run's logs, which is made where it is not there and belongs to the run then."""
+    folder = output / LOGS
+    if not folder.exists():
+        _mark(output, [*_saved_parts(output), LOGS])
+        folder.mkdir()
+    return folder
+
+
 def remove_replaced(output: Path) -> None:
     """Remove the runs that were put aside to be replaced, now that there is another."""
     for path in output.glob(f"{_OLD}*"):
@@ -329,4 +338,4 @@ def _saved_parts(output: Path) -> list[str]:
         lines = (output / MARKER).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
-    return [name for name in (ADAPTER, MODEL) if name in lines]
+    return [name for name in (ADAPTER, MODEL, LOGS) if name in lines]

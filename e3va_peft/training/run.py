@@ -31,6 +31,7 @@ from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import CURVES, METRICS, begin, check_output, locked
+from e3va_peft.training.reports import reported
 from e3va_peft.training.saving import (
     check_disk,
     check_hub,
@@ -129,10 +130,11 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     with state.main_process_first(), full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
-    filled = fill_cache(config, trainer, *splits)
-    with full_disk_explained(output, state):
-        seconds = _run(trainer, checkpoint, overwrite)
-    _evaluate_at_end(trainer)
+    with reported(trainer, splits[1], checkpoint):
+        filled = fill_cache(config, trainer, *splits)
+        with full_disk_explained(output, state):
+            seconds = _run(trainer, checkpoint, overwrite)
+        _evaluate_at_end(trainer)
     record = _record(config, trainer, splits[0].labels, trained, seconds, resumed=checkpoint is not None)
     record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}
     if state.is_main_process:

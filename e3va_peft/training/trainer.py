@@ -221,10 +221,10 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
 
 
 class Progress(ProgressCallback):
-    """A bar over the steps, and above it a line for each evaluation.
+    """A bar over the steps with the time left, the last loss and score, and above it a line for each evaluation.
 
     Args:
-        main_metric: The metric to mark where it is the best so far.
+        main_metric: The metric on the bar, and to mark where it is the best so far.
         quiet: Show the lines only.
     """
 
@@ -233,6 +233,7 @@ class Progress(ProgressCallback):
         self.main_metric = main_metric
         self.quiet = quiet
         self.best = -math.inf
+        self._shown: dict[str, str] = {}  # on the bar
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -249,6 +250,7 @@ class Progress(ProgressCallback):
             self.training_bar = tqdm(
                 total=state.max_steps, initial=state.global_step, dynamic_ncols=True, disable=self.quiet, unit="step"
             )
+            self._show(*state.log_history)
         self.best = max((entry.get(f"eval_{self.main_metric}", -math.inf) for entry in state.log_history), default=-1)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
@@ -264,13 +266,21 @@ class Progress(ProgressCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the loss on the bar, the metrics of an evaluation on a line of their own."""
+        """Show loss and score on the bar, the metrics of an evaluation on a line of their own, too."""
         if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
-        if "loss" in logs:
-            self.training_bar.set_postfix(loss=f"{logs['loss']:.4g}", lr=f"{logs.get('learning_rate', 0):.2g}")
         if "eval_loss" in logs:
             self.training_bar.write(self._line(state, logs))
+        self._show(logs)
+
+    def _show(self, *entries: Mapping[str, Any]) -> None:
+        """Put on the bar what is new in entries of the log."""
+        names = {"loss": "loss", f"eval_{self.main_metric}": self.main_metric, "learning_rate": "lr"}
+        found = {names[key]: f"{entry[key]:.4g}" for entry in entries for key in entry if key in names}
+        if found:
+            known = self._shown | found
+            self._shown = {name: known[name] for name in names.values() if name in known}
+            self.training_bar.set_postfix(self._shown)
 
     def _line(self, state: TrainerState, logs: Mapping[str, Any]) -> str:
         shown = {
