@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
 
 
 def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -21,6 +22,29 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors in any order and under any names, which PEFT's loaders change."""
     return hashlib.sha256(b"".join(sorted(map(_digest, tensors)))).hexdigest()
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether there are tensors, all at hand as plain ones: not sharded, offloaded or quantised."""
+    found = list(tensors)
+    return bool(found) and all(
+        type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not hasattr(tensor, "ds_numel")
+        for tensor in found
+    )
+
+
+def described(checksum: str, tensors: Iterable[Tensor]) -> dict[str, str]:
+    """Note with a checksum what has to be the same for checksums to be compared.
+
+    Args:
+        checksum: Of the tensors.
+        tensors: The weights.
+
+    Returns:
+        `checksum`, `dtype` and the version of `transformers`, which decides how weights are named and laid out.
+    """
+    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
+    return {"checksum": checksum, "dtype": " ".join(dtypes), "transformers": transformers.__version__}
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -7,18 +7,18 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import transformers
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import CONTAINERS, Exit, base_modules, frozen_weights, layers_of, learns
-from e3va_peft.fingerprint import checksum
+from e3va_peft.exits import CONTAINERS, Exit, base_modules, find_exits, frozen_weights, layers_of, learns
+from e3va_peft.fingerprint import are_plain, checksum, described
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
-from e3va_peft.layer import AdaptedMethod, E3VALayer, has_units
+from e3va_peft.layer import AdaptedMethod, has_units
 from e3va_peft.saved import will_be_sharded
 
 _SHOWN = 12  # digits of a checksum in a message
@@ -203,30 +203,39 @@ def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] 
         adapter_name: The adapter.
 
     Returns:
-        `checksum`, `dtype` and the version of `transformers`, which decides how weights are named and laid out; None
-        where the weights are not all at hand as plain tensors: sharded, offloaded or quantised.
+        See `fingerprint.described`; None where the weights are not all at hand as plain tensors.
     """
     layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
     if will_be_sharded() or has_units(model):
         return None
     parts = [frozen_weights(model, layer) for layer in layers]
     tensors = [tensor for part in parts for _, tensor in part]
-    if not tensors or not all(map(_is_plain, tensors)):
+    if not are_plain(tensors):
         return None
     sums = [_remembered(layer, part) for layer, part in zip(layers, parts, strict=True)]
-    return {
-        "checksum": sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest(),
-        "dtype": " ".join(sorted({str(tensor.dtype) for tensor in tensors})),
-        "transformers": transformers.__version__,
-    }
+    return described(sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest(), tensors)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not hasattr(tensor, "ds_numel")
+def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
+    """Note the frozen parameters below the adapter of another of PEFT's methods, such as LoRA.
+
+    Returns:
+        See `backbone_fingerprint`.
+    """
+    base = model.get_base_model()
+    unused = tuple(f"{name}." for found in find_exits(base) for name in found.site.unused)
+    own = (str(model.base_model.prefix), "modules_to_save.", "original_module.")
+    frozen = [
+        (name, parameter)
+        for name, parameter in base.named_parameters()
+        if not name.startswith(unused) and not any(part in name for part in own)
+    ]
+    tensors = [parameter for _, parameter in frozen]
+    return described(_remembered(base, frozen), tensors) if are_plain(tensors) and not will_be_sharded() else None
 
 
-def _remembered(layer: E3VALayer, weights: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the checksum of a layer's frozen weights, computed again only where one moved or was written."""
+def _remembered(layer: nn.Module, weights: Sequence[tuple[str, Tensor]]) -> str:
+    """Return the checksum of a module's frozen weights, computed again only where one moved or was written."""
     state = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in weights)
     known: Any = layer.__dict__.get("_fingerprint")
     if known is None or known[0] != state or any(version is None for _, version in state):
@@ -235,21 +244,33 @@ def _remembered(layer: E3VALayer, weights: Sequence[tuple[str, Tensor]]) -> str:
 
 
 def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str, name: str) -> None:
-    """Refuse an adapter whose backbone was another one.
-
-    Weights of another dtype cannot be compared. Where transformers has another version, which may have given the same
-    weights other names, it is a warning.
+    """Refuse an adapter whose backbone was another one. See `check_fingerprint`.
 
     Args:
         saved: What `backbone_fingerprint` noted when the adapter was saved.
         model: The model that it is loaded into.
         adapter_name: Its name there.
         name: What its base was called.
+    """
+    place = "backbone from auto_mapping in its adapter_config.json"
+    check_fingerprint(saved, backbone_fingerprint(model, adapter_name), name, place)
+
+
+def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None, name: str, place: str) -> None:
+    """Refuse an adapter whose frozen weights were others.
+
+    Weights of another dtype cannot be compared. Where transformers has another version, which may have given the same
+    weights other names, it is a warning.
+
+    Args:
+        saved: What was noted when the adapter was saved.
+        found: The same of the model that it is loaded into.
+        name: What its base was called.
+        place: What to remove from which file if the model is meant.
 
     Raises:
         ValueError: The frozen weights are others.
     """
-    found = backbone_fingerprint(model, adapter_name)
     if found is None or saved.get("dtype") != found["dtype"] or saved.get("checksum") == found["checksum"]:
         return
     message = (
@@ -260,7 +281,4 @@ def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str
     if saved.get("transformers") != found["transformers"]:
         warnings.warn(f"{message} If only the versions differ, save it again with this one.", stacklevel=2)
         return
-    raise ValueError(
-        f"{message} Load it onto the base that it was trained on. If this one is meant, remove backbone from "
-        "auto_mapping in its adapter_config.json."
-    )
+    raise ValueError(f"{message} Load it onto the base that it was trained on. If this one is meant, remove {place}.")

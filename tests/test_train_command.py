@@ -128,6 +128,7 @@ def test_a_model_with_modules_put_in_is_loaded_from_its_run_and_refused_without_
         load_trained(str(run / "model"))
     weights = {name: value for name, value in adapter_weights(run).items() if "baseline_adapter" not in name}
     save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    (run / "model" / MANIFEST).unlink()
     with pytest.raises(UserError, match=r"model: .*method=mona"):
         load_trained(str(run))
 
@@ -282,15 +283,40 @@ def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
         train(config)
 
 
-def test_a_run_does_not_resume_on_another_base(tmp_path, monkeypatch):
-    config = parse_config(classify(tmp_path, num_train_epochs=2))
-    train_until(4, config, monkeypatch)
-    file = tmp_path / "model" / "model.safetensors"
+def nudge(file: Path, part: str) -> None:
+    """Change one of the numbers of a weight."""
     weights = load_file(file)
-    next(value for name, value in weights.items() if "layers.0" in name).view(-1)[0] += 1
+    next(value for name, value in weights.items() if part in name).view(-1)[0] += 1
     save_file(weights, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("method", ["e3va", "lora", "norm-tuning"])
+def test_a_run_neither_resumes_nor_predicts_on_another_base(method, tmp_path, monkeypatch):
+    config, base = parse_config(classify(tmp_path) | {"method": method}), tmp_path / "model" / "model.safetensors"
+    train_until(4, config, monkeypatch)
+    before = base.read_bytes()
+    nudge(base, "layers.0")
     with pytest.raises(UserError, match=r"checkpoint-3: the adapter was trained on the backbone weights"):
         train(config)
+    base.write_bytes(before)
+    assert train(config)["resumed"]
+    load_trained(str(tmp_path / "run"))
+    nudge(base, "classifier")  # which the adapter brings
+    load_trained(str(tmp_path / "run"))
+    nudge(base, "layers.0")
+    with pytest.raises(UserError, match=r"run.*: the adapter was trained on the backbone .* remove (base|back)"):
+        load_trained(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("method", ["lora", "head-only"])
+def test_what_a_run_saved_is_refused_once_its_weights_changed_unless_its_manifest_is_removed(method, tmp_path):
+    train(parse_config(classify(tmp_path, num_train_epochs=1) | {"method": method}))
+    (file,) = (tmp_path / "run" / ("adapter" if method == "lora" else "model")).glob("*.safetensors")
+    nudge(file, "classifier")
+    with pytest.raises(UserError, match=rf"{file.name} is not what was written.*{MANIFEST}"):
+        load_trained(str(tmp_path / "run"))
+    (file.parent / MANIFEST).unlink()
+    load_trained(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("method", ["e3va", "head-only"])

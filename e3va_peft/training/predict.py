@@ -40,7 +40,7 @@ from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
-from e3va_peft.training.saving import plain
+from e3va_peft.training.saving import plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
@@ -156,12 +156,16 @@ def _class_names(config: Any) -> tuple[str, ...]:
 def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[Any, Any]:
     method = None if config is None else METHODS[config.method_name]
     saves = "" if method is None else method.saves
-    if folder is not None and method is not None and saves == "adapter" and method.options is not E3VAConfig:
+    if folder is not None:
+        refuse_other_files(folder)
+    other = method is not None and saves == "adapter" and method.options is not E3VAConfig
+    if folder is not None and config is not None and other:
         base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
         with warnings.catch_warnings():  # as `norm_tuning` does
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
         refuse_other_weights(model, folder)
+        refuse_other_base(model, folder)
         model.load_adapter(str(folder), "default")
         return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder is None or (folder / "adapter_config.json").is_file():

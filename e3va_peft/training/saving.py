@@ -8,14 +8,15 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # httpx's, or httpx2's
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.markup import escape
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason
 from e3va_peft.files import write_whole
 from e3va_peft.methods import METHODS
+from e3va_peft.refusals import base_fingerprint, check_backbone, check_fingerprint
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced
 
@@ -60,16 +62,58 @@ def last_checkpoint(output: Path, console: Console) -> Path | None:
     return whole[0] if whole else None
 
 
-def write_manifest(checkpoint: Path, rows: str) -> None:
-    """Write beside the files of a checkpoint what they are, by which damage is known when a run resumes from it.
+def write_manifest(folder: Path, model: nn.Module, rows: str | None = None) -> None:
+    """Write beside files what they are, by which damage and another base are known when they are read again.
 
     Args:
-        checkpoint: Its folder.
-        rows: Fingerprint of the examples that are trained on.
+        folder: Of a checkpoint, or of results: of these the weights alone are noted, all else is the user's to edit.
+        model: What was saved. Of an E3VA adapter its own config knows the base.
+        rows: Fingerprint of the examples that are trained on, for a checkpoint.
     """
-    files = (path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != MANIFEST)
-    sums = {str(path.relative_to(checkpoint)): _sha256(path) for path in files}
-    write_whole(checkpoint / MANIFEST, json.dumps({"rows": rows, "files": sums}, indent=2) + "\n")
+    files = sorted(folder.rglob("*.safetensors" if rows is None else "*"))
+    sums = {str(path.relative_to(folder)): _sha256(path) for path in files if path.is_file() and path.name != MANIFEST}
+    notes = {"rows": rows, "base": base_fingerprint(model) if _of_another_method(model) else None}
+    known = {name: note for name, note in notes.items() if note is not None}
+    write_whole(folder / MANIFEST, json.dumps(known | {"files": sums}, indent=2) + "\n")
+
+
+def _of_another_method(model: nn.Module) -> TypeGuard[PeftModel]:
+    return isinstance(model, PeftModel) and not isinstance(model.peft_config["default"], E3VAConfig)
+
+
+def refuse_other_files(folder: Path) -> None:
+    """Refuse a folder whose weights are not those that were saved there; one without a manifest does not say.
+
+    Raises:
+        UserError: They differ, or are not there.
+    """
+    broken = _what_is_broken(folder, "*.safetensors") if (folder / MANIFEST).is_file() else None
+    if broken is not None:
+        raise UserError(
+            f"{folder}: {broken}. Restore the files that were saved together. If you changed the weights on purpose, "
+            f"remove {MANIFEST} there."
+        )
+
+
+def refuse_other_base(model: PeftModel, folder: Path) -> None:
+    """Refuse an adapter, or a checkpoint of one, that was trained on other frozen weights than the model has.
+
+    Raises:
+        UserError: They differ.
+    """
+    config = PeftConfig.from_pretrained(str(folder))
+    name = config.base_model_name_or_path or "its base"
+    try:
+        if not _of_another_method(model):
+            backbone = (config.auto_mapping or {}).get("backbone")
+            if backbone is not None:
+                check_backbone(backbone, model, str(model.active_adapter), name)
+            return
+        base = _manifest(folder).get("base")
+        if base is not None:
+            check_fingerprint(base, base_fingerprint(model), name, f"base from {MANIFEST} beside it")
+    except ValueError as error:
+        raise UserError(f"{folder}: {error}") from None
 
 
 def refuse_other_rows(checkpoint: Path, rows: str) -> None:
@@ -99,7 +143,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _what_is_broken(checkpoint: Path) -> str | None:
+def _what_is_broken(checkpoint: Path, pattern: str = "*") -> str | None:
     """Say what is wrong with the first file of a checkpoint that is missing or damaged; None where it is whole."""
     try:
         sums = _manifest(checkpoint).get("files")
@@ -108,6 +152,8 @@ def _what_is_broken(checkpoint: Path) -> str | None:
     if sums is None:
         return _what_looks_broken(checkpoint)
     for name, checksum in sums.items():
+        if not fnmatch(name, pattern):
+            continue
         try:
             if _sha256(checkpoint / name) != checksum:
                 return f"{name} is not what was written (SHA-256)"
@@ -199,6 +245,7 @@ def save_results(output: Path, model: Any, processor: Any, record: dict[str, Any
     # under its own key names where a method has put modules in: transformers' older ones know none of these
     own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
     model.save_pretrained(str(draft), **own)
+    write_manifest(draft, model)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
     write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
     remove_replaced(output)

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 from torch import nn
@@ -33,10 +33,9 @@ from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
 
 from e3va_peft.errors import UserError
-from e3va_peft.refusals import check_backbone
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import draw_curves
-from e3va_peft.training.saving import write_manifest
+from e3va_peft.training.saving import refuse_other_base, write_manifest
 from e3va_peft.training.tasks import Task
 
 
@@ -148,7 +147,8 @@ class VisionTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes its random numbers
         if self.args.should_save:
-            write_manifest(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", self.rows)
+            folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            write_manifest(folder, self.model, self.rows)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
@@ -202,22 +202,6 @@ def refuse_other_weights(model: PeftModel, folder: Path) -> None:
                 f"{folder}: the adapter there {what} {len(names)} weights, {min(names)!r} among them. Restore the "
                 "file that was saved; a checkpoint may be removed, and the run resumes from the one before."
             )
-
-
-def refuse_other_base(model: PeftModel, folder: Path) -> None:
-    """Refuse an E3VA checkpoint that was trained on other frozen weights than the model has.
-
-    Raises:
-        UserError: They differ.
-    """
-    name = model.active_adapter
-    config = PeftConfig.from_pretrained(str(folder))
-    backbone = (config.auto_mapping or {}).get("backbone")
-    if backbone is not None:
-        try:
-            check_backbone(backbone, model, name, config.base_model_name_or_path or "its base")
-        except ValueError as error:
-            raise UserError(f"{folder}: {error}") from None
 
 
 class Progress(ProgressCallback):
