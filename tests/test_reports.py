@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from e3va_peft.training import reports
 from e3va_peft.training.config import parse_config
+from e3va_peft.training.curves import curves
 from e3va_peft.training.predict import predict
 from e3va_peft.training.run import train
 from tests.helpers import Stop, adapter_weights, assert_same, stop_after
@@ -47,6 +48,20 @@ def _bars(shown: str) -> dict[int, list[str]]:
     for step, rest in re.findall(r"(\d)/9 \[\d\d:\d\d<[\d:?]+,([^\]]*)\]", shown):
         found.setdefault(int(step), []).append(rest)
     return found
+
+
+@pytest.mark.parametrize(("judge", "higher", "step"), [("accuracy", True, 4), ("eval_loss", False, 6)])
+def test_curves_mark_the_best_epoch_on_axes_that_begin_at_nothing(judge, higher, step):
+    evaluations = [(2, 0.90, 0.7), (4, 0.92, 0.6), (6, 0.92, 0.5), (6, 0.92, 0.6)]  # the best is scored again, last
+    history: list[dict[str, float]] = [
+        {"step": step, "epoch": step / 2, "eval_accuracy": accuracy, "eval_loss": loss}
+        for step, accuracy, loss in evaluations
+    ]
+    figure = curves([{"step": 1, "epoch": 0.5, "loss": 2.0}, *history], "accuracy", judge, higher)
+    assert [axes.get_ylim()[0] for axes in figure.axes] == [0, 0] and figure.axes[1].get_ylim()[1] == 1
+    (text,) = (text.get_text() for text in figure.legends[0].get_texts() if "best" in text.get_text())
+    assert f"epoch {step // 2}" in text
+    assert any(list(line.get_xdata()) == [step, step] for line in figure.axes[0].get_lines())
 
 
 def test_tensorboard_gets_scores_and_pictures_in_one_log_and_training_is_the_same(tmp_path, monkeypatch):

@@ -281,7 +281,7 @@ class Progress(ProgressCallback):
 
 
 class Curves(TrainerCallback):
-    """Draws loss and metric over the steps after each evaluation and at the end.
+    """Draws loss and metric over the steps after each evaluation and at the end, and marks the best epoch.
 
     Args:
         path: The PNG.
@@ -297,7 +297,10 @@ class Curves(TrainerCallback):
     ) -> None:
         """Draw what there is."""
         if state.is_world_process_zero:
-            draw_curves(state.log_history, self.path, self.main_metric)
+            judge = args.metric_for_best_model
+            draw_curves(
+                state.log_history, self.path, self.main_metric, judge, not judge or bool(args.greater_is_better)
+            )
 
     on_train_end = on_evaluate
 
