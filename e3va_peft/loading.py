@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
@@ -325,13 +326,25 @@ def _refuse_lost(source: str, model: nn.Module, backbones: Mapping[str, str], sa
         )
 
 
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Keep transformers' report of new heads to itself: who loads looks for what is missing by the loading info."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def _from_pretrained(
     source: str, model_class: Any, name: str, options: dict[str, Any], saved: Sequence[str]
 ) -> PreTrainedModel:
     """Load a base model, or its backbone, of which the adapter brings the modules `saved`; all else must be there."""
     options = {"ignore_mismatched_sizes": True} | options | {"output_loading_info": True}
     try:
-        model, report = model_class.from_pretrained(name, **options)
+        with without_report():
+            model, report = model_class.from_pretrained(name, **options)
     except (OSError, HTTPError) as error:
         raise OSError(
             f"adapter={source!r}: its base model {name!r} cannot be loaded. If it is elsewhere now, set "

@@ -27,6 +27,7 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import logging
 
 import e3va_peft
 from e3va_peft import E3VAConfig
@@ -293,6 +294,13 @@ def adapter(pretrained, tmp_path):
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     get_peft_model(base, E3VAConfig(r=4, init_weights=False)).save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
+
+
+def test_loading_reports_no_mismatch_of_a_head_that_the_adapter_brings(adapter, caplog):
+    caplog.clear()
+    verbosity = logging.get_verbosity()
+    e3va_peft.load_adapter(adapter)
+    assert "MISMATCH" not in caplog.text and logging.get_verbosity() == verbosity
 
 
 @pytest.mark.parametrize("part", ["swin.encoder.layers.0.blocks.0", "swin.layernorm", "swin.embeddings"])

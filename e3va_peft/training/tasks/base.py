@@ -17,12 +17,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import v2
 from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers.utils import cached_file
 
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.card import PROCESSOR
 from e3va_peft.data.config import LabelKind
 from e3va_peft.errors import UserError, nearest, reason, refuse_no_path
+from e3va_peft.loading import without_report
 from e3va_peft.training.config import RunConfig
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
@@ -309,15 +310,10 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
     Raises:
         UserError: There is no such model, or weights of its backbone are missing.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # its report of new and unused heads is what is wanted here
-    try:
-        with _clear_errors(source):
-            model, report = cls.from_pretrained(
-                source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
-            )
-    finally:
-        logging.set_verbosity(verbosity)
+    with _clear_errors(source), without_report():
+        model, report = cls.from_pretrained(
+            source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+        )
     absent = absent_weights(report)
     setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]
