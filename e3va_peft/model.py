@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file
 from torch import nn
 
 from e3va_peft.card import KeepCard
@@ -55,6 +56,8 @@ class E3VAModel(BaseTuner):
                     model, name, adapter_name, adapter_name in self.active_adapters, config.inference_mode
                 )
         _ignore_input_gradients(model)
+        if not is_new and hasattr(model, _LOADER):
+            setattr(model, _LOADER, _CheckedLoader(model, adapter_name))
 
     def _prepare_adapter_config(self, peft_config: E3VAConfig, model_config: dict[str, Any]) -> E3VAConfig:
         """Resolve the names in the config and refuse what cannot work, before anything is changed.
@@ -145,6 +148,7 @@ class E3VAModel(BaseTuner):
         model = cast(nn.Module, super()._unload_and_optionally_merge(merge, *args, **kwargs))
         remove_hooks(model)
         _restore_input_gradients(model)
+        vars(model).pop(_LOADER, None)
         return model
 
     @classmethod
@@ -187,6 +191,7 @@ class E3VAModel(BaseTuner):
             if any(part in key for part in own)
         }
         _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value for key, value in mapped.items()})
+        vars(model.get_base_model() if isinstance(model, PeftModel) else model).pop(_LOADER, None)
         saved = config.auto_mapping or {}
         # once: what is loaded under this name later, a checkpoint, is not what this config was saved with
         checksum, backbone = saved.pop("weights", None), saved.pop("backbone", None)
@@ -202,6 +207,26 @@ class E3VAModel(BaseTuner):
 
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
+_LOADER = "_load_pretrained_model"  # by which transformers' own `model.load_adapter` loads weights
+
+
+class _CheckedLoader:
+    """Stands on a model for transformers' loader, once: PEFT's, which checks an adapter's weights, runs before it."""
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        self.model = model
+        self.adapter_name = adapter_name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Load and check as PEFT does, then as transformers does."""
+        vars(self.model).pop(_LOADER, None)
+        state = dict(kwargs.get("state_dict") or {})
+        for file in kwargs.get("checkpoint_files") or ():
+            state |= load_file(file) if str(file).endswith(".safetensors") else {}  # pickles are transformers' own
+        if state:
+            weights = {key.removeprefix(_PEFT_PREFIX): value for key, value in state.items()}
+            set_peft_model_state_dict(self.model, weights, self.adapter_name)
+        return getattr(type(self.model), _LOADER)(*args, **kwargs)
 
 
 def _check_weights(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:

@@ -353,6 +353,7 @@ LOADS = {
     "PeftModel": lambda adapter, base: PeftModel.from_pretrained(base, adapter),
     "another-name": lambda adapter, base: PeftModel.from_pretrained(base, adapter, adapter_name="other"),
     "low_cpu_mem_usage": lambda adapter, base: PeftModel.from_pretrained(base, adapter, low_cpu_mem_usage=True),
+    "transformers": lambda adapter, base: copy.deepcopy(base).load_adapter(str(adapter)),  # refused, it stays there
 }
 
 
@@ -633,6 +634,20 @@ def test_a_model_saved_by_transformers_itself_is_rebuilt_too(pretrained, tmp_pat
     base.save_pretrained(tmp_path / "adapter")
     again, _ = e3va_peft.load_adapter(tmp_path / "adapter")
     assert_same(outputs(again, case.batch()), outputs(base.eval(), case.batch()), rtol=0, atol=0)
+
+
+def test_transformers_loads_a_second_adapter_and_leaves_the_first_as_it_is(adapter, pretrained):
+    base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+    base.load_adapter(str(adapter))
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    base.load_adapter(str(adapter), "second")
+    after = base.state_dict()
+    assert_same({name: after[name] for name in before}, before, rtol=0, atol=0)
+    trained = {name: value for name, value in before.items() if ".default." in name}
+    second = {name: after[name.replace(".default.", ".second.")] for name in trained}
+    assert trained
+    assert_same(second, trained, rtol=0, atol=0)
+    assert "_load_pretrained_model" not in vars(copy.deepcopy(base))
 
 
 def test_metrics_and_metadata_of_a_card_survive_loading_and_saving(pretrained, tmp_path):
