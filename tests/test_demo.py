@@ -35,9 +35,9 @@ def test_demo_runs_the_whole_road(tiny_vit, tmp_path):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     results = {r["method"]: r for r in json.loads((output / "results.json").read_text())}
-    assert results.keys() == {"head only", "LoRA", "E3VA"}
+    assert results.keys() == {"head only", "LoRA", "E3VA+"}
     assert all(0 < r["mean_iou"] < 1 and r["training_seconds"] > 0 for r in results.values())
-    assert results["head only"]["saved_bytes"] < results["E3VA"]["saved_bytes"] < results["LoRA"]["saved_bytes"]
+    assert results["head only"]["saved_bytes"] < results["E3VA+"]["saved_bytes"] < results["LoRA"]["saved_bytes"]
     picture = Image.open(output / "predictions.png")
     assert picture.width > 1000 and len(picture.convert("RGB").resize((64, 64)).getcolors(4096)) > 200
     model, processor = load_adapter(output / "adapter")
