@@ -318,7 +318,7 @@ def predict_together(
     folders = _folders(sources, output)
     for folder in folders:
         _refuse_existing(folder, overwrite)
-    trained = dict(zip(folders, _load_together(sources), strict=True))
+    trained = dict(zip(folders, load_together(sources), strict=True))
     with backbone_once(*(each.model for each in trained.values())):
         return _predict(trained, files, top, threshold)
 
@@ -341,7 +341,7 @@ def _name_of(source: str) -> str:
     return os.path.basename(os.path.abspath(os.path.expanduser(source)))  # links keep their names
 
 
-def _load_together(sources: Sequence[str]) -> list[Trained]:
+def load_together(sources: Sequence[str]) -> list[Trained]:
     """Load adapters of one base, whose frozen weights are held once."""
     found: list[Trained] = []
     for source in sources:
