@@ -32,7 +32,7 @@ from e3va_peft.data.objects import Detections
 from e3va_peft.errors import MissingExtra, UserError, read_text, reason
 from e3va_peft.exits import layers_of
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
-from e3va_peft.training.folder import ADAPTER, CURVES
+from e3va_peft.training.folder import CURVES
 from e3va_peft.training.predict import Trained, load_together, load_trained
 from e3va_peft.training.tasks.segmentation import label_maps
 
@@ -56,12 +56,16 @@ _HINT = "<p class='note'>Drop an image, and what is found in it appears here.</p
 _STYLE = """
 .gradio-container { max-width: 1320px !important; margin: auto; }
 .found { width: 100%; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.found tr, .found td { padding: 3px 6px; border: 0 !important; vertical-align: middle; }
+.found, .found tr, .found td { border: 0 !important; }
+.found td { padding: 3px 0; vertical-align: middle; overflow-wrap: anywhere; }
 .found td:last-child { text-align: right; white-space: nowrap; }
-.found .bar { width: 45%; }
+.found .bar { width: 45%; padding: 3px 12px; }
 .found .bar div { height: 9px; border-radius: 5px; min-width: 2px; }
 .note { color: var(--body-text-color-subdued); }
 .refused { border-left: 4px solid #bd1f01; padding: 8px 12px; overflow-wrap: anywhere; }
+.compared { max-width: calc(100vw - 4rem); }
+.compared table { display: block; overflow-x: auto; border: 0 !important; }
+.compared th, .compared td { white-space: nowrap; border-color: var(--border-color-primary) !important; }
 """
 
 
@@ -160,10 +164,11 @@ def page(trained: Sequence[Trained], sources: Sequence[str], note: str = "") -> 
 
     Args:
         trained: Models of one base, as `load_together` returns them, or a single one.
-        sources: Where they are from, for their names and the pictures of their runs.
+        sources: Where they are from, for the pictures of their runs.
         note: What to say below the title.
     """
-    finder, names = Finder(trained), _names(sources)
+    finder, names = Finder(trained), [each.name for each in trained]
+    names = names if len({*names}) == len(names) else list(sources)
     objects = any(each.task in ("object-detection", "instance-segmentation") for each in trained)
     explained = (
         f"The trained head stays on and reads the frozen backbone alone, as it never did in training: the difference "
@@ -171,7 +176,7 @@ def page(trained: Sequence[Trained], sources: Sequence[str], note: str = "") -> 
     )
     pictures = _pictures(sources)
     with gr.Blocks(title=f"e3va: {', '.join(names)}", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        gr.HTML(f"<h1>{escape(', '.join(names))}</h1><p class='note'>{escape(note)}</p>")
+        gr.HTML(f"<h1>{escape(', '.join(names))}</h1><p class='note'>{escape(_about(trained))} {escape(note)}</p>")
         with gr.Tab("Try it") if pictures else nullcontext(), gr.Row():
             with gr.Column(scale=2, min_width=300):
                 image = gr.Image(
@@ -199,15 +204,26 @@ def page(trained: Sequence[Trained], sources: Sequence[str], note: str = "") -> 
     return blocks
 
 
+def _about(trained: Sequence[Trained]) -> str:
+    """A sentence with the classes that models tell apart."""
+    labels = list(dict.fromkeys(label for each in trained for label in each.labels))
+    more = f" and {len(labels) - _NAMED} more" if len(labels) > _NAMED else ""
+    return f"Tells apart {', '.join(labels[:_NAMED])}{more}."
+
+
 def _panels(name: str, part: str, trained: Trained) -> list[Any]:
     """Add places for what a model finds with its adapter and, beside it, without: column, picture, words of each."""
     pieces: list[Any] = []
     with gr.Row():
-        for title in (name, f"{name}, {part} off"):
+        for title in (escape(name), f"{escape(name)}, <b>{part} off</b>"):
             with gr.Column(min_width=300, visible=False) as column:
+                gr.HTML(f"<h3>{title}</h3>")
                 drawn = trained.task != "image-classification"
-                picture = gr.Image(label=title, interactive=False, buttons=["download", "fullscreen"], visible=drawn)
-                pieces += [column, picture, gr.HTML(label=title, show_label=not drawn, container=True)]
+                picture = gr.Image(
+                    show_label=False, interactive=False, buttons=["download", "fullscreen"], visible=drawn,
+                    alt_text=f"What {name} finds",
+                )  # fmt: skip
+                pieces += [column, picture, gr.HTML()]
     return pieces
 
 
@@ -232,13 +248,6 @@ def _answer(finder: Finder, file: Mapping[str, Any] | None, threshold: float, of
     return [gr.HTML("", visible=False), preview, *pieces]
 
 
-def _names(sources: Sequence[str]) -> list[str]:
-    """Return the name of each run, adapter or Hub id: its last part; the whole where two have the same."""
-    paths = [Path(os.path.abspath(os.path.expanduser(source))) for source in sources]
-    names = [path.parent.name if path.name == ADAPTER else path.name for path in paths]
-    return names if len({*names}) == len(names) else list(sources)
-
-
 def _pictures(sources: Sequence[str]) -> list[tuple[str, list[Path]]]:
     """Find what shows how models were trained: the curves of their runs, and the comparisons that these are part of.
 
@@ -248,7 +257,7 @@ def _pictures(sources: Sequence[str]) -> list[tuple[str, list[Path]]]:
     runs = [Path(source).expanduser().resolve() for source in sources]
     curves = [run / CURVES for run in runs if (run / CURVES).is_file()]
     folders = sorted({folder for run in runs for folder in list(run.parents)[:2] if (folder / TABLE).is_file()})
-    found = [("Loss and metric over the steps", curves)] if curves else []
+    found = [("## Loss and metric over the steps", curves)] if curves else []
     for folder in folders:
         plots = [folder / plot for plot in (MEMORY_PLOT, TIME_PLOT) if (folder / plot).is_file()]
         found.append((f"## Comparison\n\n{read_text(folder / TABLE)}", plots))
@@ -257,14 +266,14 @@ def _pictures(sources: Sequence[str]) -> list[tuple[str, list[Path]]]:
 
 def _show_pictures(pictures: Sequence[tuple[str, list[Path]]]) -> None:
     for words, files in pictures:
-        gr.Markdown(words)
+        gr.Markdown(words, elem_classes="compared")
         with gr.Row():
             for file in files:
-                with Image.open(file) as drawn:  # as pixels: the page gets no path of the user's
-                    title = f"{file.parent.name}/{file.name}"
-                    gr.Image(
-                        drawn.convert("RGB"), label=title, interactive=False, format="png", buttons=["fullscreen"]
-                    )
+                name = f"{file.parent.name}/{file.name}"
+                with Image.open(file) as drawn, gr.Column(min_width=340):
+                    pixels = drawn.convert("RGB")  # the page gets no path of the user's
+                    gr.Image(pixels, alt_text=name, show_label=False, interactive=False, format="png", buttons=[])
+                    gr.HTML(f"<p class='note'>{escape(name)}</p>")
 
 
 class _StayHere:

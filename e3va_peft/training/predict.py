@@ -342,7 +342,14 @@ def _name_of(source: str) -> str:
 
 
 def load_together(sources: Sequence[str]) -> list[Trained]:
-    """Load adapters of one base, whose frozen weights are held once."""
+    """Load adapters of one base, whose frozen weights are held once.
+
+    Args:
+        sources: Runs or adapters, see `load_trained`.
+
+    Raises:
+        UserError: See `load_trained`; or one has no highway, or they have other frozen weights or image processors.
+    """
     found: list[Trained] = []
     for source in sources:
         trained = load_trained(source)
