@@ -250,6 +250,57 @@ def predict(
             raise typer.Exit(1)
 
 
+@app.command("app")
+def open_app(
+    source: Source,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="More runs or adapters of the same base, separated by commas, to see beside it. Repeat for folders "
+            "with commas in their names.",
+            metavar="RUN_OR_ADAPTER,...",
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at. By default this machine alone can reach the page.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port to listen at. By default the first free from 7860 on.")
+    ] = None,
+    browser: Annotated[bool, typer.Option(help="Open the page in the browser.")] = True,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Open nothing; write a Hugging Face Space for an adapter on the Hub into this new folder."),
+    ] = None,
+) -> None:
+    """Open a page in the browser: drop an image, see what is found, with the adapter and without.
+
+    Classes, masks or boxes with a threshold; several adapters of one base side by side; the curves of a run, and table
+    and plots of the comparison that it is part of. No image leaves the machine. Needs the extra
+    [bold]app[/bold], Gradio.
+
+    [bold]Examples[/bold]
+
+        e3va app runs/first
+        e3va app runs/first --adapters runs/second,runs/third
+        e3va app me/my-adapter --export my-space
+    """
+    with _errors_in_plain_words():
+        from e3va_peft.app import serve, write_space
+        from e3va_peft.errors import UserError
+
+        more = [each for given in adapters or () for each in _separated(given)]
+        if export is None:
+            serve([source, *more], host, port, browser)
+            return
+        if more:
+            raise UserError(f"adapters={','.join(more)}: a Space is written for one adapter. Leave --adapters out.")
+        write_space(source, export)
+        typer.echo(
+            f"{export}: a Space for {source}. Put it on the Hub: hf upload me/my-space {export} --repo-type space"
+        )
+
+
 def _separated(given: str) -> list[str]:
     """Names that are separated by commas; a path that is there is one name, with its commas."""
     return [given] if os.path.exists(os.path.expanduser(given)) else [name for name in given.split(",") if name]

@@ -46,7 +46,7 @@ ORDER = [
     {"data", "methods"},
     {"training"},
     {"plan", "compare"},
-    {"demo"},
+    {"demo", "app"},
     {"cli"},
     {"__main__"},
 ]

@@ -318,7 +318,7 @@ def predict_together(
     folders = _folders(sources, output)
     for folder in folders:
         _refuse_existing(folder, overwrite)
-    trained = dict(zip(folders, _load_together(sources), strict=True))
+    trained = dict(zip(folders, load_together(sources), strict=True))
     with backbone_once(*(each.model for each in trained.values())):
         return _predict(trained, files, top, threshold)
 
@@ -341,8 +341,15 @@ def _name_of(source: str) -> str:
     return os.path.basename(os.path.abspath(os.path.expanduser(source)))  # links keep their names
 
 
-def _load_together(sources: Sequence[str]) -> list[Trained]:
-    """Load adapters of one base, whose frozen weights are held once."""
+def load_together(sources: Sequence[str]) -> list[Trained]:
+    """Load adapters of one base, whose frozen weights are held once.
+
+    Args:
+        sources: Runs or adapters, see `load_trained`.
+
+    Raises:
+        UserError: See `load_trained`; or one has no highway, or they have other frozen weights or image processors.
+    """
     found: list[Trained] = []
     for source in sources:
         trained = load_trained(source)
