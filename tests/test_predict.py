@@ -678,8 +678,9 @@ def test_the_contact_sheet_shows_every_image_from_files_beside_it(name, adapters
 
 def test_the_contact_sheet_counts_objects_and_says_which_colour_a_class_has(tmp_path):
     objects = [{"label": label} for label in ("cell", "<i>", "cell")]
-    write_sheet(tmp_path / "index.html", [{"file": "a.png", "objects": objects}], ["cell", "<i>", "none"], "run")
+    entries = [{"file": "a.png", "objects": objects}, *({"file": f"{name}/b.png", "objects": []} for name in "xy")]
+    write_sheet(tmp_path / "index.html", entries, ["cell", "<i>", "none"], "run")
     page, (first, second, _) = Links(tmp_path / "index.html"), palette(3).tolist()
-    assert [page.text[page.text.index(name, -4) + 1] for name in ("cell", "<i>")] == ["2", "1"]
+    assert page.text[-9:] == ["a.png", "cell", "2", "<i>", "1", "x/b.png", "nothing found", "y/b.png", "nothing found"]
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert f"rgb{tuple(first)}" in source and f"rgb{tuple(second)}" in source and "none" not in page.text

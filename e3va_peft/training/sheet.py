@@ -26,6 +26,7 @@ def write_sheet(path: Path, entries: Sequence[Mapping[str, Any]], labels: Sequen
         labels: Class names in the order of their ids.
         title: What made the predictions.
     """
+    names = Counter(Path(entry["file"]).name for entry in entries)
     named = {name for entry in entries for name in _names(entry)}
     colors = dict(zip(labels, palette(len(labels)).tolist(), strict=True))
     several = len(labels) > 1 and not any("predictions" in entry for entry in entries)  # else no colour means a class
@@ -35,7 +36,7 @@ def write_sheet(path: Path, entries: Sequence[Mapping[str, Any]], labels: Sequen
         legend=[(name, f"rgb{tuple(colors[name])}") for name in labels if name in named] if several else [],
         pictures=[
             {
-                "name": Path(entry["file"]).name,
+                "name": _name(Path(entry["file"]), names),
                 "link": _link(entry["overlay"], path) if "overlay" in entry else "",
                 "error": entry.get("error", ""),
                 "found": _found(entry),
@@ -44,6 +45,10 @@ def write_sheet(path: Path, entries: Sequence[Mapping[str, Any]], labels: Sequen
         ],
     )  # fmt: skip
     write_whole(path, text)
+
+
+def _name(file: Path, names: Mapping[str, int]) -> str:
+    return file.name if names[file.name] == 1 else f"{file.parent.name}/{file.name}"
 
 
 def _link(file: str, page: Path) -> str:
@@ -61,4 +66,5 @@ def _found(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "shares" in entry:
         most = sorted(entry["shares"].items(), key=lambda item: -item[1])[:_SHOWN]
         return [(name, f"{100 * share:.0f} %") for name, share in most]
-    return [(name, str(count)) for name, count in Counter(o["label"] for o in entry.get("objects", ())).most_common()]
+    counts = Counter(found["label"] for found in entry.get("objects", ())).most_common()
+    return [(name, str(count)) for name, count in counts] or ([("nothing found", "")] if "objects" in entry else [])
