@@ -27,6 +27,7 @@ from torch import nn
 
 from e3va_peft.cache.once import backbone_once
 from e3va_peft.compare.report import MEMORY_PLOT, TABLE, TIME_PLOT
+from e3va_peft.compare.run import RUNS
 from e3va_peft.data.images import open_image
 from e3va_peft.data.objects import Detections
 from e3va_peft.errors import MissingExtra, UserError, read_text, reason
@@ -50,7 +51,7 @@ LEAST = 0.05  # score below which no object is kept
 _SIDE = 1600  # pixels of the longer side of a drawing; it is drawn in full before
 _NAMED = 8  # classes with a bar
 _SHOWN_BY_BROWSERS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
-_PINNED = ("e3va_peft", "torch", "torchvision", "transformers", "peft", "gradio")  # of a Space
+_PINNED = ("e3va_peft[app]", "torch", "torchvision", "transformers", "peft", "gradio")  # of a Space
 _POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 _HINT = "<p class='note'>Drop an image, and what is found in it appears here.</p>"
 _STYLE = """
@@ -192,7 +193,7 @@ def page(trained: Sequence[Trained], sources: Sequence[str], note: str = "") -> 
             with gr.Tab("The run" if len(sources) == 1 else "The runs"):
                 _show_pictures(pictures)
         gr.on(
-            [image.input, image.clear, threshold.release, off.change],
+            [image.input, image.clear, threshold.change, off.change],
             partial(_answer, finder),
             [image, threshold, off],
             [message, image, *(piece for pieces in panels for piece in pieces)],
@@ -256,7 +257,8 @@ def _pictures(sources: Sequence[str]) -> list[tuple[str, list[Path]]]:
     """
     runs = [Path(source).expanduser().resolve() for source in sources]
     curves = [run / CURVES for run in runs if (run / CURVES).is_file()]
-    folders = sorted({folder for run in runs for folder in list(run.parents)[:2] if (folder / TABLE).is_file()})
+    compared = [run.parent.parent for run in runs if run.is_dir() and run.parent.name == RUNS]
+    folders = [folder for folder in dict.fromkeys(compared) if (folder / TABLE).is_file()]
     found = [("## Loss and metric over the steps", curves)] if curves else []
     for folder in folders:
         plots = [folder / plot for plot in (MEMORY_PLOT, TIME_PLOT) if (folder / plot).is_file()]
@@ -372,7 +374,9 @@ def write_space(source: str, folder: Path) -> None:
     text = f"Drop an image, see what [{source}](https://huggingface.co/{source}) finds in it, its highway on and off."
     files = {
         "app.py": f'from e3va_peft.app import serve\n\nserve([{source!r}], host="0.0.0.0")\n',
-        "requirements.txt": "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in _PINNED),
+        "requirements.txt": "".join(
+            f"{name}=={version(name.partition('[')[0]).partition('+')[0]}\n" for name in _PINNED
+        ),
         "README.md": f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{text}\n",
     }
     folder.mkdir(parents=True, exist_ok=True)

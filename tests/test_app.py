@@ -210,12 +210,24 @@ def test_the_page_is_served_to_this_machine_and_to_names_of_it_alone(sources, tm
             with pytest.raises(HTTPError) as refused:
                 urlopen(request)
             assert refused.value.code == status
+        Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
+        answer = ask(url, str(tmp_path / "private.png"))
+        assert '"success":false' in answer and "ground" not in answer
         with (
             pytest.raises(UserError, match=rf"port={blocks.server_port}"),
             app.opened([sources["classifier"]], port=blocks.server_port),
         ):
             pass
     assert not folder.exists()
+
+
+def ask(url: str, path: str) -> str:
+    """Ask the page for what it finds in a file of this machine; return what it answers."""
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, 0.5, False]
+    body = json.dumps({"data": data, "fn_index": 0, "session_hash": "asked"}).encode()
+    urlopen(Request(f"{url}gradio_api/queue/join", body, {"Content-Type": "application/json"})).close()
+    with urlopen(f"{url}gradio_api/queue/data?session_hash=asked") as answer:
+        return answer.read().decode()
 
 
 def test_without_gradio_the_install_line_is_named(monkeypatch):
@@ -243,6 +255,7 @@ def test_a_space_is_whole_and_its_app_opens_the_page(sources, tmp_path, monkeypa
         assert line in text
     pinned = (tmp_path / "space" / "requirements.txt").read_text().splitlines()
     assert all("==" in line and "+" not in line for line in pinned) and len(pinned) == 6
+    assert pinned[0].startswith("e3va_peft[app]==")
     served: list[Any] = []
     monkeypatch.setattr(app, "serve", lambda sources, **options: served.append((sources, options)))
     runpy.run_path(str(tmp_path / "space" / "app.py"))
