@@ -244,7 +244,7 @@ def _answer(finder: Finder, file: Mapping[str, Any] | None, threshold: float, of
     except UserError as error:
         said = escape(str(error).replace(path, Path(path).name))
         message = gr.HTML(f"<p class='refused' role='alert'>{said}</p>", visible=True)
-        return [message, gr.skip(), *(2 * len(finder.trained) * hidden)]
+        return [message, None, *(2 * len(finder.trained) * hidden)]
     preview = gr.skip() if Path(path).suffix.lower() in _SHOWN_BY_BROWSERS else ways[0][0]
     return [gr.HTML("", visible=False), preview, *pieces]
 

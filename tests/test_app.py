@@ -298,6 +298,8 @@ def test_an_image_is_dropped_looked_at_toggled_and_a_broken_one_is_refused(sourc
         playwright.expect(page.locator(".found")).to_have_count(0)
         drop(page, str(tmp_path / "broken.png"))
         playwright.expect(page.get_by_role("alert")).to_contain_text("broken.png: cannot be read as an image")
+        playwright.expect(page.get_by_label("Remove Image")).to_have_count(0)
+        playwright.expect(page.get_by_role("alert")).to_be_visible()
         playwright.expect(page.locator(".found")).to_have_count(0)
         assert all(url.startswith((blocks.local_url, "data:", "blob:")) for url in asked)
         chromium.close()
