@@ -366,6 +366,36 @@ def test_bf16_autocast_trains_on_the_cpu(case, way):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "way",
+    [*WAYS.values(), {"taps": ("stream",)}, {"taps": ("block",), "tap_storage": "int8"}],
+    ids=[*WAYS, "stream", "block-int8"],
+)
+def test_a_base_of_any_precision_learns_as_in_fp32_with_autocast_and_without(way, storage):
+    case = BY_NAME["swin-classifier"]
+    half = torch.bfloat16 if storage == torch.float32 else storage  # PyTorch's layer norms take one of the two
+    curves = []
+    for dtype, autocast in ((torch.float32, False), (storage, False), (storage, True)):
+        torch.manual_seed(0)
+        model = get_peft_model(case.base().to(dtype), E3VAConfig(r=4, **way)).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in case.training_batch().items()}
+        optimizer, curve = torch.optim.SGD(trained, lr=0.05), []
+        for _ in range(4):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=half, enabled=autocast):
+                loss = loss_of(model(**batch))
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        assert all(p.dtype == p.grad.dtype and p.grad.isfinite().all() for p in trained)
+        curves.append(torch.tensor(curve))
+    assert curves[0][-1] < curves[0][0]
+    for curve in curves[1:]:
+        torch.testing.assert_close(curve, curves[0], rtol=3e-2, atol=0)
+
+
 class InPlace(nn.Module):
     """What a branch passes on its way to the stream, in place, as timm's LayerScale may."""
 
