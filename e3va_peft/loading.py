@@ -188,6 +188,12 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
         raise ValueError(
             f"{file}: attn_implementation={attention!r}: is code of its author's, which is not run unasked."
         )
+    for name in ("dtype", "torch_dtype"):
+        kind = content.get(name)
+        if kind is not None and not (isinstance(kind, str) and isinstance(getattr(torch, kind, None), torch.dtype)):
+            raise ValueError(
+                f"{file}: {name}={_short(kind)}: must be a dtype of torch. Restore the file that was saved."
+            )
     for name, value in _numbers(content):
         most = _MOST_BLOCKS if re.search("depths|num_.*layers", name) else _MOST_SIZE
         if not -most <= value <= most:

@@ -426,6 +426,8 @@ MALFORMED = {
         ({"depths": "many"}, "no config of a SwinForImageClassification"),
         ({"image_size": None}, "no config of a SwinForImageClassification"),
         ({"_attn_implementation": "kernels-community/x"}, "attn_implementation='kernels-community/x'"),
+        ({"dtype": []}, r"dtype=\[\]"),
+        ({"dtype": "nn"}, "dtype='nn'"),
     ],
 }  # fmt: skip
 
