@@ -56,8 +56,8 @@ def test_methods_start_from_the_same_model_and_train_the_same_head(tiny_vit):
         trained = [p for n, p in model.named_parameters() if p.requires_grad and "decode_head" in n]
         heads[method["name"]] = [p.detach().clone() for p in trained]
     for head in heads.values():
-        assert len(head) == len(heads["e3va"])
-        assert all(torch.equal(a, b) for a, b in zip(head, heads["e3va"], strict=True))
+        assert len(head) == len(heads["e3va-plus"])
+        assert all(torch.equal(a, b) for a, b in zip(head, heads["e3va-plus"], strict=True))
 
 
 def test_help_teaches():
