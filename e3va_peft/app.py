@@ -35,7 +35,6 @@ from e3va_peft.exits import layers_of
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
 from e3va_peft.training.folder import CURVES
 from e3va_peft.training.predict import Trained, load_together, load_trained
-from e3va_peft.training.tasks.segmentation import label_maps
 
 if find_spec("gradio") is None:
     raise MissingExtra('e3va app needs gradio: pip install "e3va_peft[app]"', name="gradio")
@@ -114,9 +113,9 @@ def without_adapter(model: nn.Module) -> Iterator[None]:
 
 def _found(trained: Trained, image: Image.Image) -> Any:
     if trained.task == "image-classification":
-        return trained.outputs(image).logits[0].float().softmax(0).cpu().numpy()
+        return trained.probabilities(image).cpu().numpy()
     if trained.task == "semantic-segmentation":
-        return label_maps(trained.outputs(image), trained.processor, [image.size[::-1]])[0].cpu().numpy()
+        return trained.regions(image)
     return trained.detect(image, LEAST)
 
 

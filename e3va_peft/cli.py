@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -231,8 +231,7 @@ def predict(
 
         options: dict[str, Any] = {"overwrite": overwrite, "top": top, "threshold": threshold}
         if adapters:
-            sources = [source, *(each for given in adapters for each in _separated(given))]
-            found = predict_together(sources, images, output, **options)
+            found = predict_together([source, *_separated(adapters)], images, output, **options)
         else:
             found = {output: run(source, images, output, **options)}
         console = Console()
@@ -289,7 +288,7 @@ def open_app(
         from e3va_peft.app import serve, write_space
         from e3va_peft.errors import UserError
 
-        more = [each for given in adapters or () for each in _separated(given)]
+        more = _separated(adapters or [])
         if export is None:
             serve([source, *more], host, port, browser)
             return
@@ -301,9 +300,10 @@ def open_app(
         )
 
 
-def _separated(given: str) -> list[str]:
+def _separated(texts: Sequence[str]) -> list[str]:
     """Names that are separated by commas; a path that is there is one name, with its commas."""
-    return [given] if os.path.exists(os.path.expanduser(given)) else [name for name in given.split(",") if name]
+    parts = ([text] if os.path.exists(os.path.expanduser(text)) else text.split(",") for text in texts)
+    return [name for each in parts for name in each if name]
 
 
 def _in_a_line(entry: dict[str, Any]) -> str:

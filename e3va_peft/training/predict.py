@@ -107,6 +107,14 @@ class Trained:
         with torch.inference_mode():
             return self.model(**inputs, **forward_extras(self.base, self.processor))
 
+    def probabilities(self, image: Image.Image) -> torch.Tensor:
+        """Classify an image, RGB: the probability of each class, (K,), fp32."""
+        return self.outputs(image).logits[0].float().softmax(0)
+
+    def regions(self, image: Image.Image) -> np.ndarray:
+        """Find the class of each pixel of an image, RGB: ids, (H, W)."""
+        return label_maps(self.outputs(image), self.processor, [image.size[::-1]])[0].cpu().numpy()
+
     def detect(self, image: Image.Image, threshold: float = 0.5) -> Detections:
         """Find the objects of an image, RGB: what scores more than the threshold."""
         return detections(self.outputs(image), self.processor, [image.size[::-1]], threshold)[0]
@@ -462,8 +470,8 @@ def _files(images: Sequence[str]) -> dict[str, Path]:
 
 def _classes(trained: Trained, image: Image.Image, output: Path, name: str, top: int) -> dict[str, Any]:
     """Classify an image; return its classes, and the file of a small copy for the contact sheet."""
-    logits = trained.outputs(image).logits[0].float()
-    scores, ids = logits.softmax(0).topk(min(top, len(logits)))
+    probabilities = trained.probabilities(image)
+    scores, ids = probabilities.topk(min(top, len(probabilities)))
     found = [{"label": trained.labels[i], "score": s} for i, s in zip(ids.tolist(), scores.tolist(), strict=True)]
     small, file = image.copy(), output / "overlays" / f"{name}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -489,7 +497,7 @@ def _objects(trained: Trained, image: Image.Image, output: Path, name: str, thre
 
 def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
     """Write the label map and its overlay; return their files and the share of each class that is there."""
-    ids = label_maps(trained.outputs(image), trained.processor, [image.size[::-1]])[0].cpu().numpy()
+    ids = trained.regions(image)
     first = trained.first_label
     mask_file, overlay_file = output / "masks" / f"{name}.png", output / "overlays" / f"{name}.png"
     for file in (mask_file, overlay_file):

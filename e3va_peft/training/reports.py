@@ -20,7 +20,6 @@ from e3va_peft.errors import UserError, reason
 from e3va_peft.training.drawing import draw_class, draw_objects, draw_regions
 from e3va_peft.training.folder import log_folder
 from e3va_peft.training.predict import Trained
-from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer
 
 _EXAMPLES = 4
@@ -168,9 +167,8 @@ class Pictures(TrainerCallback):
 def draw(trained: Trained, image: Image.Image) -> Image.Image:
     """Draw what a model finds in an image, RGB."""
     if trained.task == "image-classification":
-        score, index = trained.outputs(image).logits[0].float().softmax(0).max(0)
+        score, index = trained.probabilities(image).max(0)
         return draw_class(image, int(index), float(score), trained.labels)
     if trained.task == "semantic-segmentation":
-        ids = label_maps(trained.outputs(image), trained.processor, [image.size[::-1]])[0].cpu().numpy()
-        return draw_regions(image, ids, trained.labels)
+        return draw_regions(image, trained.regions(image), trained.labels)
     return draw_objects(image, trained.detect(image), trained.labels)
