@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 MIB, GIB = 2**20, 2**30
 
-TWINS = {"lora-checkpointing": "lora", "e3va-plus-recompute": "e3va-stream"}  # the same gradients at another cost
+TWINS = {"lora-checkpointing": "lora", "e3va-plus-recompute": "e3va-plus-exact"}  # the same gradients at another cost
 
 # Training memory in MB as published for E3VA, the frozen backbone and full fine-tuning (V-PETL Bench's table).
 PUBLISHED_MEMORY = {"coco-cascade-swin-b": (7639, 7137, 17061), "voc-retinanet-swin-l": (4819, 3967, 15679)}

@@ -48,8 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {"name": "lora", "lora_alpha": 8},  # PEFT's own scale
     "e3va": {"name": "e3va"},
     **{f"e3va-{live}": {"name": "e3va", "live_blocks": live} for live in LIVE},
-    "e3va-stream": {"name": "e3va", "taps": ["stream"], "r": 64, "bottleneck_ratio": 1},  # E3VA+, taps not rounded
     "e3va-plus": {"name": "e3va-plus"},
+    "e3va-plus-exact": {"name": "e3va-plus", "tap_storage": "exact"},
     **{f"e3va-plus-{live}": {"name": "e3va-plus", "live_blocks": live} for live in LIVE[1::2]},
 }
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
