@@ -68,8 +68,12 @@ def normalized(tap: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normalized(tap: Tensor) -> tuple[Tensor, Tensor]:
-    """Do what `normalized` does by one kernel, without gradient."""
-    normed, _, inverse = torch.native_layer_norm(tap, tap.shape[-1:], None, None, EPS)
+    """Do what `normalized` does by one kernel, without gradient.
+
+    The gain and the bias change nothing: with them, PyTorch's kernel on the CPU takes half the time.
+    """
+    width = tap.shape[-1:]
+    normed, _, inverse = torch.native_layer_norm(tap, width, tap.new_ones(width), tap.new_zeros(width), EPS)
     return normed, inverse.reciprocal()
 
 
