@@ -34,7 +34,9 @@ def run(name: str, output: Path, **options) -> tuple:
     return load_adapter(str(output / "adapter"))
 
 
-@pytest.mark.parametrize("name", ["classify.py", "accelerate_loop.py"])
+@pytest.mark.parametrize("name", ["classify.py", "accelerate_loop.py", "lightning_trainer.py"])
+    if name == "lightning_trainer.py":
+        pytest.importorskip("lightning")
 def test_a_classifier_names_the_colour_of_a_picture(name, tmp_path):
     data = save_colors(tmp_path / "colors")
     model, processor = run(name, tmp_path / "run", model=save_swin(tmp_path / "model"), data=data, epochs=3)
