@@ -322,9 +322,10 @@ def _in_a_line(entry: dict[str, Any]) -> str:
 
 @app.command()
 def export(source: Source, output: Annotated[Path, typer.Argument(help="File to write, e.g. model.onnx.")]) -> None:
-    """Write a classifier or a segmenter as ONNX, compared with PyTorch by onnxruntime.
+    """Write a classifier, a segmenter or a RetinaNet as ONNX, compared with PyTorch by onnxruntime.
 
-    It takes any number of images, as the image processor prepares square ones. Detectors cannot be exported.
+    It takes any number of images, a RetinaNet one, as the image processor prepares square ones. Detectors of two
+    stages cannot be exported.
 
     Example: [bold]e3va export runs/first model.onnx[/bold]
     """
