@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +21,44 @@ from e3va_peft.methods import METHODS
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
+def _say_versions(asked: bool) -> None:
+    if asked:
+        found = [f"{name} {version(name)}" for name in ("e3va_peft", "torch", "transformers", "peft")]
+        typer.echo(", ".join([*found, f"Python {platform.python_version()}"]))
+        raise typer.Exit
+
+
+def _import(names: list[str] | None) -> None:
+    if names:
+        sys.path.insert(0, os.getcwd())
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            typer.secho(
+                f"error: --import {name}: cannot be imported ({error}). Name a Python module of this folder, without "
+                ".py, or one that is installed.",
+                fg="red",
+                err=True,
+            )
+            raise typer.Exit(1) from None
+
+
 @app.callback()
-def about() -> None:
+def about(
+    versions: Annotated[
+        bool, typer.Option("--version", callback=_say_versions, is_eager=True, help="Say the versions, and end.")
+    ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            callback=_import,
+            help="Import a Python module first, which registers a backbone of yours. Repeat for more.",
+            metavar="MODULE",
+        ),
+    ] = None,
+) -> None:
     """Fine-tune large vision models on small GPUs: E3VA for PEFT.
 
     See it work: [bold]e3va demo[/bold], real weights and real MRI, a few minutes on a CPU.

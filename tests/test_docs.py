@@ -47,7 +47,7 @@ def commands() -> Iterator[list[str]]:
             if words[:1] == ["accelerate"]:
                 words = ["e3va", *words[words.index("e3va_peft") + 1 :]]
             if words and Path(words[0]).name == "e3va":
-                yield words[1:]
+                yield words[3:] if words[1] == "--import" else words[1:]
 
 
 class Colors(torch.utils.data.Dataset):

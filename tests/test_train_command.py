@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 import e3va_peft
 from e3va_peft.cli import app
+from e3va_peft import registered_backbones
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
@@ -625,3 +626,23 @@ def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path
         train(config)
     with pytest.raises(UserError, match="not finished"):
         load_trained(str(tmp_path / "run"))
+def test_the_versions_that_a_report_needs_are_one_line():
+    done = CliRunner().invoke(app, ["--version"])
+    assert done.exit_code == 0 and done.output.startswith("e3va_peft 0.1.0, torch ") and "peft 0." in done.output
+
+
+def test_a_backbone_of_the_users_own_works_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("e3va_peft.backbones._FAMILIES", registered_backbones())
+    (tmp_path / "my_family.py").write_text(
+        "from dataclasses import replace\n"
+        "from e3va_peft import register_backbone, registered_backbones\n"
+        "register_backbone(replace(registered_backbones()['swin'], name='mine', exits=('my_model.Encoder',)))\n"
+    )
+    done = CliRunner().invoke(app, ["--import", "my_family", "backbones"])
+    assert done.exit_code == 0 and "mine" in done.output
+    refused = CliRunner().invoke(app, ["--import", "my_famly", "backbones"])
+    assert refused.exit_code == 1 and "--import my_famly" in refused.output
+
+
