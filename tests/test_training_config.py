@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +329,16 @@ def test_every_recipe_is_a_config_that_says_what_it_is(name, tmp_path):
     config = read_config(name)
     assert config == read_config(file(tmp_path, text=recipe_text(name)))
     assert arguments(config.to_dict(), **config.training).output_dir == config.output
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_says_where_data_and_weights_are_for_everyone(name):
+    header = "".join(recipe_text(name).partition("task:")[0]).replace("\\\n#", "")
+    assert "Data" in header or "data.source=" in header
+    weights = read_config(name).model
+    for words in re.findall(rf"e3va train {name} (.*)", header):
+        weights = read_config(name, re.findall(r"--set (\S+)", words)).model
+    assert weights.startswith(("facebook/", "microsoft/")) or "e3va_peft.demo.weights" in header
 
 
 COCO = {
