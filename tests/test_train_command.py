@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
@@ -518,7 +519,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
     common = {"logging_steps": 1, "load_best_model_at_end": False}
     views = {"augment": True, "cache": {"storage": "none", "views": 2, "folder": str(tmp_path / "frozen")}}
     train(parse_config(classify(tmp_path, "one", **common) | views))
-    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2) | views
+    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2, report_to="tensorboard") | views
     values["sweep"] = {"cache.storage": ["none", "exact"]}
     config = write(tmp_path / "two.yaml", values)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -564,6 +565,9 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
         port = free.getsockname()[1]
     by_two(evaluate_as_one_of_two, str(tmp_path), port, runs)
     for name in runs:
+        (log,) = (run / "logs" / "tensorboard").iterdir()  # the first process alone writes it
+        shown = EventAccumulator(str(log)).Reload()
+        assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
         expected, _ = evaluate(str(tmp_path / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
         for rank in (0, 1):
