@@ -24,8 +24,8 @@ from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 import e3va_peft
-from e3va_peft.cli import app
 from e3va_peft import registered_backbones
+from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
@@ -103,6 +103,33 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
         return root, train(parse_config(classify(root)))
+
+
+def test_a_run_says_what_a_step_cost_and_which_class_was_taken_for_which(finished, tmp_path, capsys):
+    root, record = finished
+    assert 0 < record["seconds_per_step"] * record["steps"] < record["training_seconds"] + 0.05
+    assert 2**27 < record["peak_memory_bytes"] < 2**37
+    first, *rows = (root / "run" / "confusion.csv").read_text().splitlines()
+    counts = [[int(count) for count in row.split(",")[1:]] for row in rows]
+    assert first == "true class,green,red" and [sum(row) for row in counts] == [4, 4]
+    assert (counts[0][0] + counts[1][1]) / 8 == record["metrics"]["accuracy"]
+    assert (root / "run" / "confusion.png").stat().st_size > 5000
+    train(parse_config(detect(tmp_path, num_train_epochs=1)))
+    assert not list((tmp_path / "run").glob("confusion*"))
+    assert re.search(r"saved: .* s a step, \d+ MiB of the process at the peak\n", capsys.readouterr().out)
+
+
+def test_a_run_that_does_not_become_better_ends_early_and_where_it_ends_without_a_stop(tmp_path, monkeypatch, capsys):
+    worse = iter([0.5, 0.7, 0.6, 0.7, 0.7, 0.4, 0.3, 0.2] * 2)
+    scores = lambda *_: {"accuracy": next(worse), "accuracy_per_class": [0.5, 0.5]}  # noqa: E731
+    monkeypatch.setattr("e3va_peft.training.tasks.classification.ImageClassification.scores", scores)
+    values = classify(tmp_path, num_train_epochs=8, load_best_model_at_end=False) | {"patience": 3}
+    assert train(parse_config(values))["steps"] == 15  # three evaluations behind that of the second epoch
+    assert "stopped early, at step 15 of 24: accuracy" in capsys.readouterr().out
+    worse = iter([0.5, 0.7, 0.6, 0.7, 0.7, 0.4])
+    config = parse_config(values | {"output": str(tmp_path / "cut")})
+    train_until(10, config, monkeypatch)
+    assert train(config)["steps"] == 15
 
 
 def test_an_e3va_adapter_is_complete_by_itself(finished):
@@ -538,6 +565,9 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
         assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        (log,) = (run / "logs" / "tensorboard").iterdir()  # the first process alone writes it
+        shown = EventAccumulator(str(log)).Reload()
+        assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
 
 
 def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
@@ -565,9 +595,6 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
         port = free.getsockname()[1]
     by_two(evaluate_as_one_of_two, str(tmp_path), port, runs)
     for name in runs:
-        (log,) = (run / "logs" / "tensorboard").iterdir()  # the first process alone writes it
-        shown = EventAccumulator(str(log)).Reload()
-        assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
         expected, _ = evaluate(str(tmp_path / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
         for rank in (0, 1):
@@ -616,20 +643,6 @@ def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_ar
     assert "[/bold]green" in shown
 
 
-def test_help_teaches_by_examples():
-    runner = CliRunner()
-    for command in ("train", "compare", "eval", "predict", "recipes"):
-        text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "160"}).output
-        assert f"e3va {command}" in text.split("Usage")[1].split("\n", 1)[1], text
-
-
-def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):
-    config = parse_config(classify(tmp_path))
-    stop_after(4, monkeypatch)
-    with pytest.raises(Stop):
-        train(config)
-    with pytest.raises(UserError, match="not finished"):
-        load_trained(str(tmp_path / "run"))
 def test_the_versions_that_a_report_needs_are_one_line():
     done = CliRunner().invoke(app, ["--version"])
     assert done.exit_code == 0 and done.output.startswith("e3va_peft 0.1.0, torch ") and "peft 0." in done.output
@@ -650,3 +663,17 @@ def test_a_backbone_of_the_users_own_works_on_the_command_line(tmp_path, monkeyp
     assert refused.exit_code == 1 and "--import my_famly" in refused.output
 
 
+def test_help_teaches_by_examples():
+    runner = CliRunner()
+    for command in ("train", "compare", "eval", "predict", "recipes"):
+        text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "160"}).output
+        assert f"e3va {command}" in text.split("Usage")[1].split("\n", 1)[1], text
+
+
+def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path))
+    stop_after(4, monkeypatch)
+    with pytest.raises(Stop):
+        train(config)
+    with pytest.raises(UserError, match="not finished"):
+        load_trained(str(tmp_path / "run"))

@@ -467,6 +467,13 @@ def test_types_of_training_arguments_take_what_transformers_takes():
     assert built.num_train_epochs == 3 and built.warmup_steps == 0.1
 
 
+def test_patience_counts_evaluations_that_there_are():
+    refused("patience=0", "patience: 3", patience=0)
+    config = parsed(patience=2, training={"use_cpu": True})
+    with pytest.raises(UserError, match=r"patience=2: .*eval_fraction"):
+        build_arguments(config, task_of(config), has_eval=False)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on this machine")
 def test_fp16_on_the_cpu_is_refused_with_what_works():
     with pytest.raises(UserError, match=r"training\.fp16=True: .*bf16: true"):
