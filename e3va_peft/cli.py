@@ -16,7 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
-from e3va_peft.methods import METHODS
+_METHODS = (  # as text, because METHODS imports PEFT: --help waits for nothing
+    "full", "head-only", "partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand", "mona", "lora",
+    "lora-checkpointing", "e3va-plus", "e3va",
+)  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -165,7 +168,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
     methods: Annotated[
         str | None,
-        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(METHODS)}."),
+        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(_METHODS)}."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
     overrides: Overrides = None,
@@ -492,7 +495,7 @@ def backbones() -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="e3va")
 
 
 if __name__ == "__main__":

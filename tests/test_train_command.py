@@ -643,9 +643,22 @@ def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_ar
     assert "[/bold]green" in shown
 
 
-def test_the_versions_that_a_report_needs_are_one_line():
-    done = CliRunner().invoke(app, ["--version"])
-    assert done.exit_code == 0 and done.output.startswith("e3va_peft 0.1.0, torch ") and "peft 0." in done.output
+def test_help_and_versions_wait_for_neither_pytorch_nor_peft():
+    code = (
+        "import atexit, sys, e3va_command\n"
+        "atexit.register(lambda: print('loaded', {'torch', 'peft', 'transformers'} & {*sys.modules}))\n"
+        "sys.argv = ['e3va', *sys.argv[1:]]\n"
+        "e3va_command.main()\n"
+    )
+    for words, said in (
+        (["--version"], "e3va_peft 0.1.0, torch "),
+        (["train", "--help"], "Usage: e3va train"),
+        ([], ""),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert said in done.stdout and "loaded set()" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "train", "no.yaml"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no such file, and no recipe" in done.stderr
 
 
 def test_a_backbone_of_the_users_own_works_on_the_command_line(tmp_path, monkeypatch):
