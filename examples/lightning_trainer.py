@@ -45,7 +45,7 @@ class Classifier(LightningModule):
     def __init__(self):
         super().__init__()
         self.strict_loading = False  # the frozen backbone is in no checkpoint
-        self.model = get_peft_model(model, e3va_peft.E3VAConfig())
+        self.model = get_peft_model(model, e3va_peft.E3VAConfig()).train()  # Lightning leaves modes alone
 
     def training_step(self, batch, _):
         """Return the loss of a batch."""

@@ -109,7 +109,7 @@ def _shape(trained: Trained) -> tuple[int, ...]:
     return tuple(prepared["pixel_values"].shape[1:])
 
 
-def _difference(model: nn.Module, path: Path, images: Tensor) -> float:
+def _difference(model: _Outputs, path: Path, images: Tensor) -> float:
     """The largest difference of an output, as a share of its largest value."""
     import onnxruntime
 
