@@ -213,6 +213,16 @@ def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(metho
         torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7)
 
 
+def test_a_run_resumed_within_an_epoch_sees_the_images_that_it_would_have_seen(tmp_path, monkeypatch):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": False, "logging_steps": 1}
+    whole = train(parse_config(classify(tmp_path, "whole", **steps) | {"augment": True}))
+    config = parse_config(classify(tmp_path, "cut", **steps) | {"augment": True})
+    train_until(5, config, monkeypatch)  # of three steps an epoch
+    assert losses(train(config)) == losses(whole)
+    first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
 def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path, monkeypatch, capsys):
     config = parse_config(classify(tmp_path, num_train_epochs=4, save_total_limit=3))
     train_until(10, config, monkeypatch)

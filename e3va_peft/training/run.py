@@ -58,6 +58,8 @@ from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
 from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer
 
+_EPOCHS = 2**31  # more than a run has
+
 
 class Interrupted(Exception):
     """The run was stopped by Ctrl-C, or by the signal that ends a job, after a checkpoint.
@@ -219,7 +221,8 @@ def check_sizes(trainer: VisionTrainer) -> None:
 def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> float:
     """Let a trainer read the frozen passes of its images instead of computing them, and compute those not there.
 
-    Where a cache keeps nothing it sees the same views, as images.
+    Where a cache keeps nothing it sees the same views, as images; without one it sees other views in each epoch. What
+    an image looks like in an epoch hangs on the two alone: a run that resumes sees what it would have seen.
 
     Returns:
         Seconds.
@@ -228,6 +231,8 @@ def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_spl
         UserError: Images of a batch have several sizes, there is no room, or see `cached`.
     """
     if config.cache is None:
+        trainer.train_dataset = Repeated(Views(trainer.train_dataset, _EPOCHS, config.seed))
+        trainer.add_callback(NextView(trainer.train_dataset))
         return 0.0
     start, cache = time.perf_counter(), config.cache
     if cache.storage == "none":
