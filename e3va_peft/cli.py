@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import platform
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from e3va_peft.methods import METHODS
+_METHODS = (  # as text, because METHODS imports PEFT: --help waits for nothing
+    "full", "head-only", "partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand", "mona", "lora",
+    "lora-checkpointing", "e3va-plus", "e3va",
+)  # fmt: skip
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
 
+def _say_versions(asked: bool) -> None:
+    if asked:
+        found = [f"{name} {version(name)}" for name in ("e3va_peft", "torch", "transformers", "peft")]
+        typer.echo(", ".join([*found, f"Python {platform.python_version()}"]))
+        raise typer.Exit
+
+
+def _import(names: list[str] | None) -> None:
+    if names:
+        sys.path.insert(0, os.getcwd())
+    for name in names or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            typer.secho(
+                f"error: --import {name}: cannot be imported ({error}). Name a Python module of this folder, without "
+                ".py, or one that is installed.",
+                fg="red",
+                err=True,
+            )
+            raise typer.Exit(1) from None
+
+
 @app.callback()
-def about() -> None:
+def about(
+    versions: Annotated[
+        bool, typer.Option("--version", callback=_say_versions, is_eager=True, help="Say the versions, and end.")
+    ] = False,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import",
+            callback=_import,
+            help="Import a Python module first, which registers a backbone of yours. Repeat for more.",
+            metavar="MODULE",
+        ),
+    ] = None,
+) -> None:
     """Fine-tune large vision models on small GPUs: E3VA for PEFT.
 
     See it work: [bold]e3va demo[/bold], real weights and real MRI, a few minutes on a CPU.
@@ -125,7 +168,7 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
     methods: Annotated[
         str | None,
-        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(METHODS)}."),
+        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(_METHODS)}."),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
     overrides: Overrides = None,
@@ -322,9 +365,10 @@ def _in_a_line(entry: dict[str, Any]) -> str:
 
 @app.command()
 def export(source: Source, output: Annotated[Path, typer.Argument(help="File to write, e.g. model.onnx.")]) -> None:
-    """Write a classifier or a segmenter as ONNX, compared with PyTorch by onnxruntime.
+    """Write a classifier, a segmenter or a RetinaNet as ONNX, compared with PyTorch by onnxruntime.
 
-    It takes any number of images, as the image processor prepares square ones. Detectors cannot be exported.
+    It takes any number of images, a RetinaNet one, as the image processor prepares square ones. Detectors of two
+    stages cannot be exported.
 
     Example: [bold]e3va export runs/first model.onnx[/bold]
     """
@@ -451,7 +495,7 @@ def backbones() -> None:
 
 def main() -> None:
     """Run the command line."""
-    app()
+    app(prog_name="e3va")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,11 @@ def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:
     kind = content.get("peft_type")
     if kind != "E3VA":
         if isinstance(kind, str) and kind in PeftType.__members__:
-            raise ValueError(f"adapter={source!r}: holds {kind}, not E3VA. Load it with peft.AutoPeftModel.")
+            raise ValueError(
+                f"adapter={source!r}: holds {kind}, not E3VA. Load what `e3va train` made by its run's folder, "
+                "e3va_peft.training.predict.load_trained(RUN).model; any other one by PeftModel.from_pretrained, onto "
+                "a base with as many classes."
+            )
         raise ValueError(f"{file}: peft_type={_short(kind)}: must be E3VA. Restore the file that was saved.")
     _check_types(file, "", content, _INHERITED)
     _check_types(file, "auto_mapping.", content.get("auto_mapping") or {}, _MAPPING)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-GPU = Path(__file__).parent.parent / "benchmarks" / "gpu.py"
+from e3va_peft.data.load import load_splits
+from e3va_peft.training.config import read_config
+from e3va_peft.training.tasks import task_of
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+GPU = BENCHMARKS / "gpu.py"
 
 
 @pytest.mark.slow
@@ -28,3 +36,33 @@ def test_the_check_of_a_gpu_rehearses_on_the_cpu_and_says_so(tmp_path):
     known = [row for row in steps if row["setting"] == "vit-b"]
     assert all(row["predicted"] for row in known)
     assert (tmp_path / "gpu.md").read_text() in done.stdout
+
+
+def test_nuclei_as_they_are_published_become_what_the_recipes_read(tmp_path, monkeypatch):
+    for name in "abcdef":
+        for kind in ("images", "masks"):
+            (tmp_path / "stage1_train" / name / kind).mkdir(parents=True)
+        Image.new("RGBA", (20, 16)).save(tmp_path / "stage1_train" / name / "images" / f"{name}.png")
+        for i, (x, y) in enumerate([(2, 3), (9, 8)]):
+            mask = np.zeros((16, 20), np.uint8)
+            mask[y : y + 4, x : x + 5] = 255
+            Image.fromarray(mask).save(tmp_path / "stage1_train" / name / "masks" / f"{i}.png")
+    output = tmp_path / "nuclei"
+    monkeypatch.setattr(sys, "argv", ["nuclei.py", str(tmp_path / "stage1_train"), str(output)])
+    runpy.run_path(str(BENCHMARKS / "nuclei.py"), run_name="__main__")
+    paths = {
+        "nuclei-upernet-swin": [f"data.masks={output}/semantic", f"data.images={output}/images"],
+        "nuclei-cascade-mask-rcnn-swin": [
+            f"data.images={output}/images/{{split}}",
+            f"data.annotations={output}/annotations/instances_{{split}}.json",
+        ],
+    }
+    for recipe, fields in paths.items():
+        config = read_config(recipe, fields)
+        train, val = load_splits(config.data, task_of(config).label_kind, 0)
+        assert val is not None and (len(train), len(val)) == (4, 2)
+        _, truth = train[0]
+        if config.task == "semantic-segmentation":
+            assert np.asarray(truth).sum() == 40 and set(np.unique(truth)) == {0, 1}
+        else:
+            assert truth.boxes.tolist() == [[2, 3, 7, 7], [9, 8, 14, 12]] and truth.labels.tolist() == [0, 0]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 import transformers
@@ -20,7 +21,8 @@ import e3va_peft
 from e3va_peft.cli import app
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.training import training_arguments
-from e3va_peft.training.config import read_config
+from e3va_peft.training.config import parse_config, read_config
+from e3va_peft.training.run import train
 from tests.inputs import classify, save_swin, write
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +49,7 @@ def commands() -> Iterator[list[str]]:
             if words[:1] == ["accelerate"]:
                 words = ["e3va", *words[words.index("e3va_peft") + 1 :]]
             if words and Path(words[0]).name == "e3va":
-                yield words[1:]
+                yield words[3:] if words[1] == "--import" else words[1:]
 
 
 class Colors(torch.utils.data.Dataset):
@@ -71,6 +73,9 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     for name in ("cells", "nuclei", "tissue"):
         model.add_adapter(name, e3va_peft.E3VAConfig())
     Image.new("RGB", (40, 40)).save("photo.jpg")
+    if "runs/photos-lora" in PAGES[page]:
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+        train(parse_config(classify(tmp_path, "runs/photos-lora", max_steps=1) | {"method": "lora"}))
     batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
     names = {
         **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},

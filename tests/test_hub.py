@@ -7,10 +7,13 @@ fixture replaces what it made of them; one test leaves all of it to the environm
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from urllib.request import urlopen
 
 import datasets
 import pytest
@@ -239,6 +242,21 @@ def test_what_was_loaded_once_loads_again_without_a_connection(hub, pushed, monk
     again, processor = load_adapter("me/adapter")
     assert_equal(again, pushed)
     assert processor is not None and not hub.requests
+
+
+def test_a_space_for_an_adapter_on_the_hub_loads_it_and_serves_its_page(hub, pushed, tmp_path, monkeypatch):
+    app = pytest.importorskip("e3va_peft.app")
+    app.write_space("me/adapter", tmp_path / "space")
+    served = []
+
+    def look(blocks: Any) -> None:
+        with urlopen(blocks.local_url) as answer:
+            served.append(answer.read().decode())
+
+    monkeypatch.setattr(app.gr.Blocks, "block_thread", look)
+    runpy.run_path(str(tmp_path / "space" / "app.py"), run_name="__main__")
+    assert len(served) == 1 and "e3va: adapter" in served[0] and "cat, dog, owl" in served[0]
+    assert any("me/adapter/resolve" in request and "safetensors" in request for request in hub.requests)
 
 
 # Refused

@@ -19,10 +19,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 import e3va_peft
+from e3va_peft import registered_backbones
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
@@ -101,6 +103,33 @@ def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
         return root, train(parse_config(classify(root)))
+
+
+def test_a_run_says_what_a_step_cost_and_which_class_was_taken_for_which(finished, tmp_path, capsys):
+    root, record = finished
+    assert 0 < record["seconds_per_step"] * record["steps"] < record["training_seconds"] + 0.05
+    assert 2**27 < record["peak_memory_bytes"] < 2**37
+    first, *rows = (root / "run" / "confusion.csv").read_text().splitlines()
+    counts = [[int(count) for count in row.split(",")[1:]] for row in rows]
+    assert first == "true class,green,red" and [sum(row) for row in counts] == [4, 4]
+    assert (counts[0][0] + counts[1][1]) / 8 == record["metrics"]["accuracy"]
+    assert (root / "run" / "confusion.png").stat().st_size > 5000
+    train(parse_config(detect(tmp_path, num_train_epochs=1)))
+    assert not list((tmp_path / "run").glob("confusion*"))
+    assert re.search(r"saved: .* s a step, \d+ MiB of the process at the peak\n", capsys.readouterr().out)
+
+
+def test_a_run_that_does_not_become_better_ends_early_and_where_it_ends_without_a_stop(tmp_path, monkeypatch, capsys):
+    worse = iter([0.5, 0.7, 0.6, 0.7, 0.7, 0.4, 0.3, 0.2] * 2)
+    scores = lambda *_: {"accuracy": next(worse), "accuracy_per_class": [0.5, 0.5]}  # noqa: E731
+    monkeypatch.setattr("e3va_peft.training.tasks.classification.ImageClassification.scores", scores)
+    values = classify(tmp_path, num_train_epochs=8, load_best_model_at_end=False) | {"patience": 3}
+    assert train(parse_config(values))["steps"] == 15  # three evaluations behind that of the second epoch
+    assert "stopped early, at step 15 of 24: accuracy" in capsys.readouterr().out
+    worse = iter([0.5, 0.7, 0.6, 0.7, 0.7, 0.4])
+    config = parse_config(values | {"output": str(tmp_path / "cut")})
+    train_until(10, config, monkeypatch)
+    assert train(config)["steps"] == 15
 
 
 def test_an_e3va_adapter_is_complete_by_itself(finished):
@@ -182,6 +211,16 @@ def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(metho
     first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_run_resumed_within_an_epoch_sees_the_images_that_it_would_have_seen(tmp_path, monkeypatch):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": False, "logging_steps": 1}
+    whole = train(parse_config(classify(tmp_path, "whole", **steps) | {"augment": True}))
+    config = parse_config(classify(tmp_path, "cut", **steps) | {"augment": True})
+    train_until(5, config, monkeypatch)  # of three steps an epoch
+    assert losses(train(config)) == losses(whole)
+    first, second = adapter_weights(tmp_path / "whole"), adapter_weights(tmp_path / "cut")
+    assert all(torch.equal(second[name], value) for name, value in first.items())
 
 
 def test_a_checkpoint_cut_short_is_put_aside_and_the_one_before_is_used(tmp_path, monkeypatch, capsys):
@@ -517,7 +556,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
     common = {"logging_steps": 1, "load_best_model_at_end": False}
     views = {"augment": True, "cache": {"storage": "none", "views": 2, "folder": str(tmp_path / "frozen")}}
     train(parse_config(classify(tmp_path, "one", **common) | views))
-    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2) | views
+    values = classify(tmp_path, "two", **common, per_device_train_batch_size=2, report_to="tensorboard") | views
     values["sweep"] = {"cache.storage": ["none", "exact"]}
     config = write(tmp_path / "two.yaml", values)
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -536,6 +575,9 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
         assert two["metrics"]["accuracy"] == one["metrics"]["accuracy"]
         for name, value in first.items():
             torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+        (log,) = (run / "logs" / "tensorboard").iterdir()  # the first process alone writes it
+        shown = EventAccumulator(str(log)).Reload()
+        assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
 
 
 def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
@@ -609,6 +651,39 @@ def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_ar
     shown = capsys.readouterr().out
     assert "the class '[red]red' never occurs" in shown and f"saved: {tmp_path}/[x]/adapter" in shown
     assert "[/bold]green" in shown
+
+
+def test_help_and_versions_wait_for_neither_pytorch_nor_peft():
+    code = (
+        "import atexit, sys, e3va_command\n"
+        "atexit.register(lambda: print('loaded', {'torch', 'peft', 'transformers'} & {*sys.modules}))\n"
+        "sys.argv = ['e3va', *sys.argv[1:]]\n"
+        "e3va_command.main()\n"
+    )
+    for words, said in (
+        (["--version"], "e3va_peft 0.1.0, torch "),
+        (["train", "--help"], "Usage: e3va train"),
+        ([], ""),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert said in done.stdout and "loaded set()" in done.stdout, done.stdout + done.stderr
+    done = subprocess.run([sys.executable, "-c", code, "train", "no.yaml"], capture_output=True, text=True)
+    assert done.returncode == 1 and "no such file, and no recipe" in done.stderr
+
+
+def test_a_backbone_of_the_users_own_works_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("e3va_peft.backbones._FAMILIES", registered_backbones())
+    (tmp_path / "my_family.py").write_text(
+        "from dataclasses import replace\n"
+        "from e3va_peft import register_backbone, registered_backbones\n"
+        "register_backbone(replace(registered_backbones()['swin'], name='mine', exits=('my_model.Encoder',)))\n"
+    )
+    done = CliRunner().invoke(app, ["--import", "my_family", "backbones"])
+    assert done.exit_code == 0 and "mine" in done.output
+    refused = CliRunner().invoke(app, ["--import", "my_famly", "backbones"])
+    assert refused.exit_code == 1 and "--import my_famly" in refused.output
 
 
 def test_help_teaches_by_examples():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -330,6 +331,16 @@ def test_every_recipe_is_a_config_that_says_what_it_is(name, tmp_path):
     assert arguments(config.to_dict(), **config.training).output_dir == config.output
 
 
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_says_where_data_and_weights_are_for_everyone(name):
+    header = "".join(recipe_text(name).partition("task:")[0]).replace("\\\n#", "")
+    assert "Data" in header or "data.source=" in header
+    weights = read_config(name).model
+    for words in re.findall(rf"e3va train {name} (.*)", header):
+        weights = read_config(name, re.findall(r"--set (\S+)", words)).model
+    assert weights.startswith(("facebook/", "microsoft/")) or "e3va_peft.demo.weights" in header
+
+
 COCO = {
     "head": "cascade-mask-rcnn", "image_size": 800, "lr_steps": [27, 33], "num_train_epochs": 36, "batch": 16,
     "learning_rate": 1e-4, "weight_decay": 0.05, "scale": (480, 800),
@@ -454,6 +465,13 @@ def test_a_training_argument_that_cannot_work_is_refused_by_name(training):
 def test_types_of_training_arguments_take_what_transformers_takes():
     built = arguments(num_train_epochs=3, eval_steps=None, tf32=None, warmup_steps=0.1, report_to=["none"])
     assert built.num_train_epochs == 3 and built.warmup_steps == 0.1
+
+
+def test_patience_counts_evaluations_that_there_are():
+    refused("patience=0", "patience: 3", patience=0)
+    config = parsed(patience=2, training={"use_cpu": True})
+    with pytest.raises(UserError, match=r"patience=2: .*eval_fraction"):
+        build_arguments(config, task_of(config), has_eval=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 works on this machine")

@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers say the same.
 _STYLES = {"e3va": ("#D55E00", "*", 13), "full": ("#000000", "s", 7), "head-only": ("#000000", "D", 6)}
 _OTHERS = ("#0072B2", "o", 7)
+_SPAN = 0.1  # of the metric at least: a small gain shall look small
 _DISTANCES = (9, 20, 32, 46)  # points between a marker and its label: near first
 _DIRECTIONS = ((1, 0), (-1, 0), (0, 1), (0, -1), (0.8, 0.8), (-0.8, 0.8), (0.8, -0.8), (-0.8, -0.8))
 
@@ -23,12 +24,14 @@ def draw_tradeoff(
 ) -> None:
     """Draw a metric against a cost into a PNG, one labelled point per method; up and left is better.
 
+    The metric's axis spans at least 0.1.
+
     Args:
         places: Name, mean and standard deviation (None: not known) of each method.
         costs: Where each method is on the x axis, which begins at 0.
         path: The PNG; replaced where it exists.
         cost: Name of the costs, with their unit.
-        metric: Name of the metric.
+        metric: Name of the metric, which is between 0 and 1.
     """
     figure = Figure(figsize=(7.5, 5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,6 +45,9 @@ def draw_tradeoff(
         axes.errorbar(x, mean, deviation, fmt=marker, color=color, markersize=size, capsize=3, elinewidth=1)
     axes.set_xlim(0, 1.12 * max(costs))
     axes.margins(y=0.12)
+    low, high = axes.get_ylim()
+    spare = max(0.0, _SPAN - (high - low)) / 2
+    axes.set_ylim(low - spare, high + spare)
     _label(axes, [(name, x, mean) for (name, mean, _), x in zip(places, costs, strict=True)])
     draft = path.with_name(f".{path.name}")
     figure.savefig(draft, format="png")

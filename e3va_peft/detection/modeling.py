@@ -15,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.retinanet import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import FeaturePyramidNetwork, box_convert
+from torchvision.ops import FeaturePyramidNetwork, box_convert, clip_boxes_to_image, nms
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
@@ -309,7 +309,34 @@ class _DenseHeads(TorchvisionRetinaNet):
         counts = [level.shape[-2] * level.shape[-1] * self.head.classification_head.num_anchors for level in levels]
         outputs = {name: list(value.split(counts, 1)) for name, value in self.head(levels).items()}
         anchors = [list(each.split(counts)) for each in self.anchor_generator(images, levels)]
+        if torch.compiler.is_exporting():
+            return [self._traced(outputs, anchors[0], images.image_sizes)]
         return self.postprocess_detections(outputs, anchors, images.image_sizes)
+
+    def _traced(
+        self, outputs: dict[str, list[Tensor]], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> dict[str, Tensor]:
+        """What `postprocess_detections` finds in a single image, as a graph: no shape hangs on scores up to the end.
+
+        Boxes below the score's threshold go last here: they suppress none that scores higher.
+
+        Raises:
+            ValueError: There are several images.
+        """
+        if len(sizes) != 1:
+            raise ValueError(f"pixel_values: holds {len(sizes)} images. A detector is exported for one at a time.")
+        boxes, scores, labels = [], [], []
+        for logits, deltas, places in zip(outputs["cls_logits"], outputs["bbox_regression"], anchors, strict=True):
+            best, index = logits[0].sigmoid().flatten().topk(min(self.topk_candidates, logits[0].numel()))
+            place = index // logits.shape[-1]
+            boxes.append(clip_boxes_to_image(self.box_coder.decode_single(deltas[0][place], places[place]), sizes[0]))
+            scores.append(best)
+            labels.append(index % logits.shape[-1])
+        found = {"boxes": torch.cat(boxes), "scores": torch.cat(scores), "labels": torch.cat(labels)}
+        apart = found["labels"][:, None] * (max(sizes[0]) + 1)  # so that no class suppresses another
+        keep = nms(found["boxes"] + apart, found["scores"], self.nms_thresh)
+        keep = keep[found["scores"][keep] > self.score_thresh]
+        return {name: value[keep][: self.detections_per_img] for name, value in found.items()}
 
 
 class RetinaNet(Detector):

@@ -81,6 +81,11 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
             )
     arguments.label_names = ["labels"]
     arguments.remove_unused_columns = False
+    if config.patience is not None and arguments.eval_strategy == "no":
+        raise UserError(
+            f"patience={config.patience}: counts evaluations, and there are none. Set data.eval_split or "
+            "data.eval_fraction, and training.eval_strategy: epoch."
+        )
     if arguments.fp16 and arguments.device.type == "cpu":
         raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
     return arguments

@@ -58,6 +58,7 @@ _RULES: dict[str, Rule] = {
     ),
     "crop": (lambda side: side >= 1, "must be a positive number of pixels, e.g. crop: 512."),
     "views": (lambda views: views >= 1, "must be at least 1, e.g. views: 4."),
+    "patience": (lambda evaluations: evaluations >= 1, "must be at least 1 evaluation, e.g. patience: 3."),
 }
 
 
@@ -131,6 +132,7 @@ class RunConfig:
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
+        patience: Stop early, once so many evaluations in turn have not become better than the best one before.
         training: Any field of `transformers.TrainingArguments`.
         sweep: Fields with a list of values each, e.g. learning_rate: [1e-3, 2e-3]; method.r: [8, 16]. Every
             combination is trained, in a folder of its own in `output`, and ranked in its sweep.json. A name without a
@@ -149,6 +151,7 @@ class RunConfig:
     processor: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     lr_steps: list[int | float] | None = None
+    patience: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)
 

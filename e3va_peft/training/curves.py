@@ -60,7 +60,7 @@ def curves(history: Sequence[Mapping[str, Any]], metric: str, judge: str | None 
         right.set_ylim(0, 1)
         lines = [*lines, *right.plot(steps, values, "s--", color=_METRIC, label=metric, markersize=4, clip_on=False)]
     name = (judge or metric).removeprefix("eval_")
-    best = _best(history, f"eval_{name}", higher)
+    best = best_entry(history, f"eval_{name}", higher)
     if best is not None:
         label = f"best: epoch {best['epoch']:.4g}, {name} {best[f'eval_{name}']:.3g}"
         lines = [*lines, axes.axvline(best["step"], color="0.4", linewidth=1, linestyle=":", label=label)]
@@ -78,7 +78,7 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
     return list(points), list(points.values())
 
 
-def _best(history: Sequence[Mapping[str, Any]], key: str, higher: bool) -> Mapping[str, Any] | None:
-    """Return the entry that Trainer keeps: the first of the best."""
+def best_entry(history: Sequence[Mapping[str, Any]], key: str, higher: bool) -> Mapping[str, Any] | None:
+    """Find the entry that Trainer keeps: the first of the best; None where none has the key."""
     scored = [entry for entry in history if key in entry]
     return max(scored, key=lambda entry: entry[key] if higher else -entry[key], default=None)

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Mask2FormerForUniversalSegmentation
 
-from e3va_peft.detection import Detector
+from e3va_peft.detection import Detector, RetinaNet
 from e3va_peft.errors import UserError
 from e3va_peft.training.predict import Trained, load_trained
 
@@ -35,9 +35,10 @@ class _Outputs(nn.Module):
 
 
 def export(source: str, output: Path) -> str:
-    """Write a trained classifier or segmenter as ONNX, and compare it with PyTorch on random images.
+    """Write a trained classifier, segmenter or RetinaNet as ONNX, and compare it with PyTorch on random images.
 
-    Images have the size that the image processor gives a square one; their number is free.
+    Images have the size that the image processor gives a square one; their number is free, but of a RetinaNet it is 1.
+    That finds as many boxes as in PyTorch with a threshold of 0: the best ones, however low they score.
 
     Args:
         source: Folder of a run, or folder or Hub id of an adapter.
@@ -47,22 +48,15 @@ def export(source: str, output: Path) -> str:
         What goes in, what comes out, and by how much it differs.
 
     Raises:
-        UserError: A package is missing, the model is a detector, or the two differ by more than 1e-3 of an output's
-            largest value.
+        UserError: A package is missing, the model is a detector of two stages, or the two differ by more than 1e-3 of
+            an output's largest value.
     """
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise UserError(f'needs {", ".join(missing)}: pip install "e3va_peft[onnx]"')
     trained = load_trained(source)
-    if isinstance(trained.base, Detector):
-        raise UserError(
-            f"{source}: is a detector, which chooses boxes by what it sees: that is no graph of fixed size. "
-            "Classifiers, UperNet and Mask2Former can be exported."
-        )
-    names = ["logits"]
-    if isinstance(trained.base, Mask2FormerForUniversalSegmentation):
-        names = ["class_queries_logits", "masks_queries_logits"]
+    names, count = _outputs(trained.base, source)
     model = _Outputs(trained.model.cpu(), names).eval()
-    images = torch.randn(2, *_shape(trained))
+    images = torch.randn(count, *_shape(trained))
     partial = output.with_name(f".{output.name}.partial")
     try:
         with warnings.catch_warnings():
@@ -73,19 +67,40 @@ def export(source: str, output: Path) -> str:
                 partial,
                 input_names=["pixel_values"],
                 output_names=names,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
+                dynamic_shapes=None if count == 1 else ({0: torch.export.Dim("batch")},),
                 dynamo=True,
                 external_data=False,
                 verbose=False,
             )
-        difference = _difference(model, partial, torch.randn(3, *images.shape[1:]))
+        difference = _difference(model, partial, torch.randn(1 if count == 1 else 3, *images.shape[1:]))
         if not difference < _TOLERANCE:  # also where it is no number
             raise UserError(f"{source}: its ONNX differs from PyTorch by {difference:.1e}. Nothing was written.")
         os.replace(partial, output)
     finally:
         partial.unlink(missing_ok=True)
-    size = ", ".join(map(str, images.shape[1:]))
-    return f"{output}: pixel_values (batch, {size}) -> {', '.join(names)}; within {difference:.1e} of PyTorch"
+    size = ", ".join(["1" if count == 1 else "batch", *map(str, images.shape[1:])])
+    return f"{output}: pixel_values ({size}) -> {', '.join(names)}; within {difference:.1e} of PyTorch"
+
+
+def _outputs(base: nn.Module, source: str) -> tuple[list[str], int]:
+    """The outputs to export, and how many images to export them with; 1 where it must be.
+
+    Raises:
+        UserError: The model has no graph.
+    """
+    if isinstance(base, RetinaNet):
+        for module in base.modules():  # PEFT keeps the head that is trained in a wrapper
+            if hasattr(module, "score_thresh"):
+                module.score_thresh = 0.0
+        return ["scores", "labels", "pred_boxes"], 1
+    if isinstance(base, Detector):
+        raise UserError(
+            f"{source}: is a detector of two stages, which looks again at the boxes that it has chosen: that is no "
+            "graph of fixed size. Classifiers, UperNet, Mask2Former and RetinaNet can be exported."
+        )
+    if isinstance(base, Mask2FormerForUniversalSegmentation):
+        return ["class_queries_logits", "masks_queries_logits"], 2
+    return ["logits"], 2
 
 
 def _shape(trained: Trained) -> tuple[int, ...]:
@@ -94,7 +109,7 @@ def _shape(trained: Trained) -> tuple[int, ...]:
     return tuple(prepared["pixel_values"].shape[1:])
 
 
-def _difference(model: nn.Module, path: Path, images: Tensor) -> float:
+def _difference(model: _Outputs, path: Path, images: Tensor) -> float:
     """The largest difference of an output, as a share of its largest value."""
     import onnxruntime
 
@@ -102,5 +117,22 @@ def _difference(model: nn.Module, path: Path, images: Tensor) -> float:
     found = [torch.from_numpy(each) for each in session.run(None, {"pixel_values": images.numpy()})]
     with torch.inference_mode():
         expected = model(images)
+    if "pred_boxes" in model.names:
+        return _difference_of_boxes(found, expected)
     shares = [(a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
     return float(torch.stack(shares).max())
+
+
+def _difference_of_boxes(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of scores, and of boxes from the nearest one of their class, in shares of the image.
+
+    Boxes that score alike may come in another order, and of those that score as the last one others may be kept.
+    """
+    scores, labels, boxes = (each[0] for each in expected)
+    apart = (boxes[:, None] - found[2][0]).abs().amax(2) + (labels[:, None] != found[1][0])
+    sure = scores > scores.min() + _TOLERANCE
+    differences = [
+        (found[0][0] - scores).abs().max(),
+        apart.amin(1)[sure].amax() if sure.any() else scores.new_zeros(()),
+    ]
+    return float(torch.stack(differences).max())

@@ -24,6 +24,7 @@ from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
+CONFUSION, CONFUSION_PICTURE = "confusion.csv", "confusion.png"
 ADAPTER, MODEL, LOGS = "adapter", "model", "logs"
 MARKER, LOCK, DRAFT = ".e3va-run", ".e3va-lock", ".e3va-draft"
 
@@ -261,7 +262,7 @@ def begin(output: Path, config: RunConfig, overwrite: bool, console: Console) ->
         overwrite: A run that is there is replaced.
         console: Where to say what is put aside.
     """
-    parts = [output / name for name in (CONFIG, METRICS, CURVES, *_saved_parts(output))]
+    parts = [output / name for name in (CONFIG, METRICS, CURVES, CONFUSION, CONFUSION_PICTURE, *_saved_parts(output))]
     there = [path for path in parts if os.path.lexists(path)]
     there += [*checkpoints(output).values(), *_numbered(output, _BROKEN).values()]
     if overwrite and there:

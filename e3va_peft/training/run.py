@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import statistics
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -30,7 +33,16 @@ from e3va_peft.errors import UserError, reason
 from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
 from e3va_peft.training.config import RunConfig
-from e3va_peft.training.folder import CURVES, METRICS, begin, check_output, locked
+from e3va_peft.training.confusion import write_confusion
+from e3va_peft.training.folder import (
+    CONFUSION,
+    CONFUSION_PICTURE,
+    CURVES,
+    METRICS,
+    begin,
+    check_output,
+    locked,
+)
 from e3va_peft.training.reports import reported
 from e3va_peft.training.saving import (
     check_disk,
@@ -44,7 +56,9 @@ from e3va_peft.training.saving import (
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
-from e3va_peft.training.trainer import Curves, NextView, Progress, StopOnInterrupt, VisionTrainer
+from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer
+
+_EPOCHS = 2**31  # more than a run has
 
 
 class Interrupted(Exception):
@@ -139,10 +153,13 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}
     if state.is_main_process:
         with full_disk_explained(output, state):
+            if trainer.confusion is not None:
+                places = (output / CONFUSION, output / CONFUSION_PICTURE)
+                write_confusion(trainer.confusion, splits[0].labels, *places)
             folder = save_results(output, model, trainer.processor, record, console)
         if trainer.eval_dataset is not None:
             console.print(metrics_table(trainer.scores, splits[0].labels))
-        console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}"))
+        console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}; {_costs(record)}"))
         if hub is not None:
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
@@ -160,6 +177,7 @@ def _build_trainer(
     refuse_lost(adapted, new)
     progress_bar = Progress(task.main_metric, quiet=arguments.disable_tqdm)
     callbacks = [progress_bar, Curves(Path(config.output) / CURVES, task.main_metric)]
+    callbacks += [Pace()] + ([] if config.patience is None else [Patience(config.patience, task.main_metric)])
     callbacks += [MetricsToCard()] if METHODS[config.method_name].options is E3VAConfig else []
     return VisionTrainer(
         task,
@@ -203,7 +221,8 @@ def check_sizes(trainer: VisionTrainer) -> None:
 def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> float:
     """Let a trainer read the frozen passes of its images instead of computing them, and compute those not there.
 
-    Where a cache keeps nothing it sees the same views, as images.
+    Where a cache keeps nothing it sees the same views, as images; without one it sees other views in each epoch. What
+    an image looks like in an epoch hangs on the two alone: a run that resumes sees what it would have seen.
 
     Returns:
         Seconds.
@@ -212,6 +231,8 @@ def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_spl
         UserError: Images of a batch have several sizes, there is no room, or see `cached`.
     """
     if config.cache is None:
+        trainer.train_dataset = Repeated(Views(trainer.train_dataset, _EPOCHS, config.seed))
+        trainer.add_callback(NextView(trainer.train_dataset))
         return 0.0
     start, cache = time.perf_counter(), config.cache
     if cache.storage == "none":
@@ -347,12 +368,39 @@ def _record(
         "best_step": trainer.state.best_global_step,
         "trained_parameters": trained,
         "training_seconds": round(seconds, 1),
+        "seconds_per_step": _seconds_per_step(trainer),
+        "peak_memory_bytes": _peak_memory(trainer.args.device),
         "resumed": resumed,
         "versions": versions(),
         "python": platform.python_version(),
         "device": str(trainer.args.device),
         "history": trainer.state.log_history,
     }
+
+
+def _seconds_per_step(trainer: VisionTrainer) -> float | None:
+    """The median over the steps of this session; None where there was none."""
+    (pace,) = (each for each in trainer.callback_handler.callbacks if isinstance(each, Pace))
+    return round(statistics.median(pace.seconds), 5) if pace.seconds else None
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes: on a CUDA GPU those of its tensors in this training, elsewhere all of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource  # which Windows does not have
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _costs(record: Mapping[str, Any]) -> str:
+    """What a step took, and where the memory was at its highest."""
+    of = "the GPU" if record["device"].startswith("cuda") else "the process"
+    peak = f"{record['peak_memory_bytes'] / 2**20:.0f} MiB of {of} at the peak"
+    return peak if record["seconds_per_step"] is None else f"{record['seconds_per_step']:.3g} s a step, {peak}"
 
 
 def versions(*more: str) -> dict[str, str]:

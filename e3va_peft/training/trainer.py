@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 
 from e3va_peft.errors import UserError
 from e3va_peft.training.arguments import without_timings
-from e3va_peft.training.curves import draw_curves
+from e3va_peft.training.curves import best_entry, draw_curves
 from e3va_peft.training.saving import refuse_other_base, write_manifest
 from e3va_peft.training.tasks import Task
 
@@ -50,6 +51,7 @@ class VisionTrainer(Trainer):
 
     Attributes:
         scores: Scores of the last evaluation, per-class scores included.
+        confusion: Of the last evaluation, which class was taken for which; None where objects are found.
         rows: Fingerprint of the examples that are trained on, for the manifests of checkpoints.
     """
 
@@ -57,6 +59,7 @@ class VisionTrainer(Trainer):
         self.task = task
         self.processor = processor
         self.scores: dict[str, Any] = {}
+        self.confusion: torch.Tensor | None = None
         self.rows = ""
         self._evidence: Any = None
         super().__init__(compute_metrics=self._score, **kwargs)
@@ -173,6 +176,7 @@ class VisionTrainer(Trainer):
             return {}
         num_labels = self.accelerator.unwrap_model(self.model).config.num_labels
         self.scores = self.task.scores(self._evidence, num_labels)
+        self.confusion = self.task.confusion(self._evidence, num_labels)
         self._evidence = None
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
 
@@ -303,6 +307,70 @@ class Curves(TrainerCallback):
             )
 
     on_train_end = on_evaluate
+
+
+class Patience(TrainerCallback):
+    """Ends a run whose evaluations have stopped to become better.
+
+    It counts in the log, which checkpoints hold: a run that resumes ends where it would have ended.
+
+    Args:
+        evaluations: How many in turn may be no better than the best one before.
+        main_metric: The metric that judges where the run names no other.
+    """
+
+    def __init__(self, evaluations: int, main_metric: str) -> None:
+        self.evaluations = evaluations
+        self.main_metric = main_metric
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Count, and end the run."""
+        name = (args.metric_for_best_model or self.main_metric).removeprefix("eval_")
+        scored = [entry for entry in state.log_history if f"eval_{name}" in entry]
+        higher = not args.metric_for_best_model or bool(args.greater_is_better)
+        best = best_entry(scored, f"eval_{name}", higher)
+        over = control.should_training_stop or state.global_step >= state.max_steps
+        if best is None or over or len(scored) - 1 - scored.index(best) < self.evaluations:
+            return
+        control.should_training_stop = True
+        if state.is_world_process_zero:
+            tqdm.write(
+                f"stopped early, at step {state.global_step} of {state.max_steps}: {name} has not become better than "
+                f"{best[f'eval_{name}']:.4g}, at step {best['step']}, in {self.evaluations} evaluations."
+            )
+
+
+class Pace(TrainerCallback):
+    """Takes the time of each step, from its batch to its update; reading, evaluation and saving are left out.
+
+    Attributes:
+        seconds: Of the steps, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._begun = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the peak of what a GPU did before."""
+        if args.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(args.device)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note the time. The loss has been looked at, so a GPU is done with the step but for its update."""
+        self.seconds.append(time.perf_counter() - self._begun)
 
 
 class NextView(TrainerCallback):

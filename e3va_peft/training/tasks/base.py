@@ -88,6 +88,10 @@ class Task(ABC):
     def scores(self, evidence: Any, num_labels: int) -> dict[str, Any]:
         """Score the evidence of a whole split: metrics by name, per-class ones as lists."""
 
+    def confusion(self, evidence: Any, num_labels: int) -> Tensor | None:
+        """Count which class was taken for which, `(K, K)`, true classes in rows; None where objects are found."""
+        return None
+
     def collator(
         self, model: PreTrainedModel, processor: Any
     ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
 
-from e3va_peft.training.metrics import accuracy_scores
+from e3va_peft.training.metrics import accuracy_scores, confusion_matrix
 from e3va_peft.training.tasks.base import (
     Task,
     View,
@@ -81,6 +81,11 @@ class ImageClassification(Task):
         """Accuracy, top-5 accuracy, and accuracy per class."""
         logits, classes = zip(*evidence, strict=True)
         return accuracy_scores(torch.from_numpy(np.stack(logits)), torch.tensor(classes))
+
+    def confusion(self, evidence: list[tuple[np.ndarray, int]], num_labels: int) -> Tensor:
+        """Images by their true and their most probable class."""
+        found = torch.tensor([int(logits.argmax()) for logits, _ in evidence])
+        return confusion_matrix(found, torch.tensor([label for _, label in evidence]), num_labels, ignore_index=None)
 
 
 def _augmented(transform: v2.Transform, image: Image.Image, label: int) -> dict[str, Tensor]:

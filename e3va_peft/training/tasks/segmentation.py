@@ -148,6 +148,10 @@ class SemanticSegmentation(Task):
         """Mean IoU, mean accuracy, pixel accuracy, and IoU and accuracy per class."""
         return segmentation_scores(evidence)
 
+    def confusion(self, evidence: Tensor, num_labels: int) -> Tensor:
+        """Pixels by their true and their predicted class."""
+        return evidence
+
 
 def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -> list[Tensor]:
     """Turn a segmenter's outputs into a class for each pixel, `(H, W)` for each image, at the images' own sizes."""

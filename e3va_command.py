@@ -1,0 +1,22 @@
+"""`e3va`: `python -m e3va_peft`, whose help does not wait for PyTorch.
+
+This stands beside the package, because whatever is in it imports PyTorch and PEFT first, which takes seconds.
+"""
+
+import contextlib
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+
+def main() -> None:
+    """Say help or versions, or run a command."""
+    package = find_spec("e3va_peft")  # which imports nothing
+    words = sys.argv[1:]
+    if package is not None and package.origin is not None and (not words or {"--help", "--version"} & {*words}):
+        with contextlib.suppress(ModuleNotFoundError):  # the extra `train` is missing, as what is below says
+            runpy.run_path(str(Path(package.origin).with_name("cli.py")), run_name="__main__")
+    from e3va_peft.__main__ import main as run
+
+    run()
