@@ -206,7 +206,7 @@ import sys
 from importlib.machinery import PathFinder
 
 hidden = {"faster_coco_eval", "matplotlib", "PIL", "scipy", "timm", "torchao", "bitsandbytes", "torchmetrics"}
-hidden |= {"torchvision", "onnx", "nilearn"}
+hidden |= {"torchvision", "onnx", "nilearn", "sklearn"}
 find = PathFinder.find_spec
 is_hidden = lambda name: name.split(".")[0] in hidden
 PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if is_hidden(name) else find(name, *rest))
