@@ -359,7 +359,10 @@ def _in_a_line(entry: dict[str, Any]) -> str:
         return escape(", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items()))
     if "objects" in entry:
         counts = Counter(found["label"] for found in entry["objects"]).most_common()
-        return escape(", ".join(f"{count} {name}" for name, count in counts)) or "nothing above the threshold"
+        best = entry.get("best_below")
+        if best is not None:
+            return escape(f"nothing above the threshold; the best is {best['label']}, {best['score']:.2f}")
+        return escape(", ".join(f"{count} {name}" for name, count in counts)) or "nothing"
     return escape(", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"]))
 
 

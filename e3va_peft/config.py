@@ -139,6 +139,7 @@ class E3VAConfig(PeftConfig):
     def __post_init__(self) -> None:
         if self.tap_norm is _NOT_GIVEN:
             self.tap_norm = None if self.peft_version is None else "none"  # a file from before there was the field
+        self._refuse_task_type()  # before PEFT does, which lists types of text tasks
         super().__post_init__()
         self.peft_type = peft_type()
         self.base: Any = (
@@ -146,12 +147,14 @@ class E3VAConfig(PeftConfig):
         )
         self._check()
 
-    def _check(self) -> None:
+    def _refuse_task_type(self) -> None:
         if self.task_type is not None:
             raise ValueError(
                 f"task_type={str(self.task_type)!r}: PEFT's task types wrap text models and break vision models. "
                 "Leave it None; the head of the model that you pass decides the task."
             )
+
+    def _check(self) -> None:
         for name in ("taps", "target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, list | tuple | set):

@@ -99,6 +99,10 @@ def load_adapter(
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
     folder = folder / subfolder
     if not (folder / CONFIG_NAME).is_file():
+        if (folder / "adapter" / CONFIG_NAME).is_file():
+            raise FileNotFoundError(
+                f"adapter={source!r}: is the folder of a run. Its adapter is {folder / 'adapter'}."
+            )
         raise FileNotFoundError(
             f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
             'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
@@ -256,8 +260,9 @@ def _download(source: str, revision: str | None, subfolder: str, token: str | bo
         ) from error
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise ConnectionError(
-            f"adapter={source!r}: the Hub cannot be reached, or the connection broke, and the adapter is not whole in "
-            f"the local cache. Nothing half-loaded is kept: call again once there is a connection. {error}"
+            f"adapter={source!r}: no such folder (from {os.getcwd()}). If the Hub is meant: it cannot be reached, or "
+            "the connection broke, and the adapter is not whole in the local cache. Nothing half-loaded is kept: call "
+            f"again once there is a connection. {error}"
         ) from error
 
 

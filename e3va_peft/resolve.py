@@ -96,9 +96,10 @@ def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Ex
         unknown = [name for name in unknown if not any(_names([name], found.target, full) for found in exits)]
         if unknown or not chosen:
             raise ValueError(
-                f"target_modules={config.target_modules!r}: {unknown or 'nothing'} is an exit of a backbone in this "
-                f"{type(model).__name__}; its exits are {[found.target for found in exits]}. Leave target_modules out "
-                "to adapt them all, or load onto the class of model that the adapter was trained on."
+                f"target_modules={config.target_modules!r}: no exit of a backbone in this {type(model).__name__} has "
+                f"the name {unknown[0] if unknown else config.target_modules!r}; its exits are "
+                f"{[found.target for found in exits]}. Leave target_modules out to adapt them all, or load onto the "
+                "class of model that the adapter was trained on."
             )
         exits = chosen
     if config.exclude_modules:

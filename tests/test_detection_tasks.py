@@ -274,6 +274,9 @@ def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, t
     name = "mask_ap" if "mask" in head else "box_ap"
     assert scores[name] == pytest.approx(record["metrics"][name], abs=1e-4)
     assert ("voc_ap50" in scores) == (name == "box_ap")
+    photo = str(next((tmp_path / "shapes").rglob("*.jpg")))
+    (found,) = predict(str(tmp_path / "run"), [photo], tmp_path / "sure", threshold=1.0)
+    assert not found["objects"] and 0 < found["best_below"]["score"] < 1
     kind = load_trained(str(tmp_path / "run")).task
     assert kind == ("instance-segmentation" if "mask" in head else "object-detection")
 

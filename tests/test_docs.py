@@ -80,6 +80,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     names = {
         **{"e3va_peft": e3va_peft, "torch": torch, "Trainer": transformers.Trainer, "outputs": {}},
         **{"training_arguments": partial(training_arguments, use_cpu=True), "train": Colors(), "test": Colors()},
+        "names": ["red", "green"],
         **{"model": model, "base": type(base).from_pretrained(folder)},
         "batch": batch,
         "optimizer": torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]),

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
+from PIL import Image
 
 from e3va_peft.errors import UserError
-from e3va_peft.training.config import read_config
+from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import load_trained
 from e3va_peft.training.run import train
-from tests.inputs import classify, write
+from tests.inputs import classify, segment, write
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,9 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "logger": ({"training": {"report_to": "neptune"}}, ["training.report_to='neptune'", "pip install neptune"]),
     "no-logger": ({"training": {"report_to": ["wand"]}}, ["training.report_to='wand'", "wandb"]),
     "image_size": ({"image_size": 5}, ["image_size=5", "5 x 5 pixels"]),
+    "rank": ({"method": {"name": "e3va", "rank": 8}}, ["method.rank", "called method.r."]),
+    "masks": ({"data": {"images": "a", "labels_dir": "b"}}, ["data.labels_dir", "called data.masks."]),
+    "bf16": ({"training": {"bf16": True, "use_cpu": False}}, ["training.bf16=True", "bf16: false", "use_cpu: true"]),
     "classes-for-segmenter": ({"task": "semantic-segmentation"}, ["needs a label map", "images:", "masks:"]),
     **{name: ({"data": {"source": source}}, words) for name, (source, words) in DATA.items()},
 }
@@ -94,6 +99,16 @@ def test_a_mistake_is_named_with_what_to_write(fields, words, inputs, tmp_path, 
     assert all(word in str(error.value) for word in words), error.value
     assert "Name one" not in str(error.value)  # which helps nobody who has no columns
     assert not list((tmp_path / "run").glob("*")), "nothing was begun"
+
+
+def test_masks_of_0_and_255_are_not_trained_on_as_background(tmp_path):
+    values = segment(tmp_path)
+    values["data"] |= {"reduce_labels": False}
+    for path in (tmp_path / "discs" / "masks").rglob("*.png"):
+        Image.fromarray(np.asarray(Image.open(path)) // 2 * 255).save(path)
+    with pytest.raises(UserError, match=r"hold 'ground' and, at \d+ pixels, 255.*data\.verify: false"):
+        train(parse_config(values))
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 @pytest.mark.parametrize("source", ["runs/nope", "./nope"])

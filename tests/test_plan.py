@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from functools import cache, partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
 from transformers import SegformerConfig
@@ -31,7 +33,7 @@ from e3va_peft.plan.estimate import (
     most_live_blocks,
     needed_bytes,
 )
-from e3va_peft.plan.show import plan_table
+from e3va_peft.plan.show import plan_table, print_plan
 from tests.models import BY_NAME
 
 CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
@@ -218,6 +220,12 @@ def test_methods_that_cannot_adapt_a_model_are_named_and_the_others_planned(tmp_
     assert "swinv2" in found.refused["AdaptFormer"]
     assert [row.method for row in found.methods] == ["E3VA", "head only"]
     assert str(plan_table(found).caption).endswith("cannot adapt this model: AdaptFormer")
+    for terminal, missing in ((True, "trains"), (False, "…")):  # narrow, the numbers stay; a file has room
+        console = Console(width=79, force_terminal=terminal, file=io.StringIO())
+        print_plan(found, console)
+        shown = console.file.getvalue()
+        needed = f"{found.methods[0].needed_bytes / GIB:.2f}"
+        assert missing not in shown and "needs" in shown and needed in shown
 
 
 # Cards

@@ -46,9 +46,9 @@ def test_config_has_no_argument_of_another_method(argument):
         E3VAConfig(**{argument: 1})
 
 
-@pytest.mark.parametrize("task", TaskType)
+@pytest.mark.parametrize("task", [*TaskType, "IMAGE_CLASSIFICATION"])
 def test_config_refuses_every_task_type(task):
-    with pytest.raises(ValueError, match="task_type="):
+    with pytest.raises(ValueError, match=r"task_type=.*Leave it None"):
         E3VAConfig(task_type=task)
 
 
@@ -124,7 +124,11 @@ def test_an_unknown_architecture_is_refused_with_what_is_supported():
 
 def test_target_modules_that_are_no_exit_are_refused():
     case = BY_NAME["swin-classifier"]
-    refused(case.base(), r"target_modules=\['q_proj'\].*\['swin.encoder'\]", target_modules=["q_proj"])
+    refused(
+        case.base(),
+        r"target_modules=\['q_proj'\]: no exit.*'q_proj'; its .*\['swin.encoder'\]",
+        target_modules=["q_proj"],
+    )
     refused(case.base(), r"target_modules='.*layers.*'", target_modules=r".*layers.*")
     refused(case.base(), r"target_modules=\['swin.encoder', 'nope'\]", target_modules=["swin.encoder", "nope"])
     refused(case.base(), r"exclude_modules=\['encoder'\]", exclude_modules=["encoder"])

@@ -134,6 +134,8 @@ def test_a_run_that_does_not_become_better_ends_early_and_where_it_ends_without_
 
 def test_an_e3va_adapter_is_complete_by_itself(finished):
     root, record = finished
+    with pytest.raises(FileNotFoundError, match=r"is the folder of a run. Its adapter is .*run/adapter\."):
+        e3va_peft.load_adapter(root / "run")
     model, processor = e3va_peft.load_adapter(root / "run" / "adapter")
     assert model.get_base_model().config.id2label == {0: "green", 1: "red"}
     assert processor.crop_size["height"] == 32

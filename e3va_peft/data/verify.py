@@ -33,6 +33,7 @@ class _Seen:
         counts: How often each class occurs, `(K,)` int64.
         errors: Messages of the broken ones.
         blank: Names of label maps that are ignored at every pixel.
+        ignored: Pixels of label maps that are ignored.
         dropped: See `Decoded`, as `clipped` and `outside`.
         objects: Number of annotated objects, dropped ones included.
         largest: Largest coordinate of a box in pixels.
@@ -45,6 +46,7 @@ class _Seen:
     dropped: list[str] = field(default_factory=list)
     clipped: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    ignored: int = 0
     objects: int = 0
     largest: float = 0.0
     box_format: str = ""
@@ -54,6 +56,7 @@ class _Seen:
         self.counts += other.counts
         for name in ("errors", "blank", "dropped", "clipped", "outside"):
             getattr(self, name).extend(getattr(other, name))
+        self.ignored += other.ignored
         self.objects += other.objects
         self.largest = max(self.largest, other.largest)
         self.box_format = other.box_format or self.box_format
@@ -74,7 +77,7 @@ def verify_split(
 
     Raises:
         UserError: Some examples are broken; the message names the first ten. Or most boxes cannot be what they are
-            read as.
+            read as, or label maps have one class alone beside what is ignored.
     """
     seen = _Seen(np.zeros(len(split.labels), dtype=np.int64))
     threads = min(_THREADS, usable_processors())
@@ -90,6 +93,7 @@ def verify_split(
             report()
     refuse_broken(seen.errors, len(split), "examples")
     _refuse_other_boxes(seen, split.name)
+    _refuse_single_class(seen, split)
     for text in _notes(seen, split.name):
         note(text)
     return seen.counts
@@ -108,8 +112,10 @@ def _look_at(split: Split, index: int) -> _Seen:
     except UserError as error:
         return _Seen(np.zeros(len(split.labels), dtype=np.int64), errors=[str(error)])
     seen = _Seen(_count(split, found))
-    if isinstance(found, np.ndarray) and not seen.counts.any():
-        seen.blank.append(split.where(index, "label"))
+    if isinstance(found, np.ndarray):
+        seen.ignored = int(found.size - seen.counts.sum())
+        if not seen.counts.any():
+            seen.blank.append(split.where(index, "label"))
     if isinstance(found, Decoded):
         seen.dropped, seen.clipped, seen.outside = found.dropped, found.clipped, found.outside
         seen.objects = len(found.objects) + len(found.dropped)
@@ -143,6 +149,17 @@ def _refuse_other_boxes(seen: _Seen, name: str) -> None:
         raise UserError(
             f"the {seen.objects} boxes of {name} lie between 0 and 1. They are read as {_BOXES[seen.box_format]}. If "
             "they are shares of the image, convert them to pixels, or for a table set data.box_format: cxcywh."
+        )
+
+
+def _refuse_single_class(seen: _Seen, split: Split) -> None:
+    """Raise a UserError if all pixels that count are of one class, as in masks of 0 and 255."""
+    classes = [name for name, count in zip(split.labels, seen.counts, strict=True) if count]
+    if seen.ignored and len(classes) == 1:
+        raise UserError(
+            f"the label maps of {split.name} hold {classes[0]!r} and, at {seen.ignored} pixels, "
+            f"{split.ignore_index}, which data.ignore_index leaves out: a model would learn one class alone. If they "
+            "are masks of 0 and 255, save class ids instead, 0 and 1; if this is meant, set data.verify: false."
         )
 
 

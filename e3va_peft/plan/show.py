@@ -15,6 +15,8 @@ from e3va_peft.plan.cached import CachedImage
 from e3va_peft.plan.cards import GIB, Card, Stack, find_card, software_stack, this_card
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
 
+_PARTS = ("weights", "grads", "AdamW", "activ.")  # of a peak
+
 
 def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | None, **options: Any) -> Plan:
     """Plan for a card, print the plan, and which software the card takes.
@@ -39,7 +41,7 @@ def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | 
             progress=lambda name: status.update(f"a step of {name}"),
             **options,
         )
-    console.print(plan_table(found))
+    print_plan(found, console)
     if found.cached is not None:
         console.print(cache_text(found.cached), highlight=False)
     if card is not None and stack is not None:
@@ -47,33 +49,49 @@ def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | 
     return found
 
 
-def plan_table(plan: Plan) -> Table:
-    """Lay out a plan, a row per method; sizes in GiB."""
+def print_plan(plan: Plan, console: Console) -> None:
+    """Print the table of a plan: in a file as wide as it is, in a terminal that is too narrow with fewer columns."""
+    table = plan_table(plan)
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    if console.is_terminal and width > console.width:
+        table = plan_table(plan, brief=True)
+    console.print(table, width=None if console.is_terminal else max(width, console.width))
+
+
+def plan_table(plan: Plan, brief: bool = False) -> Table:
+    """Lay out a plan, a row per method; sizes in GiB.
+
+    Args:
+        plan: The plan.
+        brief: Leave out what is trained and what the peak consists of.
+    """
     title = (
         f"{plan.model}, {plan.task}, {plan.image_size} px, batch {plan.batch_size}, {plan.precision}, "
         f"{plan.num_labels} classes"
     )
     if plan.memory is not None:
         title += f", on {plan.memory / GIB:.3g} GiB"
-    caption = "in GiB: peak = weights + gradients + AdamW + activations; needs: with CUDA context and allocator"
+    caption = "in GiB: peak = weights + gradients + AdamW + activations\nneeds: with CUDA context and allocator"
     if plan.refused:
         caption += f"\ncannot adapt this model: {', '.join(plan.refused)}"
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
-    table.add_column("trains", no_wrap=True)
-    columns = ["trained, M", "peak", "weights", "grads", "AdamW", "activ.", "needs"]
+    if not brief:
+        table.add_column("trains", no_wrap=True)
+    columns = ["trained, M", "peak", *([] if brief else _PARTS), "needs"]
     if plan.memory is not None:
         columns += ["fits", "max batch"]
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     for row in plan.methods:
-        table.add_row(row.method, row.trains, *_cells(row))
+        table.add_row(row.method, *([] if brief else [row.trains]), *_cells(row, brief))
     return table
 
 
-def _cells(row: MethodPlan) -> list[str]:
-    sizes = [row.peak_bytes, row.peak_parameters, row.peak_gradients, row.peak_optimizer, row.peak_activations]
-    cells = [f"{row.trainable_parameters / 1e6:.2f}", *(f"{size / GIB:.2f}" for size in (*sizes, row.needed_bytes))]
+def _cells(row: MethodPlan, brief: bool) -> list[str]:
+    parts = [row.peak_parameters, row.peak_gradients, row.peak_optimizer, row.peak_activations]
+    sizes = [row.peak_bytes, *([] if brief else parts), row.needed_bytes]
+    cells = [f"{row.trainable_parameters / 1e6:.2f}", *(f"{size / GIB:.2f}" for size in sizes)]
     if row.fits is not None:
         cells += ["[green]yes[/green]" if row.fits else "[red]no[/red]", str(row.largest_batch)]
     return cells

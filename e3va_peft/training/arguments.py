@@ -11,6 +11,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from e3va_peft.card import record_metrics
 from e3va_peft.errors import UserError, one_of
@@ -67,6 +68,11 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         **_schedule_defaults(given, task.main_metric, has_eval),
         **task.default_training,
     }
+    if given.get("bf16") and not (given.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        raise UserError(
+            "training.bf16=True: there is no GPU here that has bf16. Set training.bf16: false; or, to train on the "
+            "CPU in bf16, training.use_cpu: true beside it."
+        )
     try:
         arguments = training_arguments(config.output, **(defaults | given | own))
     except (ImportError, OSError, TypeError, ValueError) as error:

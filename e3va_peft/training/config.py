@@ -447,6 +447,15 @@ _SYNONYMS = {
     **dict.fromkeys(("optimizer",), "optim"),
 }
 """What other trainers call a training argument."""
+_SYNONYMS_OF = {
+    "method": {"rank": "r", "lora_r": "r", "tap": "taps", "storage": "tap_storage", "norm": "tap_norm"},
+    "data": {
+        **dict.fromkeys(("labels_dir", "label_dir", "masks_dir", "mask", "segmentation", "annotations_dir"), "masks"),
+        **dict.fromkeys(("images_dir", "image_dir"), "images"),
+        **dict.fromkeys(("classes", "class_names", "names"), "labels"),
+    },
+}
+"""What else the fields of a section are called elsewhere."""
 
 
 def _refuse_unknown(section: str, values: Mapping[str, Any], cls: type[Any]) -> None:
@@ -460,5 +469,8 @@ def _refuse_unknown(section: str, values: Mapping[str, Any], cls: type[Any]) -> 
                 raise UserError(f"{where}: no such field. Write training: {{{meant}: {values[key]!r}}}.")
             if not section and str(key) in _TRAINING_NAMES:
                 raise UserError(f"{where}: no such field. Write training: {{{key}: {values[key]!r}}}.")
+            meant = _SYNONYMS_OF.get(section, {}).get(str(key).lower().replace("-", "_"))
+            if meant in names:
+                raise UserError(f"{where}: no such field. It is called {section}.{meant}.")
             listed = f" There are {', '.join(names)}." if len(names) <= _LISTED else ""
             raise UserError(f"{where}: no such field.{nearest(str(key), names) or listed}")

@@ -492,7 +492,15 @@ def _objects(trained: Trained, image: Image.Image, output: Path, name: str, thre
     ]
     for entry, mask in zip(objects, found.masks or (), strict=False):
         entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
-    return {"overlay": str(file), "objects": objects}
+    below = None if objects else trained.detect(image, 0.0)  # of those, the best
+    if below is None or not len(below):
+        return {"overlay": str(file), "objects": objects}
+    best = int(below.scores.argmax())
+    return {
+        "overlay": str(file),
+        "objects": objects,
+        "best_below": {"label": trained.labels[below.labels[best]], "score": float(below.scores[best])},
+    }
 
 
 def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> dict[str, Any]:
