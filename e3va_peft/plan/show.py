@@ -53,9 +53,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Print the table of a plan: in a file as wide as it is, in a terminal that is too narrow with fewer columns."""
     table = plan_table(plan)
     width = console.measure(table, options=console.options.update(max_width=1000)).maximum
-    if console.is_terminal and width > console.width:
+    if width > console.width and console.is_terminal:
         table = plan_table(plan, brief=True)
-    console.print(table, width=None if console.is_terminal else max(width, console.width))
+    elif width > console.width:
+        console.width = width
+    console.print(table)
 
 
 def plan_table(plan: Plan, brief: bool = False) -> Table:
