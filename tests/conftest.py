@@ -2,9 +2,11 @@
 
 import gc
 import os
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it: without network they would wait and try again
 
+import jinja2
 import pytest
 import torch
 
@@ -12,6 +14,9 @@ from e3va_peft.training import trainer
 from tests.models import Case
 
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+
+# Every save fills in the templates of model cards, and would compile them for it: a fifth of a tiny run.
+jinja2.Template.__new__ = staticmethod(cache(jinja2.Template.__new__))
 
 CORE = {
     "adapters", "architecture", "check", "counts", "golden", "highway", "laws", "live_blocks", "recompute", "refusals",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import runpy
+import sys
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +64,10 @@ def start(function: Callable[..., None], processes: int, *args: Any) -> ProcessC
 
 def by_two(function: Callable[..., None], *args: Any) -> None:
     """Call function(rank, *args) in two processes, and wait for them."""
-    running = start(function, 2, *args)
+    wait_for(start(function, 2, *args))
+
+
+def wait_for(running: ProcessContext) -> None:
     while not running.join():
         pass
 
@@ -70,7 +76,21 @@ def _with_environment(rank: int, environment: dict[str, str], function: Callable
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    gc.freeze()  # as in conftest
     function(rank, *args)
+
+
+def run_python(arguments: list[str], said: Path) -> None:
+    """Run a script, or a module after `-m`, in a process as `python` would, and write to a file what it says."""
+    wait_for(start(_be_python, 1, [str(argument) for argument in arguments], said))
+
+
+def _be_python(rank: int, arguments: list[str], said: Path) -> None:
+    run = runpy.run_path if arguments[0] != "-m" else partial(runpy.run_module, alter_sys=True)
+    sys.argv = arguments[arguments[0] == "-m" :]
+    sys.path.insert(0, str(Path(sys.argv[0]).parent))
+    with said.open("w") as sys.stdout:
+        run(sys.argv[0], run_name="__main__")
 
 
 def adapted(case: Case, **config) -> nn.Module:

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -25,6 +26,7 @@ from typer.testing import CliRunner
 
 import e3va_peft
 from e3va_peft import registered_backbones
+from e3va_peft.__main__ import main as run_command
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
@@ -63,7 +65,7 @@ def losses(record: dict[str, Any]) -> list[float]:
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, tmp_path):
-    values = task(tmp_path, num_train_epochs=6, load_best_model_at_end=False) | {"method": method}
+    values = task(tmp_path, num_train_epochs=6, eval_strategy="no", save_strategy="no") | {"method": method}
     record = train(parse_config(values))
     assert losses(record)[-1] < losses(record)[0]
     written = json.loads((tmp_path / "run" / "metrics.json").read_text())
@@ -86,7 +88,8 @@ def test_curves_are_drawn_after_each_evaluation_and_at_the_end(tmp_path, monkeyp
 
 
 def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
-    values = classify(tmp_path, num_train_epochs=15, eval_on_start=True)
+    options = {"eval_on_start": True, "save_strategy": "no", "load_best_model_at_end": False}
+    values = classify(tmp_path, num_train_epochs=15, **options)
     record = train(parse_config(values))
     assert record["metrics"]["accuracy"] == 1.0
     assert record["per_class"]["accuracy"] == {"green": 1.0, "red": 1.0}
@@ -553,6 +556,30 @@ def test_gradient_accumulation_equals_a_larger_batch(tmp_path):
     torch.testing.assert_close(losses(parts), losses(whole), rtol=1e-4, atol=1e-5)
 
 
+def train_as_launched(rank: int, config: str, environment: dict[str, str]) -> None:
+    """Be the process that a launcher starts with `-m e3va_peft train`, and write what it says to a file."""
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= environment | ranks | {"MASTER_ADDR": "localhost"}
+    datasets.config.HF_DATASETS_CACHE = Path(config).parent / "cache"
+    sys.argv = ["e3va", "train", config]
+    with open(f"{config}.{rank}", "w") as sys.stdout:
+        run_command()
+
+
+def launched(config: Path) -> dict[str, str]:
+    """The environment in which `accelerate launch` starts two processes."""
+    arguments = ["--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+    parsed = launch_command_parser().parse_args([*arguments, "-m", "e3va_peft", "train", str(config)])
+    found = prepare_multi_gpu_env(_validate_launch_command(parsed)[0])
+    return found | {"MASTER_PORT": parsed.master_port}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_from_a_cache(tmp_path):
     common = {"logging_steps": 1, "load_best_model_at_end": False}
@@ -561,13 +588,9 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
     values = classify(tmp_path, "two", **common, per_device_train_batch_size=2, report_to="tensorboard") | views
     values["sweep"] = {"cache.storage": ["none", "exact"]}
     config = write(tmp_path / "two.yaml", values)
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [*launcher, "-m", "e3va_peft", "train", str(config)], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("2 processes") == 2  # one of them speaks, once a run
+    by_two(train_as_launched, str(config), launched(config))
+    said = [Path(f"{config}.{rank}").read_text().count("2 processes") for rank in (0, 1)]
+    assert said == [2, 0]  # one of them speaks, once a run
     assert len(list((tmp_path / "frozen" / "train").glob("data-*.bin"))) == 2  # each filled its half
     one, first = json.loads((tmp_path / "one" / "metrics.json").read_text()), adapter_weights(tmp_path / "one")
     for run in (tmp_path / "two" / "storage=none", tmp_path / "two" / "storage=exact"):
@@ -602,10 +625,7 @@ def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
     for extra in (tmp_path / "colors" / "test" / "red").glob("*0*"):
         extra.unlink()  # an odd number of images, as the others have
     runs = tuple(f"run-{name}" for name in tasks)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    by_two(evaluate_as_one_of_two, str(tmp_path), port, runs)
+    by_two(evaluate_as_one_of_two, str(tmp_path), free_port(), runs)
     for name in runs:
         expected, _ = evaluate(str(tmp_path / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
