@@ -7,9 +7,12 @@ none.
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -108,9 +111,9 @@ class Case:
 
     def base(self, seed: int = 0) -> nn.Module:
         """A model of its own, and the random state behind its making."""
-        model, state = _built(self, seed)
+        again, state = _built(self, seed)
         torch.set_rng_state(state)
-        return copy.deepcopy(model)
+        return again()
 
     def batch(self, batch_size: int = 2, size: tuple[int, int] | None = None, seed: int = 1) -> dict[str, Any]:
         """Inputs without labels."""
@@ -124,12 +127,43 @@ class Case:
 
 
 @cache
-def _built(case: Case, seed: int) -> tuple[nn.Module, Tensor]:
-    """Build a model once: a deep copy of it takes a fraction of the time."""
+def _built(case: Case, seed: int) -> tuple[Callable[[], nn.Module], Tensor]:
+    """Build a model once: a copy of it takes a fraction of the time."""
     torch.manual_seed(seed)
     model = case.build().eval()
     perturb(model, seed)
-    return model, torch.get_rng_state()
+    return copier(model), torch.get_rng_state()
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles all but the tensors, and what deep copies share."""
+
+    def __init__(self, file: io.BytesIO, kept: list[Any]) -> None:
+        super().__init__(file)
+        self.kept = kept
+
+    def reducer_override(self, item: Any) -> Any:
+        if item is _copied or not isinstance(item, Tensor | FunctionType | type):
+            return NotImplemented
+        self.kept.append(item)
+        return _copied, (len(self.kept) - 1,)
+
+
+_kept: list[Any] = []
+
+
+def _copied(index: int) -> Any:
+    item = _kept[index]
+    if type(item) is nn.Parameter:
+        return nn.Parameter(item.detach().clone(), item.requires_grad)
+    return copy.deepcopy(item) if isinstance(item, Tensor) else item
+
+
+def copier(model: nn.Module) -> Callable[[], nn.Module]:
+    """What makes deep copies of a model, much faster than `copy.deepcopy`; tensors are to share no memory."""
+    file = io.BytesIO()
+    _Pickler(file, _kept).dump(model)
+    return partial(pickle.loads, file.getvalue())
 
 
 def perturb(model: nn.Module, seed: int) -> None:

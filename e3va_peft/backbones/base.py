@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
@@ -444,7 +445,13 @@ def expand_path(name: str, path: str, host: nn.Module, modules: Mapping[str, nn.
 
 def is_a(module: nn.Module, *names: str) -> bool:
     """Whether a module's class or one of its bases has one of these qualified names."""
-    return any(f"{cls.__module__}.{cls.__qualname__}" in names for cls in type(module).__mro__)
+    return not _names(type(module)).isdisjoint(names)
+
+
+@cache
+def _names(cls: type) -> frozenset[str]:
+    """The qualified names of a class and of its bases."""
+    return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
 
 def deepest_output(backbone: nn.Module) -> int:
