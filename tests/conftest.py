@@ -13,6 +13,7 @@ import torch
 from e3va_peft.training import trainer
 from tests.models import Case
 
+gc.disable()  # until the tests are collected: what is imported stays
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 # Every save fills in the templates of model cards, and would compile them for it: a fifth of a tiny run.
@@ -41,6 +42,8 @@ def pytest_collection_finish() -> None:
     """Leave out of every later garbage collection what the libraries hold, a million objects."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000)  # tiny models leave little behind, and many objects come and go
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
