@@ -36,7 +36,7 @@ from e3va_peft.plan.estimate import FakeStep
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep
-from tests.helpers import by_two, start
+from tests.helpers import by_two, every_model_in, start
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
@@ -101,8 +101,7 @@ def layer_of(model: nn.Module) -> E3VALayer:
     return next(module for module in model.modules() if isinstance(module, E3VALayer))
 
 
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
-@every_model
+@every_model_in(*WAYS, options=WAYS)
 def test_an_exact_record_trains_as_its_images_do_to_the_bit(case, way):
     images = Images(case)
     plain, model = adapted(case, **way), adapted(case, **way)

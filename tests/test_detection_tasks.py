@@ -246,7 +246,8 @@ def test_a_run_is_scored_where_only_the_images_to_evaluate_on_are(layout, tmp_pa
 
 @pytest.mark.slow
 def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
-    record = train(parse_config(detect(tmp_path, "retinanet", "coco", num_train_epochs=12, learning_rate=1e-2)))
+    options = {"num_train_epochs": 12, "learning_rate": 1e-2, "eval_strategy": "no", "save_strategy": "no"}
+    record = train(parse_config(detect(tmp_path, "retinanet", "coco", **options)))
     path = tmp_path / "shapes" / "coco" / "val.json"
     content = json.loads(path.read_text())
     for category in content["categories"]:  # numbered the other way round
@@ -265,7 +266,7 @@ def test_classes_of_the_data_to_score_on_are_matched_by_name(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("head", EVERY_HEAD)
 def test_every_head_trains_is_scored_and_is_scored_again_from_its_folder(head, tmp_path):
-    options = {"num_train_epochs": 4, "learning_rate": 2e-3, "load_best_model_at_end": False}
+    options = {"num_train_epochs": 4, "learning_rate": 2e-3, "eval_strategy": "no", "save_strategy": "no"}
     record = train(parse_config(detect(tmp_path, head, "coco", **options)))
     losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])  # the last epoch, the first
@@ -297,7 +298,7 @@ def test_an_instance_segmenter_trains_on_polygons_of_yolo(tmp_path):
 @pytest.mark.slow
 def test_a_run_finds_the_shapes_and_draws_them(tmp_path):
     values = detect(tmp_path, "cascade-mask-rcnn", "coco", num_train_epochs=30, learning_rate=1e-2)
-    values["training"] |= {"eval_strategy": "no"}
+    values["training"] |= {"eval_strategy": "no", "save_strategy": "no"}
     values["model_options"] |= {"fpn_channels": 32, "box_head_dim": 64, "mask_dim": 32, "anchor_scales": [4]}
     values |= {"augment": False}
     record = train(parse_config(values))
