@@ -449,7 +449,7 @@ def is_a(module: nn.Module, *names: str) -> bool:
 
 
 @cache
-def _names(cls: type) -> frozenset[str]:
+def _names(cls: type[Any]) -> frozenset[str]:
     """The qualified names of a class and of its bases."""
     return frozenset(f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
 
