@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 from e3va_peft.data.load import load_splits
 from e3va_peft.training.config import read_config
 from e3va_peft.training.tasks import task_of
+from tests.helpers import run_python
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 GPU = BENCHMARKS / "gpu.py"
@@ -23,9 +23,7 @@ GPU = BENCHMARKS / "gpu.py"
 @pytest.mark.slow
 def test_the_check_of_a_gpu_rehearses_on_the_cpu_and_says_so(tmp_path):
     selection = ["--settings=vit-b,voc-retinanet-swin-l", "--methods=e3va-int4,lora", "--precisions=fp32,fp16"]
-    command = [sys.executable, GPU, "--quick", "--no-compile", *selection, f"--output={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_python([GPU, "--quick", "--no-compile", *selection, f"--output={tmp_path}"], tmp_path / "said")
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     steps = [row for row in rows if row["kind"] == "step"]
     assert len(steps) == 8 and all(row["seconds"] > 0 for row in steps)
@@ -35,7 +33,7 @@ def test_the_check_of_a_gpu_rehearses_on_the_cpu_and_says_so(tmp_path):
         assert all(row["counted"] and row["allocated"] is row["reserved"] is None for row in steps)
     known = [row for row in steps if row["setting"] == "vit-b"]
     assert all(row["predicted"] for row in known)
-    assert (tmp_path / "gpu.md").read_text() in done.stdout
+    assert (tmp_path / "gpu.md").read_text() in (tmp_path / "said").read_text()
 
 
 def test_nuclei_as_they_are_published_become_what_the_recipes_read(tmp_path, monkeypatch):

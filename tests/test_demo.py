@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from e3va_peft import load_adapter
 from e3va_peft.cli import app
 from e3va_peft.demo import run as demo
 from e3va_peft.methods import adapt
+from tests.helpers import run_python
 
 
 @pytest.fixture
@@ -29,7 +31,12 @@ def tiny_vit(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_demo_runs_the_whole_road(tiny_vit, tmp_path):
+def test_demo_runs_the_whole_road(tiny_vit, tmp_path, monkeypatch):
+    def run(command: list[str], check: bool) -> None:
+        assert command[0] == sys.executable and check
+        run_python(command[1:], tmp_path / "said")
+
+    monkeypatch.setattr(demo.subprocess, "run", run)  # in a process that has imported already
     output = tmp_path / "run"
     arguments = ["demo", "--epochs", "1", "--output", str(output)]
     result = CliRunner().invoke(app, arguments)
