@@ -76,6 +76,7 @@ def _with_environment(rank: int, environment: dict[str, str], function: Callable
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    multiprocessing.set_start_method(None, force=True)  # else it would start its own as it was started itself
     gc.freeze()  # as in conftest
     function(rank, *args)
 

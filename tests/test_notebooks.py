@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
+import datasets
+import matplotlib
 import nbformat
 import pytest
+from ipykernel.kernelapp import IPKernelApp
+from jupyter_client.provisioning import LocalProvisioner
 from nbclient import NotebookClient
 
+from tests.helpers import start
 from tests.inputs import save_colors, save_discs, save_shapes, save_swin, small_head
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -22,7 +30,48 @@ def offline(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-# Processes, each of which imports everything, take longer than all they do: in 02 the first command is one.
+def be_kernel(rank: int, connection: str, folder: str) -> None:
+    """Be the process that `python -m ipykernel_launcher -f connection` would be."""
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = Path(os.environ["HF_DATASETS_CACHE"])  # it has read another
+    matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"  # so has it
+    IPKernelApp.launch_instance(argv=["-f", connection])
+
+
+class Forked:
+    """The process of a kernel, with what a provisioner asks of a `Popen`."""
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, connection: str, folder: str) -> None:
+        (self.process,) = start(be_kernel, 1, connection, folder).processes
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def wait(self) -> int | None:
+        self.process.join()
+        return self.process.exitcode
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+@pytest.fixture(autouse=True)
+def kernels_have_imported(monkeypatch):
+    """Fork kernels from a process that has imported, which takes longer than all that most of them do."""
+
+    async def launch_kernel(self, command: list[str], **kwargs: Any) -> Any:
+        self.process = Forked(command[command.index("-f") + 1], kwargs["cwd"])
+        return self.connection_info
+
+    monkeypatch.setattr(LocalProvisioner, "launch_kernel", launch_kernel)
+
+
+# The same of the commands: in 02 the first is a process.
 IN_PROCESS = """
 from e3va_peft.cli import app
 def e3va(*arguments):
