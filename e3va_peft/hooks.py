@@ -223,9 +223,11 @@ class FrozenOutput(FrozenGuard):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # type: ignore[override]
         """Note it."""
+        if torch.compiler.is_compiling():
+            return
         output = output[0] if isinstance(output, tuple) else output
         seen = FRONT.get().get(self.name)
-        if not torch.compiler.is_compiling() and seen is not None and isinstance(output, Tensor):
+        if seen is not None and isinstance(output, Tensor):
             FRONT.set({**FRONT.get(), self.name: seen._replace(origin=Origin(module, args, kwargs, output))})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from threading import Lock
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -23,13 +24,17 @@ class Current(Generic[T]):
 
     Safe in threads (`nn.DataParallel`) through a `ContextVar`. `torch.compile` cannot trace setting one: what is set
     while tracing is a plain attribute, which all threads share until it is reset. Which of the two is remembered when
-    it is *set*, because what reads it may be compiled alone (`nn.Module.compile()`, regional compilation).
+    it is *set*, because what reads it may be compiled alone (`nn.Module.compile()`, regional compilation). Up to
+    PyTorch 2.12 a graph cannot read a `ContextVar` either: while nothing is set in any thread, it does not have to.
     """
 
     def __init__(self, name: str) -> None:
         self._variable: ContextVar[T | None] = ContextVar(name, default=None)
         self._traced: T | None = None
         self._tracing = False
+        self._times = 0  # that it is set outside of a graph now, in all threads
+        self._somewhere = False  # whether that is so at all, which a graph may depend on
+        self._lock = Lock()
 
     @property
     def apart(self) -> bool:
@@ -38,7 +43,9 @@ class Current(Generic[T]):
 
     def get(self) -> T | None:
         """Return the value, None where none is set."""
-        return self._traced if self._tracing else self._variable.get()
+        if self._tracing:
+            return self._traced
+        return self._variable.get() if self._somewhere else None
 
     @contextmanager
     def set(self, value: T) -> Iterator[None]:
@@ -51,10 +58,17 @@ class Current(Generic[T]):
                 self._traced, self._tracing = None, False
         else:
             token = self._variable.set(value)
+            self._count(1)
             try:
                 yield
             finally:
+                self._count(-1)
                 self._variable.reset(token)
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._times += change
+            self._somewhere = self._times > 0
 
 
 @torch.compiler.disable
