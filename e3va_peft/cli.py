@@ -229,7 +229,11 @@ def evaluate(
 
         _check_new_file(output)
         if data is None and not (Path(source) / CONFIG).is_file():
-            what = "is no folder of a run" if Path(source).is_dir() else "there is no such folder here"
+            if Path(source).is_file():
+                raise UserError(
+                    f"{source}: is a file, not what it trained: e3va eval RUN, the folder of its `output`."
+                )
+            what = "is no folder of a run" if Path(source).is_dir() else f"no such folder (from {Path.cwd()})"
             raise UserError(f"{source}: {what}, and an adapter knows no data. Name a config: --data my.yaml.")
         scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
         Console().print(metrics_table(scores, labels))
@@ -379,6 +383,7 @@ def export(source: Source, output: Annotated[Path, typer.Argument(help="File to 
         from e3va_peft.training.export import export as run
 
         _check_new_file(output)
+        typer.echo("exporting and comparing, about a minute", err=True)
         typer.echo(run(source, output))
 
 

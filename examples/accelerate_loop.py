@@ -41,7 +41,7 @@ def collate(examples):
 
 
 train = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate)
-test = DataLoader(data["test"], args.batch_size, collate_fn=collate)
+test = DataLoader(data["test" if "test" in data else "validation"], args.batch_size, collate_fn=collate)
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.05)
 steps = args.epochs * len(train)

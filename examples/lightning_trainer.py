@@ -72,7 +72,7 @@ class Classifier(LightningModule):
 
 
 train = DataLoader(data["train"], args.batch_size, shuffle=True, collate_fn=collate)
-test = DataLoader(data["test"], args.batch_size, collate_fn=collate)
+test = DataLoader(data["test" if "test" in data else "validation"], args.batch_size, collate_fn=collate)
 trainer = Trainer(max_epochs=args.epochs, precision=args.precision, default_root_dir=args.output, gradient_clip_val=1)
 classifier = Classifier()
 trainer.fit(classifier, train, test, ckpt_path=args.resume)

@@ -12,7 +12,9 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from e3va_peft.cli import app
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.predict import load_trained
@@ -82,6 +84,11 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "image_size": ({"image_size": 5}, ["image_size=5", "5 x 5 pixels"]),
     "rank": ({"method": {"name": "e3va", "rank": 8}}, ["method.rank", "called method.r."]),
     "masks": ({"data": {"images": "a", "labels_dir": "b"}}, ["data.labels_dir", "called data.masks."]),
+    "model": ({"model": "swin"}, ["model='swin'", "no such folder (from ", "on the Hub it cannot be loaded"]),
+    "voc-as-coco": (
+        {"task": "object-detection", "data": {"images": "colors", "annotations": "colors/train"}},
+        ["data.annotations='colors/train'", "is a folder", "source: 'colors'"],
+    ),
     "bf16": ({"training": {"bf16": True, "use_cpu": False}}, ["training.bf16=True", "bf16: false", "use_cpu: true"]),
     "classes-for-segmenter": ({"task": "semantic-segmentation"}, ["needs a label map", "images:", "masks:"]),
     **{name: ({"data": {"source": source}}, words) for name, (source, words) in DATA.items()},
@@ -109,6 +116,27 @@ def test_masks_of_0_and_255_are_not_trained_on_as_background(tmp_path):
     with pytest.raises(UserError, match=r"hold 'ground' and, at \d+ pixels, 255.*data\.verify: false"):
         train(parse_config(values))
     assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_text_that_yaml_reads_otherwise_is_told_to_go_in_quotes(tmp_path):
+    (tmp_path / "config.yaml").write_text("task: image-classification\noutput: {method}-photos\n")
+    with pytest.raises(UserError, match=r"(?s)config\.yaml: is not valid YAML.*in quotes"):
+        read_config(str(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["eval", "labels.csv"], ["labels.csv: is a file", "e3va eval RUN"]),
+        (["eval", "runs/nope"], ["runs/nope: no such folder (from "]),
+        (["predict", "colors", "colors"], ["colors: is not a run", "the run comes first"]),
+    ],
+)
+def test_what_stands_in_the_place_of_a_run_is_named(words, said, inputs, monkeypatch):
+    monkeypatch.chdir(inputs)
+    result = CliRunner().invoke(app, words)
+    message = " ".join(result.output.split())
+    assert result.exit_code == 1 and all(each in message for each in said), message
 
 
 @pytest.mark.parametrize("source", ["runs/nope", "./nope"])

@@ -445,7 +445,7 @@ def expand_path(name: str, path: str, host: nn.Module, modules: Mapping[str, nn.
 
 def is_a(module: nn.Module, *names: str) -> bool:
     """Whether a module's class or one of its bases has one of these qualified names."""
-    return not _names(type(module)).isdisjoint(names)
+    return not _names(type(module)).isdisjoint(names)  # type: ignore[arg-type]  # mypy asks the instances for a hash
 
 
 @cache

@@ -29,6 +29,11 @@ def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
     """
     annotations, images = str(config.annotations), str(config.images)
     if "{split}" not in annotations:
+        if Path(annotations).is_dir():
+            raise UserError(
+                f"data.annotations={annotations!r}: is a folder, and COCO's annotations are a JSON file. For Pascal "
+                f"VOC write data: {{source: {str(Path(annotations).parent)!r}}}, the folder above it, alone."
+            )
         if not Path(annotations).is_file():
             raise UserError(f"data.annotations={annotations!r}: no such file (from {Path.cwd()}).")
         return {"train": _coco_split(annotations, images)}

@@ -15,7 +15,8 @@ from e3va_peft.errors import UserError, reason, refuse_no_path
 
 _HINTS = {
     "label_column": " An image folder needs one sub-folder per class.",
-    "objects_column": " YOLO's text files need a data.yaml, COCO's JSON data.images and data.annotations.",
+    "objects_column": " YOLO's text files need a data.yaml, COCO's JSON data.images and data.annotations, Pascal VOC "
+    "the folder that holds Annotations and JPEGImages.",
 }
 
 _LISTS = (".csv", ".tsv", ".json", ".jsonl", ".xlsx", ".txt")

@@ -67,7 +67,7 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise UserError(
             f"{where}: is a {image.mode} image; a label map has one number per pixel. Save class ids as an 8-bit "
-            "greyscale or palette PNG, not colours."
+            "greyscale or palette PNG, not colours. Or are data.images and data.masks swapped?"
         )
     return np.asarray(image).astype(np.int64)
 

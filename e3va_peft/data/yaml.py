@@ -10,6 +10,7 @@ from ruamel.yaml.tokens import AliasToken
 
 from e3va_peft.errors import UserError
 
+_HINT = "Indent with spaces, not tabs; text that begins with {, [ or * or holds a colon goes in quotes."
 _ALIASES = 10  # of a file: each may stand for others, so that a few dozen of them stand for billions of values
 
 
@@ -33,4 +34,4 @@ def parse_yaml(text: str, where: str) -> Any:
     except (YAMLError, RecursionError) as error:
         if hasattr(error, "note"):
             error.note = None  # how to allow keys that are given twice
-        raise UserError(f"{where}: is not valid YAML: {error}") from None
+        raise UserError(f"{where}: is not valid YAML: {error}. {_HINT}") from None

@@ -179,8 +179,10 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
+        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
         raise UserError(
             f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
+            + (" It holds images; the run comes first, then the images." if images else "")
         )
     architecture_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     architecture = (architecture_config.architectures or [""])[0]

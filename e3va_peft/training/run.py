@@ -158,6 +158,8 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
                 write_confusion(trainer.confusion, splits[0].labels, *places)
             folder = save_results(output, model, trainer.processor, record, console)
         if trainer.eval_dataset is not None:
+            if trainer.state.best_global_step and trainer.args.load_best_model_at_end:
+                console.print(f"the best, of step {trainer.state.best_global_step}, is what is saved:")
             console.print(metrics_table(trainer.scores, splits[0].labels))
         console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}; {_costs(record)}"))
         if hub is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -357,7 +358,8 @@ def _clear_errors(source: str) -> Iterator[None]:
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        where = "" if os.path.isdir(source) else f"no such folder (from {os.getcwd()}), and on the Hub it "
         raise UserError(
-            f"model={source!r}: cannot be loaded ({reason(error)}). Check the folder or Hub id; a private one needs "
-            "`hf auth login`."
+            f"model={source!r}: {where}cannot be loaded ({reason(error)}). Check the folder or Hub id; a private one "
+            "needs `hf auth login`."
         ) from None
