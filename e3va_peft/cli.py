@@ -389,15 +389,21 @@ def export(source: Source, output: Annotated[Path, typer.Argument(help="File to 
 
 @app.command()
 def plan(
+    config: Annotated[
+        str | None,
+        typer.Argument(help="YAML file of a run, or the name of a recipe, for what the options leave open."),
+    ] = None,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
-    ],
-    task: Annotated[str, typer.Option(help="image-classification or semantic-segmentation.")] = "image-classification",
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="image-classification, the default, or semantic-segmentation.")
+    ] = None,
     image_size: Annotated[
         int | None, typer.Option(help="Side of the images in pixels. By default the model's own.", metavar="PX")
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images per step.", metavar="N")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step, by default 8.", metavar="N")] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. By default the best of the card.", metavar="NAME")
     ] = None,
@@ -421,18 +427,28 @@ def plan(
 
     [bold]Examples[/bold]
 
+        e3va plan my.yaml --gpu "GTX 1080 Ti"
         e3va plan --model swin-b --gpu "GTX 1080 Ti"
         e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16
         e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"
         e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
     """
     with _errors_in_plain_words():
-        from e3va_peft.plan.show import show_plan
+        from e3va_peft.errors import UserError
+        from e3va_peft.plan.show import arguments_of, show_plan
+        from e3va_peft.training.config import read_config
 
         _check_new_file(output)
-        found = show_plan(
-            model, gpu, memory, precision, task=task, image_size=image_size, batch_size=batch_size, num_labels=labels
-        )
+        if config is None and model is None:
+            raise UserError(
+                "model: is missing. Name one, --model swin-b, or the YAML file of a run: e3va plan my.yaml."
+            )
+        own: dict[str, Any] = {"precision": None} if config is None else arguments_of(read_config(config))
+        given = {
+            **{"model": model, "task": task, "image_size": image_size, "batch_size": batch_size},
+            **{"num_labels": labels, "precision": precision},
+        }
+        found = show_plan(gpu=gpu, memory=memory, **own | {key: value for key, value in given.items() if value})
         if output is not None:
             output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
 

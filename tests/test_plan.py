@@ -34,6 +34,7 @@ from e3va_peft.plan.estimate import (
     needed_bytes,
 )
 from e3va_peft.plan.show import plan_table, print_plan
+from tests.inputs import write
 from tests.models import BY_NAME
 
 CLASSIFY, SEGMENT = "image-classification", "semantic-segmentation"
@@ -307,6 +308,29 @@ def test_the_command_prints_methods_and_software_and_writes_json(configs, tmp_pa
 def test_the_command_says_what_is_wrong_without_a_traceback():
     result = CliRunner().invoke(app, ["plan", "--model", "swin-t", "--memory", "lots"])
     assert result.exit_code == 1 and "error: memory='lots'" in result.output and "Traceback" not in result.output
+
+
+def test_a_run_is_planned_as_its_config_says_but_for_what_the_options_say(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr("e3va_peft.plan.estimate.settings", lambda: {"E3VA": {"name": "e3va"}})
+    values = {
+        "task": SEGMENT, "model": str(configs / "swin-classifier"), "output": "o", "image_size": 64,
+        "data": {"images": "i", "masks": "m", "labels": ["a", "b"]}, "model_options": {"hidden_size": 16},
+        "training": {"per_device_train_batch_size": 3, "bf16": True},
+    }  # fmt: skip
+    peaks = {}
+    for width in (16, 32):
+        config = write(tmp_path / f"{width}.yaml", values | {"model_options": {"hidden_size": width}})
+        output = tmp_path / f"{width}.json"
+        command = ["plan", str(config), "--batch-size", "2", "--output", str(output)]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+        found = json.loads(output.read_text())
+        assert (found["task"], found["image_size"], found["batch_size"]) == (SEGMENT, 64, 2)
+        assert (found["precision"], found["num_labels"]) == ("bf16", 2)
+        peaks[width] = found["methods"][0]["peak_bytes"]
+    assert peaks[16] < peaks[32]
+    refused = CliRunner().invoke(app, ["plan"])
+    assert refused.exit_code == 1 and "e3va plan my.yaml" in refused.output
 
 
 def test_a_detector_is_not_planned_and_the_way_to_measure_it_is_named():

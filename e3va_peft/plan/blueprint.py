@@ -62,7 +62,9 @@ def model_config(model: str) -> Any:
     return find_config(str(folder) if folder.is_dir() else model)
 
 
-def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTrainedModel]:
+def model_builder(
+    model: str, task: str, num_labels: int, change: Callable[[Any], None] | None = None
+) -> Callable[[], PreTrainedModel]:
     """Return a function that builds the model which `e3va train` would train, in fp32, without its weights.
 
     The model is on the device of the surrounding context: `with torch.device("meta")` for one without memory.
@@ -71,6 +73,7 @@ def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTra
         model: Short name, folder or Hub id.
         task: image-classification or semantic-segmentation; a backbone alone gets a new UperNet for the latter.
         num_labels: Number of classes.
+        change: Sets options of the model's config.
 
     Raises:
         UserError: There is no such model, or it is of no use for the task.
@@ -80,6 +83,8 @@ def model_builder(model: str, task: str, num_labels: int) -> Callable[[], PreTra
         raise UserError(f"task={task!r}: must be one of {', '.join(CLASSES)}.{why or nearest(task, CLASSES)}")
     found = model_config(model)
     config = segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
+    if change is not None:
+        change(config)
     name_classes(config, [str(i) for i in range(num_labels)])
     auto: Any = (
         AutoModelForSemanticSegmentation if task == "semantic-segmentation" else AutoModelForImageClassification

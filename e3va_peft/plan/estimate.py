@@ -126,6 +126,7 @@ def plan(
     memory: int | None = None,
     autocast: Rules = "cuda",
     progress: Callable[[str], object] = lambda name: None,
+    change: Callable[[Any], None] | None = None,
 ) -> Plan:
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
@@ -145,13 +146,14 @@ def plan(
         memory: Bytes of the card, for what fits and for the largest batch.
         autocast: Whose rules for mixed precision: those of CUDA, or of the CPU, to compare with a measurement there.
         progress: Called with the name of each method before its turn.
+        change: Sets options of the model's config.
 
     Raises:
         UserError: An argument cannot work; the message names it, its value and the remedy.
     """
     _check(batch_size, image_size, num_labels, precision)
     num_labels = num_labels or CLASSES.get(task, 1)
-    build = model_builder(model, task, num_labels)
+    build = model_builder(model, task, num_labels, change)
     size = image_size
     rows: list[MethodPlan] = []
     refused: dict[str, str] = {}

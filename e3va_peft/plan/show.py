@@ -10,10 +10,13 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from e3va_peft.errors import UserError
 from e3va_peft.files import number_of_bytes
 from e3va_peft.plan.cached import CachedImage
 from e3va_peft.plan.cards import GIB, Card, Stack, find_card, software_stack, this_card
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
+from e3va_peft.training.config import RunConfig
+from e3va_peft.training.tasks import task_of
 
 _PARTS = ("weights", "grads", "AdamW", "activ.")  # of a peak
 
@@ -58,6 +61,31 @@ def print_plan(plan: Plan, console: Console) -> None:
     elif width > console.width:
         console.width = width
     console.print(table)
+
+
+def arguments_of(config: RunConfig) -> dict[str, Any]:
+    """Say what a run of `e3va train` decides of the arguments of `show_plan`; None where it leaves one open.
+
+    Raises:
+        UserError: Its head cannot be planned.
+    """
+    if config.head is not None and config.head not in ("linear", "upernet"):
+        raise UserError(
+            f"head={config.head!r}: only classifiers and UperNet can be planned. Measure a step: e3va compare."
+        )
+    task, training, labels = task_of(config), config.training, config.data.labels
+    crop = None if config.augment is None else config.augment.crop
+    return {
+        "model": config.model,
+        "task": config.task,
+        "image_size": crop or config.image_size,
+        "batch_size": training.get(
+            "per_device_train_batch_size", task.default_training["per_device_train_batch_size"]
+        ),
+        "precision": next((name for name in ("bf16", "fp16") if training.get(name)), "fp32"),
+        "num_labels": len(labels) if isinstance(labels, list) else None,
+        "change": task.apply_options,
+    }
 
 
 def plan_table(plan: Plan, brief: bool = False) -> Table:
