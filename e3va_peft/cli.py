@@ -82,6 +82,7 @@ def _errors_in_plain_words() -> Iterator[None]:
     from transformers.utils import logging
 
     from e3va_peft.errors import UserError
+    from e3va_peft.files import FULL_DISK
     from e3va_peft.training.run import Interrupted
 
     logging.set_verbosity_error()
@@ -94,6 +95,11 @@ def _errors_in_plain_words() -> Iterator[None]:
         yield
     except (UserError, FileExistsError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+    except OSError as error:
+        if error.errno not in FULL_DISK:
+            raise
+        typer.secho(f"error: {error.filename or 'output'}: the disk is full ({error}). Free some.", fg="red", err=True)
         raise typer.Exit(1) from None
     except Interrupted as stopped:
         typer.secho(str(stopped), fg="yellow", err=True)

@@ -41,6 +41,9 @@ _RULES: dict[str, Rule] = {
     "init_weights": _FLAG,
 }
 
+_READING = ("taps", "tap_norm", "tap_storage", "live_blocks")
+"""Fields that decide how the frozen pass is read, which weights of the same shapes do not tell."""
+
 
 @dataclass
 class E3VAConfig(PeftConfig):
@@ -194,7 +197,9 @@ class E3VAConfig(PeftConfig):
             # PEFT passes the mapping, and has just written the weights; transformers does neither
             file = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
             written = "auto_mapping_dict" in kwargs and file.is_file()
-            own = {"weights": tensors_checksum(load_file(file).values())} if written else {}
+            own: dict[str, Any] = {"reads": {name: getattr(self, name) for name in _READING}}
+            if written:
+                own["weights"] = tensors_checksum(load_file(file).values())
             kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping() | own
         super().save_pretrained(save_directory, **kwargs)
         if self.base is not None:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
 
 from e3va_peft.errors import UserError
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors that a full disk, a quota and a limit on the size of files give."""
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file beside its place and rename it, so that it is there whole or not at all."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())  # else a power cut may leave the name without the content
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def is_draft(path: Path, *names: str) -> bool:
+    """Whether a file is what `write_whole` leaves of a file of one of these names where its process is killed."""
+    match = re.fullmatch(r"\.(.+)\.\d+", path.name)
+    return match is not None and match[1] in names
 
 
 def number_of_bytes(name: str, value: int | str) -> int:

@@ -45,6 +45,7 @@ _MAPPING: dict[str, Any] = {
     "commits": dict[str, str] | None,
     "backbone": dict[str, str] | None,
     "weights": str | None,
+    "reads": dict[str, Any] | None,
 }
 """What `auto_mapping` may hold; see `card.BaseModel.mapping`."""
 
@@ -88,7 +89,7 @@ def load_adapter(
     Raises:
         FileNotFoundError: The adapter, its revision, or a file it needs is not there, or not for this token.
         PermissionError: The Hub refuses the token.
-        ConnectionError: The Hub cannot be reached, or the connection broke.
+        ConnectionError: The Hub cannot be reached, refuses by another error, or the connection broke.
         OSError: The base model cannot be loaded.
         ValueError: A file of the adapter is malformed or describes what is too large to be meant; it is of another
             method, does not say what its base model is, was trained on another, or has weights that are not all of its
@@ -252,7 +253,10 @@ def _download(source: str, revision: str | None, subfolder: str, token: str | bo
         ) from error
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
-            raise
+            raise ConnectionError(
+                f"adapter={source!r}: the Hub answers {error.response.status_code} ({reason(error)}). Nothing half-loaded "
+                "is kept: call again later."
+            ) from error
         given = "the token you are logged in with" if token in (None, True) else "token=..."
         raise PermissionError(
             f"adapter={source!r}: the Hub refuses {given}; it is mistyped, expired or revoked. Pass another as "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -201,9 +202,25 @@ class E3VAModel(BaseTuner):
                 "its adapter_config.json says. Restore the files that were saved together, or download them again. If "
                 "you changed the weights on purpose, remove weights from auto_mapping there."
             )
+        _warn_of_other_reading(saved.pop("reads", None) or {}, config)
         if backbone is not None:
             check_backbone(backbone, model, adapter_name, config.base_model_name_or_path or "its base")
         return mapped
+
+
+def _warn_of_other_reading(saved: Mapping[str, Any], config: PeftConfig) -> None:
+    """Warn of an adapter that reads the frozen pass in another way than it was trained to."""
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    other = [
+        f"{name}={value!r} then, {now.get(name)!r} now" for name, value in saved.items() if value != now.get(name)
+    ]
+    if other:
+        warnings.warn(
+            f"the adapter was trained to read the backbone in another way ({'; '.join(other)}), so it computes "
+            "something else. Take the values of then, unless you train it further with those of now.",
+            UserWarning,
+            stacklevel=2,
+        )
 
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter

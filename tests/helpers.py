@@ -32,6 +32,8 @@ from tests.models import CASES, Case, loss_of, tensors
 
 WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute", "taps": ("stream",)}}
 
+KEPT = {"live_blocks": 2, "checkpoint_live_blocks": False}
+
 
 def ways(*names: str) -> pytest.MarkDecorator:
     """Parametrise over some of the ways to configure an adapter."""

@@ -18,9 +18,17 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+import transformers
+from huggingface_hub import constants, file_download, hf_api
+from huggingface_hub.utils import _http
 
 USER = "me"
 TOKEN = "hf_right"
@@ -86,6 +94,8 @@ class HubServer(ThreadingHTTPServer):
         requests: What was asked for, e.g. `"GET /me/adapter/resolve/main/README.md"`.
         cuts: Name of a method of `_Handler` -> how many of its requests are still to break off, half-way through the
             file that they carry.
+        statuses: Name of such a method -> the status, e.g. 429, with which all of its requests are refused.
+        silent: Names of such methods whose requests are not answered while the server runs.
     """
 
     daemon_threads = True
@@ -99,14 +109,56 @@ class HubServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.cuts: Counter[str] = Counter()
+        self.statuses: dict[str, int] = {}
+        self.silent: set[str] = set()
+        self.ended = threading.Event()
 
     def __enter__(self) -> HubServer:
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         return self
 
+    def well(self) -> None:
+        """Answer every request again."""
+        self.cuts.clear(), self.statuses.clear(), self.silent.clear()
+
     def __exit__(self, *args: Any) -> None:
+        self.ended.set()
         self.shutdown()
         super().__exit__(*args)
+
+
+def connect(hub: HubServer, home: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process ask a Hub, logged in, with an empty cache, and without waits between attempts.
+
+    huggingface_hub takes HF_ENDPOINT and HF_HOME when it is imported, and this process has imported it long before:
+    what it made of them is replaced.
+    """
+    for name, value in {
+        "ENDPOINT": hub.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_TOKEN_PATH": str(home / "token"),
+        "HF_HUB_CACHE": str(home / "hub"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+        "HF_HUB_OFFLINE": False,
+    }.items():
+        patch.setattr(constants, name, value)
+    patch.setattr(hf_api.api, "endpoint", hub.url)  # the client behind the bare functions
+    patch.setattr(transformers.utils.hub, "_hf_api", None)  # transformers' own, made at its first use
+    for module in (_http, file_download):  # how many attempts there are stays the client's affair
+        patch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
+    for name in ("NO_PROXY", "no_proxy"):
+        patch.setenv(name, "127.0.0.1,localhost")
+    patch.setenv("HF_TOKEN", TOKEN)
+    _http.close_session()
+
+
+def hurry(patch: pytest.MonkeyPatch) -> None:
+    """Let the client wait for a silent Hub for a moment only, where it has a limit: at files, not at its API."""
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        patch.setattr(constants, name, 0.2)
+    patch.setattr(file_download, "_ETAG_RETRY_TIMEOUT", 0.2)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -125,6 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.body = self.rfile.read(length // 2 if self.cut else length)
             if self.cut and length:
                 raise Cut
+            if answer.__name__ in self.server.silent:
+                self.server.ended.wait()
+                raise Cut
+            if status := self.server.statuses.get(answer.__name__):
+                raise Refusal(status, HTTPStatus(status).phrase)
             answer(self, **names)
         except Refusal as refusal:
             self._send(refusal.status, json.dumps({"error": str(refusal)}).encode(), refusal.headers)

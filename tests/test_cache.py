@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -25,10 +26,10 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Views
 from e3va_peft.cache.rest import from_bytes, to_bytes
-from e3va_peft.cache.store import INDEX
+from e3va_peft.cache.store import IDENTITY, INDEX, Store
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
-from e3va_peft.files import number_of_bytes
+from e3va_peft.files import number_of_bytes, write_whole
 from e3va_peft.layer import E3VALayer
 from e3va_peft.methods import adapt
 from e3va_peft.plan.cached import cached_image
@@ -567,6 +568,21 @@ def test_a_store_that_was_cut_short_goes_on_where_it_was_whole(tmp_path, cut):
     again = cached(images, adapted(case), folder=tmp_path / "cache")
     assert images.read - before < 2 * COUNT + 2
     assert all(torch.equal(again[i][RECORD], expected[i]) for i in range(COUNT))
+
+
+@pytest.mark.parametrize("file", [INDEX, IDENTITY])
+def test_a_store_that_was_stopped_before_it_had_its_identity_is_begun_again(tmp_path, monkeypatch, file):
+    def stops(path: Path, content: bytes) -> None:
+        if path.name == file:
+            (path.parent / f".{path.name}.123").touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("e3va_peft.cache.store.write_whole", stops)
+        with pytest.raises(UserError, match="the disk is full after 0 of 3 records"):
+            Store(tmp_path / "cache", {"what": 1}, 3)
+    assert Store(tmp_path / "cache", {"what": 1}, 3).missing() == [0, 1, 2]
 
 
 def fill(rank: int, folder: str) -> None:

@@ -1,7 +1,6 @@
 """Through the Hub and back: the real client over HTTP, against a Hub on loopback.
 
-huggingface_hub takes HF_ENDPOINT and HF_HOME when it is imported, and this process has imported it long before. So the
-fixture replaces what it made of them; one test leaves all of it to the environment of a fresh process.
+`connect` puts this process in touch with it; one test leaves that to the environment of a fresh process.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ from urllib.request import urlopen
 
 import datasets
 import pytest
-import transformers
-from huggingface_hub import HfApi, constants, file_download, hf_api, upload_folder
+from huggingface_hub import HfApi, constants, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import _http
 from peft import AutoPeftModel, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
 from transformers import SwinForImageClassification as Swin
 
@@ -30,8 +29,9 @@ from e3va_peft import E3VAConfig, load_adapter
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
+from e3va_peft.training.saving import push
 from tests.helpers import assert_same, outputs
-from tests.hub_server import TOKEN, HubServer
+from tests.hub_server import TOKEN, HubServer, connect, hurry
 from tests.inputs import classify
 from tests.models import BY_NAME, train_steps
 
@@ -45,25 +45,7 @@ MANY = 1000
 def hub(tmp_path, monkeypatch):
     """An empty Hub, and this process logged in to it with an empty cache."""
     with HubServer() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_TOKEN_PATH": str(tmp_path / "home" / "token"),
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_DISABLE_TELEMETRY": True,
-            "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
-            "HF_HUB_OFFLINE": False,
-        }.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # the client behind the bare functions
-        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # transformers' own, made at its first use
-        for module in (_http, file_download):  # waits between attempts; how many there are stays the client's affair
-            monkeypatch.setattr(module, "time", SimpleNamespace(sleep=lambda seconds: None))
-        for name in ("NO_PROXY", "no_proxy"):
-            monkeypatch.setenv(name, "127.0.0.1,localhost")
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        fresh_cache(tmp_path / "first", monkeypatch)
-        _http.close_session()
+        connect(server, tmp_path / "home", monkeypatch)
         yield server
         _http.close_session()
 
@@ -386,6 +368,33 @@ def test_a_load_that_stays_cut_keeps_nothing_half(loaded, hub, pushed, tmp_path)
     assert_equal(load_adapter("me/adapter")[0], pushed)
 
 
+STATUSES = (401, 404, 429, 500)
+
+
+@pytest.mark.parametrize("loaded", [(), ("me/adapter",)], ids=["adapter", "base"])
+def test_a_hub_that_refuses_or_is_silent_is_one_clear_error_and_leaves_nothing_half(
+    loaded, hub, pushed, tmp_path, monkeypatch
+):
+    hurry(monkeypatch)
+    requests = ("resolve", "get_object") if loaded else ("info", "tree", "resolve", "get_object")
+    faults = [(name, status) for name in requests for status in (*STATUSES, "silent")]
+    for number, (name, status) in enumerate(faults):
+        if status == "silent" and name in ("info", "tree"):
+            continue  # the client waits for these without a limit
+        fresh_cache(tmp_path / str(number), monkeypatch)
+        for repo in loaded:
+            HfApi().snapshot_download(repo)
+        if status == "silent":
+            hub.silent.add(name)
+        else:
+            hub.statuses[name] = status
+        with pytest.raises(OSError, match=r"^adapter='me/adapter': ") as error:
+            load_adapter("me/adapter")
+        assert len(str(error.value)) < 900, (name, status)
+        hub.well()
+        assert_equal(load_adapter("me/adapter")[0], pushed)
+
+
 def test_a_hub_that_cannot_be_reached_is_named(hub, pushed):
     hub.shutdown()
     hub.server_close()
@@ -425,6 +434,52 @@ def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkey
     with pytest.raises(UserError, match=r"training.hub_model_id"):
         train(run_config(tmp_path))  # nothing is there yet to lose, so the settings may change
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", ["create_repo", "preupload", "put_object", "commit"])
+def test_a_hub_that_refuses_a_run_is_one_clear_error_and_costs_no_training(name, hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    config = run_config(tmp_path, hub_model_id="me/colors", eval_strategy="no")
+    if name == "create_repo":  # before training: nothing is begun
+        for status in (*STATUSES, "cut"):
+            hub.cuts[name] = MANY * (status == "cut")
+            hub.statuses[name] = 0 if status == "cut" else status
+            with pytest.raises(UserError, match=r"hub_model_id='me/colors': the Hub does not let you"):
+                train(config)
+            assert not (tmp_path / "run").exists() and not hub.repos
+        return
+    hub.statuses[name] = 500
+    with pytest.raises(UserError, match=r"hub_model_id='me/colors': could not be pushed .*500.*`hf upload"):
+        train(config)
+    for status in (*STATUSES, "cut"):
+        hub.cuts[name] = MANY * (status == "cut")
+        hub.statuses[name] = 0 if status == "cut" else status
+        with pytest.raises(UserError, match=r"hub_model_id='me/colors': could not be pushed .*`hf upload"):
+            push(tmp_path / "run" / "adapter", "me/colors", None, Console())
+    assert hub.repos["me/colors"].files() == {}
+    hub.well()
+    push(tmp_path / "run" / "adapter", "me/colors", None, Console())
+    assert hub.repos["me/colors"].files() == contents(tmp_path / "run" / "adapter")
+    assert (tmp_path / "run" / "metrics.json").is_file()
+
+
+@pytest.mark.parametrize("status", [*STATUSES, "cut", "silent"])
+def test_a_pretrained_model_that_the_hub_does_not_give_is_named_before_training(
+    status, hub, base_id, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    fresh_cache(tmp_path / "second", monkeypatch)
+    hurry(monkeypatch)
+    values = classify(tmp_path, num_train_epochs=1, eval_strategy="no") | {"model": base_id}
+    for name in ("get_object",) if status == "cut" else ("resolve", "get_object"):
+        hub.cuts[name] = MANY * (status == "cut")
+        hub.silent |= {name} if status == "silent" else set()
+        hub.statuses[name] = status if isinstance(status, int) else 0
+        with pytest.raises(UserError, match=r"^model='me/base': cannot be loaded"):
+            train(parse_config(values))
+        assert not (tmp_path / "run").exists()
+        hub.well()
+    train(parse_config(values))
 
 
 def test_a_push_that_fails_after_training_leaves_the_finished_run_whole(hub, tmp_path, monkeypatch):

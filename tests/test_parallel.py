@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, compile_regions
 from packaging import version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_s
 from torch.nn.parallel import DistributedDataParallel
 
 from e3va_peft import E3VAConfig
-from tests.helpers import WAYS, adapted, assert_same, blocks, by_two, every_model_in, every_way, outputs
+from tests.helpers import KEPT, WAYS, adapted, assert_same, blocks, by_two, every_model_in, every_way, outputs
 from tests.models import BY_NAME, Case, loss_of, train_steps
 
 
@@ -34,6 +34,8 @@ def process_group(tmp_path_factory):
     distributed.destroy_process_group()
 
 
+MOST = 0.1  # norm of clipped gradients
+DDP = WAYS | {"live-kept": KEPT}
 STORED = {"": {}, "int8": {"tap_storage": "int8"}, "live": {"tap_storage": "recompute", "live_blocks": 1}}
 
 
@@ -127,7 +129,9 @@ SHARDED = {
     "swin": ("swin-classifier", {}, "SwinStage"),
     "swin-int8": ("swin-classifier", {"tap_storage": "int8"}, "SwinStage"),
     "vit": ("vit-classifier", {}, "ViTLayer"),
+    "vit-live": ("vit-classifier", {"live_blocks": 1, "tap_storage": "recompute"}, "ViTLayer"),
 }
+REPLICATED = {f"{name}-{key}": (f"{name}-classifier", way) for name in ("swin", "vit") for key, way in DDP.items()}
 
 
 def accelerator_that_shards(**options) -> Accelerator:
@@ -142,11 +146,43 @@ def accelerator_that_shards(**options) -> Accelerator:
     return accelerator
 
 
-def train_sharded(rank: int, folder: str) -> None:
-    """Be one of two processes: train sharded, save, load, and train on."""
+def be_one_of_two(rank: int, folder: str) -> None:
+    """Train in each way as one of two processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     store = distributed.FileStore(f"{folder}/store", 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=50))
+    train_replicated(rank, folder)
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    train_sharded(rank, folder)
+    distributed.destroy_process_group()
+
+
+def train_replicated(rank: int, folder: str) -> None:
+    """Train with DDP, in each step on two parts of a batch, with clipped gradients; save."""
+    for key, (name, config) in REPLICATED.items():
+        case = BY_NAME[name]
+        whole = case.training_batch(8)
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config))
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        model, optimizer = accelerator.prepare(model.train(), optimizer)
+        assert isinstance(model, DistributedDataParallel) and not model.find_unused_parameters
+        for part in (0, 1, 0, 1):
+            first = 4 * part + 2 * rank
+            with accelerator.accumulate(model):
+                accelerator.backward(loss_of(model(**{k: v[first : first + 2] for k, v in whole.items()})))
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), MOST)
+                optimizer.step()
+                optimizer.zero_grad()
+        if accelerator.is_main_process:
+            accelerator.unwrap_model(model).save_pretrained(f"{folder}/{key}")
+        accelerator.free_memory()
+
+
+def train_sharded(rank: int, folder: str) -> None:
+    """Train sharded, save, load, and train on."""
     for key, (name, config, unit) in SHARDED.items():
         case = BY_NAME[name]
         batch = {k: v[2 * rank : 2 * rank + 2] for k, v in case.training_batch(4).items()}
@@ -165,7 +201,6 @@ def train_sharded(rank: int, folder: str) -> None:
                 model.save_pretrained(at, state_dict=state)
             accelerator.wait_for_everyone()
             model = PeftModel.from_pretrained(case.base(), at, is_trainable=True)
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +208,25 @@ def trained_by_two(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("fsdp")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
-        by_two(train_sharded, str(folder))
+        by_two(be_one_of_two, str(folder))
     return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", REPLICATED)
+def test_two_processes_that_accumulate_and_clip_train_like_one(key, trained_by_two):
+    name, config = REPLICATED[key]
+    case = BY_NAME[name]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config)).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(model(**case.training_batch(8))).backward()
+        assert nn.utils.clip_grad_norm_(trained, MOST) > 2 * MOST
+        optimizer.step()
+    got = load_file(trained_by_two / key / "adapter_model.safetensors")
+    assert_same(got, get_peft_model_state_dict(model), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from typing import Any
 
 import datasets
 import pytest
+from rich.console import Console
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
+from e3va_peft.files import write_whole
 from e3va_peft.training.config import parse_config
-from e3va_peft.training.folder import LOCK, MARKER, locked
+from e3va_peft.training.folder import LOCK, MARKER, begin, check_output, locked
 from e3va_peft.training.predict import load_trained
 from e3va_peft.training.run import train
 from tests.helpers import Stop, stop_after
@@ -186,6 +190,52 @@ def test_a_start_that_fails_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("overwrite", [False, True], ids=["", "overwrite"])
+def test_a_start_that_is_killed_at_any_write_or_move_can_be_repeated(overwrite, tmp_path, monkeypatch):
+    config = parse_config(quick(tmp_path))
+    output = Path(config.output)
+
+    def start() -> None:
+        check_output(output, config, overwrite)
+        with locked(output):
+            begin(output, config, overwrite, Console(quiet=True))
+
+    def dies(number: int) -> bool:
+        """Start, and be killed before that write or move; False where there are fewer."""
+        steps = iter(range(number))
+
+        def step(path: Path, *args: Any) -> None:
+            writes = isinstance(args[0], str)
+            if next(steps, None) is None:
+                if writes:
+                    (path.parent / f".{path.name}.123").touch()  # what a write that is killed leaves
+                raise Stop
+            (write_whole if writes else rename)(path, *args)
+
+        rename = Path.rename
+        with monkeypatch.context() as patch:
+            patch.setattr("e3va_peft.training.folder.write_whole", step)
+            patch.setattr(Path, "rename", step)
+            try:
+                start()
+            except Stop:
+                return True
+            return False
+
+    number = 0
+    while dies(number):
+        start()
+        assert (output / MARKER).is_file() and parse_config(YAML().load(output / "config.yaml")).to_dict()
+        if overwrite:
+            for name in ("metrics.json", "curves.png", "checkpoint-3/a"):
+                (output / name).parent.mkdir(exist_ok=True)
+                (output / name).write_text("{}")
+        else:
+            shutil.rmtree(output)
+        number += 1
+    assert number >= 2
+
+
 def test_a_config_is_not_written_over_by_the_run_that_was_read_from_it(tmp_path):
     values = quick(tmp_path, "own")
     (tmp_path / "own").mkdir()
@@ -256,6 +306,20 @@ def test_a_lock_whose_process_has_ended_is_taken_over(pid, tmp_path):
     lock = hold(tmp_path / "run", pid(), socket.gethostname())
     train(parse_config(quick(tmp_path)))
     assert not lock.exists() and not list((tmp_path / "run").glob(f"{LOCK}*"))
+
+
+def test_a_lock_for_which_there_is_no_room_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "run").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(UserError, match="No space left"), locked(tmp_path / "run"):
+            pass
+    assert not list((tmp_path / "run").iterdir())
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_two_runs_of_one_process_do_not_share_a_folder(tmp_path):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
@@ -543,6 +545,23 @@ def test_weights_that_were_changed_on_purpose_load_once_their_checksum_is_remove
     edit(adapter, spoil(9.0))
     note(adapter, weights=None)
     e3va_peft.load_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("taps", ["block"]), ("tap_norm", "relative"), ("tap_storage", "int4"), ("live_blocks", 1)]
+)
+def test_an_adapter_that_reads_in_another_way_than_it_was_trained_to_warns_of_both(field, value, tmp_path):
+    case = BY_NAME["swin-classifier"]
+    get_peft_model(case.base(), E3VAConfig(r=4, taps=("stream",))).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    then = getattr(config, field)
+    setattr(config, field, value)
+    then = list(then) if field == "taps" else then
+    with pytest.warns(UserWarning, match=re.escape(f"{field}={then!r} then, {value!r} now")):
+        PeftModel.from_pretrained(case.base(), tmp_path, config=config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(case.base(), tmp_path)
 
 
 def nudge(weights):

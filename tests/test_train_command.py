@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, trainer_utils
 from typer.testing import CliRunner
 
 import e3va_peft
@@ -30,6 +31,7 @@ from e3va_peft import registered_backbones
 from e3va_peft.__main__ import main as run_command
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
+from e3va_peft.files import FULL_DISK
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
 from e3va_peft.training.config import RunConfig, parse_config, read_config
@@ -295,6 +297,15 @@ def test_a_damaged_checkpoint_is_named_put_aside_and_the_one_before_is_used(
     assert run_module.last_checkpoint(run, run_module.Console()).name == "checkpoint-9"
 
 
+def test_a_clock_that_is_set_back_costs_no_checkpoint(tmp_path, monkeypatch):
+    def an_hour_earlier_each_time(path: str) -> float:
+        return -3600.0 * int(Path(path).name.removeprefix("checkpoint-"))
+
+    monkeypatch.setattr(trainer_utils.os.path, "getmtime", an_hour_earlier_each_time)
+    train(parse_config(classify(tmp_path, save_total_limit=1, load_best_model_at_end=False)))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
+
+
 def test_a_run_without_a_whole_checkpoint_says_that_it_starts_from_the_beginning(stopped, tmp_path, capsys):
     run = copy_of(stopped, tmp_path)
     for step in (3, 6, 9):
@@ -524,6 +535,16 @@ def test_a_full_disk_is_named_and_the_checkpoint_that_did_not_fit_is_removed(tmp
     assert train(parse_config(classify(tmp_path)))["resumed"]
 
 
+@pytest.mark.parametrize("number", FULL_DISK, ids=errno.errorcode.get)
+def test_a_full_disk_is_named_by_every_command(number, tmp_path, monkeypatch):
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(number, os.strerror(number), "there/a.png")
+
+    monkeypatch.setattr("e3va_peft.training.predict.predict", full)
+    done = CliRunner().invoke(app, ["predict", str(tmp_path), str(tmp_path)], env={"COLUMNS": "200"})
+    assert done.exit_code == 1 and "there/a.png: the disk is full" in done.output, done.output
+
+
 def test_too_little_disk_is_said_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(UserError, match="are free, checkpoints take"):
@@ -606,8 +627,8 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
         assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
 
 
-def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
-    """Run in a process of its own."""
+def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
+    """Run in a process of its own: score runs, and train one that is cut off."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
@@ -615,25 +636,52 @@ def evaluate_as_one_of_two(rank: int, folder: str, port: int, names: tuple[str, 
         scores, _ = evaluate(f"{folder}/{name}")
         assert torch.distributed.get_world_size() == 2
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(scores))
+    with pytest.MonkeyPatch.context() as patch:
+        train_until(4, parse_config(classify(Path(folder), "cut", per_device_train_batch_size=2)), patch)
+
+
+@pytest.fixture(scope="module")
+def runs_of_two(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
+    """Runs of three tasks that two processes have scored, and one, `cut`, that they have begun."""
+    root = tmp_path_factory.mktemp("two")
+    common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
+    tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        for name, task in tasks.items():
+            train(parse_config(task(root, output=f"run-{name}", **common)))
+        for extra in (root / "colors" / "test" / "red").glob("*0*"):
+            extra.unlink()  # an odd number of images, as the others have
+    runs = tuple(f"run-{name}" for name in tasks)
+    by_two(be_one_of_two, str(root), free_port(), runs)
+    return root, runs
 
 
 @pytest.mark.slow
-def test_two_processes_score_as_one_and_count_no_image_twice(tmp_path):
-    common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
-    tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
-    for name, task in tasks.items():
-        train(parse_config(task(tmp_path, output=f"run-{name}", **common)))
-    for extra in (tmp_path / "colors" / "test" / "red").glob("*0*"):
-        extra.unlink()  # an odd number of images, as the others have
-    runs = tuple(f"run-{name}" for name in tasks)
-    by_two(evaluate_as_one_of_two, str(tmp_path), free_port(), runs)
+def test_two_processes_score_as_one_and_count_no_image_twice(runs_of_two):
+    root, runs = runs_of_two
     for name in runs:
-        expected, _ = evaluate(str(tmp_path / name))
+        expected, _ = evaluate(str(root / name))
         expected.pop("loss")  # Trainer's mean counts a batch that is filled up by its size
         for rank in (0, 1):
-            found = json.loads((tmp_path / f"{name}-{rank}.json").read_text())
+            found = json.loads((root / f"{name}-{rank}.json").read_text())
             for metric, value in expected.items():
                 assert found[metric] == pytest.approx(value, abs=1e-6, nan_ok=True), (name, metric)
+
+
+@pytest.mark.slow
+def test_one_process_ends_what_two_began_with_as_many_images_a_step_and_no_others(runs_of_two):
+    root, _ = runs_of_two
+    with pytest.raises(
+        UserError, match=r"checkpoint-3: was trained with 4 images a step, and 1 .*take 2\. .*must be 4"
+    ):
+        train(parse_config(classify(root, "cut", per_device_train_batch_size=2)))
+    whole = train(parse_config(classify(root, "whole")))
+    resumed = train(parse_config(classify(root, "cut", per_device_train_batch_size=2, gradient_accumulation_steps=2)))
+    assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 9
+    second = adapter_weights(root / "cut")
+    for name, value in adapter_weights(root / "whole").items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.slow

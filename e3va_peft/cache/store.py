@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,7 +17,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from e3va_peft.errors import UserError
-from e3va_peft.files import write_whole
+from e3va_peft.files import FULL_DISK, is_draft, write_whole
 
 FORMAT = 1
 IDENTITY, INDEX, LOCK = "cache.json", "index.bin", ".lock"
@@ -54,21 +54,22 @@ class Store:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], count: int) -> None:
         self.folder, self.count = folder, count
-        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
-        own = folder / IDENTITY
-        if not own.is_file():
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise UserError(f"folder={str(folder)!r}: is not empty and holds no cache. Choose another folder.")
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
-            write_whole(own, json.dumps(identity, indent=1).encode())
-        _check_identity(folder, json.loads(own.read_text(encoding="utf-8")), identity)
         self._index: np.ndarray[Any, Any] | None = None
         self._data: dict[int, np.memmap[Any, Any]] = {}
         # Shared: which records were checked is known to every worker, those of later epochs among them.
         self._seen = torch.zeros(count, dtype=torch.uint8).share_memory_()
         self._lock: FileLock | None = None
         self._writer: tuple[BinaryIO, RawIOBase] | None = None  # the file of this process, the index
+        identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+        own = folder / IDENTITY
+        if not own.is_file():
+            if folder.exists() and not (folder.is_dir() and all(_is_begun(path) for path in folder.iterdir())):
+                raise UserError(f"folder={str(folder)!r}: is not empty and holds no cache. Choose another folder.")
+            with self._full_disk_explained():
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
+                write_whole(own, json.dumps(identity, indent=1).encode())
+        _check_identity(folder, json.loads(own.read_text(encoding="utf-8")), identity)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_index": None, "_data": {}, "_lock": None, "_writer": None}
@@ -128,7 +129,7 @@ class Store:
             UserError: The disk is full. What was written before is whole.
         """
         row = memoryview(row).cast("B")
-        try:
+        with self._full_disk_explained():
             data, index = self._writer = self._writer or self._open(file)
             offset = data.tell()
             data.write(row)
@@ -139,10 +140,15 @@ class Store:
             line["check"] = _check(line)
             index.seek(number * _LINE.itemsize)
             index.write(line.tobytes())
+
+    @contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in FULL_DISK:
                 raise
-            done = self.count - len(self.missing())
+            done = self.count - len(self.missing()) if (self.folder / INDEX).is_file() else 0
             raise UserError(
                 f"folder={str(self.folder)!r}: the disk is full after {done} of {self.count} records. Make room and "
                 "start again: it continues from there."
@@ -158,14 +164,20 @@ class Store:
         return data, open(self.folder / INDEX, "r+b", buffering=0)
 
     def close(self) -> None:
-        """Finish writing."""
-        if self._writer is not None:
-            for file in self._writer:
-                os.fsync(file.fileno())
-                file.close()
-        if self._lock is not None:
-            self._lock.release()
-        self._writer = self._lock = None
+        """Finish writing.
+
+        Raises:
+            UserError: The disk is full.
+        """
+        try:
+            with self._full_disk_explained():
+                for file in self._writer or ():
+                    os.fsync(file.fileno())
+                    file.close()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+            self._writer = self._lock = None
 
     def read(self, number: int) -> tuple[np.ndarray[Any, Any], bytes]:
         """Return a record: its row, and the rest of the example.
@@ -210,6 +222,11 @@ class Store:
                 f"Choose a folder on another disk. {remedy}"
             )
         return True
+
+
+def _is_begun(path: Path) -> bool:
+    """Whether a file is what a process leaves that is stopped before a store has its identity."""
+    return path.name == INDEX or is_draft(path, INDEX, IDENTITY)
 
 
 def _check(line: Any) -> int:

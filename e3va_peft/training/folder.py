@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from e3va_peft.errors import UserError, read_text
-from e3va_peft.files import write_whole
+from e3va_peft.files import is_draft, write_whole
 from e3va_peft.training.config import RunConfig, read_config
 
 CONFIG, METRICS, CURVES = "config.yaml", "metrics.json", "curves.png"
@@ -30,6 +31,7 @@ MARKER, LOCK, DRAFT = ".e3va-run", ".e3va-lock", ".e3va-draft"
 
 _CHECKPOINT, _BROKEN = re.compile(r"checkpoint-(\d+)"), re.compile(r"broken-checkpoint-(\d+)")
 _OLD = ".old-"
+_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 _held: set[Path] = set()  # the locks of this process
 
 
@@ -101,18 +103,24 @@ def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     before = read_run(output)
     if overwrite:
         return
-    if _is_finished(output) or checkpoints(output):
-        _refuse_changes(output, before, config)
     if _is_finished(output):
+        _refuse_changes(output, before, config)
         raise FileExistsError(
             f"output={str(output)!r}: holds this run, finished. Look at {output / METRICS}; --overwrite trains it "
             "again."
         )
+    if checkpoints(output):  # which know how many images a step has: how many of them a process takes may change
+        _refuse_changes(output, _without_batch(before), _without_batch(config))
+
+
+def _without_batch(config: RunConfig) -> RunConfig:
+    kept = {name: value for name, value in config.training.items() if name not in _OF_A_STEP}
+    return dataclasses.replace(config, training=kept)
 
 
 def _is_ours(path: Path) -> bool:
     """Whether a path is what a start that did not come to train may have left."""
-    return path.name in (MARKER, LOCK, DRAFT) or _is_replaced(path)
+    return path.name in (MARKER, LOCK, DRAFT) or is_draft(path, MARKER, CONFIG) or _is_replaced(path)
 
 
 def _hint(output: Path) -> str:
@@ -221,8 +229,12 @@ def _acquire(path: Path) -> None:
             path.rename(path.with_name(f"{LOCK}-stale")).unlink()
         _acquire(path)
         return
-    with os.fdopen(number, "w") as file:
-        json.dump(_own(), file)
+    try:
+        with os.fdopen(number, "w") as file:
+            json.dump(_own(), file)
+    except OSError:  # the disk is full: a lock that does not say whose it is would hold the folder for good
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _own() -> tuple[int, str]:
@@ -262,16 +274,17 @@ def begin(output: Path, config: RunConfig, overwrite: bool, console: Console) ->
         overwrite: A run that is there is replaced.
         console: Where to say what is put aside.
     """
-    parts = [output / name for name in (CONFIG, METRICS, CURVES, CONFUSION, CONFUSION_PICTURE, *_saved_parts(output))]
+    parts = [output / name for name in (METRICS, CURVES, CONFUSION, CONFUSION_PICTURE, *_saved_parts(output))]
+    parts += [*checkpoints(output).values(), *_numbered(output, _BROKEN).values()]
+    parts += [output / CONFIG]  # last: with it a folder is a run's, whatever stops the moving
     there = [path for path in parts if os.path.lexists(path)]
-    there += [*checkpoints(output).values(), *_numbered(output, _BROKEN).values()]
     if overwrite and there:
         aside = _put_aside(output, there, replaced=True)
         console.print(f"the run that is there is in {escape(str(aside))} until this one is saved")
+    if not (output / MARKER).is_file():  # first: a config alone could be anybody's
+        _mark(output, ())
     if not (output / CONFIG).is_file() or not _says(output, config):
         write_whole(output / CONFIG, config.to_yaml())
-    if not (output / MARKER).is_file():
-        _mark(output, ())
 
 
 def place(output: Path, draft: Path, name: str, console: Console) -> Path:

@@ -50,8 +50,9 @@ from e3va_peft.training.saving import (
     full_disk_explained,
     last_checkpoint,
     push,
-    refuse_other_rows,
+    refuse_other_training,
     save_results,
+    trained_on,
 )
 from e3va_peft.training.tables import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
@@ -123,9 +124,9 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         verify(splits, console)
     state.wait_for_everyone()
     rows = splits[0].rows_fingerprint()
-    if checkpoint is not None:
-        refuse_other_rows(checkpoint, rows)
     arguments = build_arguments(config, task, has_eval=splits[1] is not None)
+    if checkpoint is not None:
+        refuse_other_training(checkpoint, trained_on(rows, arguments), state.num_processes)
     hub = check_hub(config, arguments) if state.is_main_process else None
     if hub is not None and Path(config.model).exists():
         place = escape(str(Path(config.model)))
@@ -144,10 +145,9 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     with state.main_process_first(), full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
-    with reported(trainer, splits[1], checkpoint):
+    with full_disk_explained(output, state), reported(trainer, splits[1], checkpoint):
         filled = fill_cache(config, trainer, *splits)
-        with full_disk_explained(output, state):
-            seconds = _run(trainer, checkpoint, overwrite)
+        seconds = _run(trainer, checkpoint, overwrite)
         _evaluate_at_end(trainer)
     record = _record(config, trainer, splits[0].labels, trained, seconds, resumed=checkpoint is not None)
     record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}

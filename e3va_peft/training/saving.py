@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -62,19 +62,19 @@ def last_checkpoint(output: Path, console: Console) -> Path | None:
     return whole[0] if whole else None
 
 
-def write_manifest(folder: Path, model: nn.Module, rows: str | None = None) -> None:
+def write_manifest(folder: Path, model: nn.Module, trained_on: Mapping[str, Any] | None = None) -> None:
     """Write beside files what they are, by which damage and another base are known when they are read again.
 
     Args:
         folder: Of a checkpoint, or of results: of these the weights alone are noted, all else is the user's to edit.
         model: What was saved. Of an E3VA adapter its own config knows the base.
-        rows: Fingerprint of the examples that are trained on, for a checkpoint.
+        trained_on: For a checkpoint, what a run must have to resume from it, see `refuse_other_training`.
     """
-    files = sorted(folder.rglob("*.safetensors" if rows is None else "*"))
+    files = sorted(folder.rglob("*.safetensors" if trained_on is None else "*"))
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files if path.is_file() and path.name != MANIFEST}
-    notes = {"rows": rows, "base": base_fingerprint(model) if _of_another_method(model) else None}
-    known = {name: note for name, note in notes.items() if note is not None}
-    write_whole(folder / MANIFEST, json.dumps(known | {"files": sums}, indent=2) + "\n")
+    base = {"base": base_fingerprint(model)} if _of_another_method(model) else {}
+    content = {**(trained_on or {}), **base, "files": sums}
+    write_whole(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
 def _of_another_method(model: nn.Module) -> TypeGuard[PeftModel]:
@@ -116,17 +116,43 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
         raise UserError(f"{folder}: {error}") from None
 
 
-def refuse_other_rows(checkpoint: Path, rows: str) -> None:
-    """Refuse to resume on other examples than a checkpoint was trained on; one without a manifest does not say.
+def trained_on(rows: str, arguments: TrainingArguments) -> dict[str, Any]:
+    """Return what must be the same for a run to resume: the examples, and how many of them there are in a step.
+
+    Args:
+        rows: Fingerprint of the examples.
+        arguments: Those of the training.
+    """
+    images = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    return {"rows": rows} | ({} if arguments.auto_find_batch_size else {"images_a_step": images})
+
+
+def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: int) -> None:
+    """Refuse to resume on other examples than a checkpoint was trained on, or with more or fewer of them in a step.
+
+    A checkpoint without a manifest, or of a run that looked for its batch size, does not say.
+
+    Args:
+        checkpoint: Its folder.
+        now: See `trained_on`.
+        processes: Number of those that train.
 
     Raises:
         UserError: They differ.
     """
-    before = _manifest(checkpoint).get("rows", rows)
-    if before != rows:
+    before = dict(now) | _manifest(checkpoint)
+    if before["rows"] != now["rows"]:
         raise UserError(
-            f"{checkpoint}: was trained on {before}, and the data now has {rows}. Restore the images and labels of "
-            "then to resume, or train on those of now from the beginning with --overwrite."
+            f"{checkpoint}: was trained on {before['rows']}, and the data now has {now['rows']}. Restore the images "
+            "and labels of then to resume, or train on those of now from the beginning with --overwrite."
+        )
+    images = before.get("images_a_step")
+    if images != now.get("images_a_step", images):
+        raise UserError(
+            f"{checkpoint}: was trained with {images} images a step, and {processes} processes would now take "
+            f"{now['images_a_step']}. Change training.per_device_train_batch_size or "
+            f"training.gradient_accumulation_steps: their product with the processes must be {images}. Or train from "
+            "the beginning with --overwrite."
         )
 
 
@@ -274,7 +300,7 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
     try:
         api = HfApi(token=token)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of a large file
         raise UserError(
             f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."

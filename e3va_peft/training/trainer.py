@@ -31,12 +31,12 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, rotate_checkpoints
 
 from e3va_peft.errors import UserError
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import best_entry, draw_curves
-from e3va_peft.training.saving import refuse_other_base, write_manifest
+from e3va_peft.training.saving import refuse_other_base, trained_on, write_manifest
 from e3va_peft.training.tasks import Task
 
 
@@ -147,11 +147,17 @@ class VisionTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()  # each process writes its random numbers
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            write_manifest(folder, self.model, self.rows)
+            write_manifest(folder, self.model, trained_on(self.rows, self.args))
+            # by step: Trainer goes by time, and would remove the newest where the clock was set back
+            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model

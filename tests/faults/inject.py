@@ -1,8 +1,9 @@
 """Inject faults into runs of `e3va train`, and count what survives them: `python -m tests.faults.inject --count 50`.
 
-A run is killed, told to stop, or starved of disk at a random moment, or files that it has written are cut short or
-flipped; the same command is run again until it ends. It has survived if the adapter then is that of a run that nothing
-happened to, to rounding, and if nobody saw a traceback. Each run is a fork of this process, so that it starts at once.
+A run is killed, told to stop, starved of disk, met by another, refused by the Hub or given a clock that jumps, at a
+random moment, or files that it has written are cut short or flipped; the same command is run again until it ends. It
+has survived if the adapter then is that of a run that nothing happened to, to rounding, and if nobody saw a traceback.
+Each run is a fork of this process, so that it starts at once.
 """
 
 from __future__ import annotations
@@ -13,15 +14,21 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
+import pytest
 import torch
+from huggingface_hub import HfApi, upload_folder
+from huggingface_hub.utils import _http
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -29,6 +36,7 @@ from e3va_peft.errors import UserError
 from e3va_peft.loading import load_adapter
 from e3va_peft.training.config import RunConfig, parse_config
 from e3va_peft.training.run import Interrupted, train
+from tests.hub_server import HubServer, connect, hurry
 from tests.inputs import classify
 
 FAULTS = {
@@ -36,7 +44,13 @@ FAULTS = {
     "kill_again_and_again": "kill -9, three times in one run",
     "stop": "SIGTERM, or Ctrl-C",
     "stop_at_once": "Ctrl-C twice",
+    "cache": "kill -9 while a cache is filled",
     "disk": "no file can grow beyond a random size, as on a full disk",
+    "tmpfs": "a full disk: output and cache in a tmpfs of a random size",
+    "clock": "a clock that jumps by up to a day, forwards and back, at every look",
+    "two_runs": "a second run in the same folder at a random moment",
+    "hub_push": "a Hub that refuses (401, 404, 429, 500) or breaks off while an adapter is pushed",
+    "hub_load": "a Hub that refuses, is silent or breaks off while an adapter is loaded",
     "checkpoint": "a file of a checkpoint cut short, flipped in one bit, or removed",
     "adapter": "a file of a finished adapter cut short, flipped in one bit, or removed",
 }
@@ -85,6 +99,11 @@ def weights_of(output: Path) -> dict[str, torch.Tensor]:
     return load_file(output / "adapter" / "adapter_model.safetensors")
 
 
+def names_the_reason(said: str) -> bool:
+    """Whether a run that was refused has said that there is no room."""
+    return any(sign in said for sign in ("disk is full", "cannot be written", "Errno 27", "are free"))
+
+
 class Faults:
     """The faults, each a method that returns what went wrong, or nothing.
 
@@ -103,10 +122,20 @@ class Faults:
         self.whole = weights_of(root / "whole")
         self.number = 0
 
-    def config(self) -> RunConfig:
-        """A run of its own that nobody has begun."""
+    @cached_property
+    def from_cache(self) -> dict[str, torch.Tensor]:
+        """The adapter of a run from a cache that nothing happened to."""
+        config = self.config(cache=self.root / "whole-cache")
+        assert run(config, self.log(config)) == ENDED, self.log(config).read_text()
+        return weights_of(Path(config.output))
+
+    def config(self, folder: Path | None = None, cache: Path | None = None, **training: Any) -> RunConfig:
+        """A run of its own that nobody has begun, in a folder, and from a cache where one is named."""
         self.number += 1
-        return parse_config(self.values | {"output": str(self.root / f"run{self.number}")})
+        values = self.values | {"output": str((folder or self.root) / f"run{self.number}")}
+        if cache is not None:
+            values["cache"] = {"storage": "exact", "views": 8, "folder": str(cache)}
+        return parse_config(values | {"training": values["training"] | training})
 
     def begun(self) -> RunConfig:
         """A run that stopped behind a few checkpoints."""
@@ -137,10 +166,10 @@ class Faults:
                 return f"does not end: {self.log(config).read_text()[-500:]}"
         if "Traceback" in self.log(config).read_text() or "crashed" in self.log(config).read_text():
             return f"a traceback: {self.log(config).read_text()[-500:]}"
-        found = weights_of(Path(config.output))
-        if found.keys() != self.whole.keys():
+        found, whole = weights_of(Path(config.output)), self.whole if config.cache is None else self.from_cache
+        if found.keys() != whole.keys():
             return "other weights"
-        apart = max(float((found[name] - value).abs().max()) for name, value in self.whole.items())
+        apart = max(float((found[name] - value).abs().max()) for name, value in whole.items())
         shutil.rmtree(config.output)
         return "" if apart < 1e-5 else f"weights differ by {apart:.1e}"
 
@@ -171,10 +200,138 @@ class Faults:
         config = self.config()
         code = run(config, self.log(config), limit=self.random.randrange(1, 60_000))
         said = self.log(config).read_text()
-        if code == REFUSED and not any(sign in said for sign in ("disk is full", "cannot be written", "Errno 27")):
+        if code == REFUSED and not names_the_reason(said):
             return f"does not say why: {said[-300:]}"
         self.log(config).write_text("")
         return self.verdict(config)
+
+    def cache(self) -> str:
+        folder = self.root / "cache-of-a-run"
+        config = self.config(cache=folder)
+        bytes_of_all = (self.root / "whole-cache" / "train" / "data-0.bin").stat().st_size if self.from_cache else 0
+        enough = self.random.randrange(bytes_of_all)
+
+        def disturb(pid: int) -> None:
+            data = folder / "train" / "data-0.bin"
+            while not (data.is_file() and data.stat().st_size > enough):
+                time.sleep(0.001)
+            os.kill(pid, signal.SIGKILL)
+
+        run(config, self.log(config), disturb)
+        verdict = self.verdict(config)
+        shutil.rmtree(folder)
+        return verdict
+
+    def tmpfs(self) -> str:
+        disk = self.root / "disk"
+        disk.mkdir(exist_ok=True)
+        assert self.from_cache
+        size = self.random.randrange(1, 450) * 4096
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], check=True)
+        try:
+            config = self.config(disk, disk / "cache")
+            code = run(config, self.log(config))
+            said = self.log(config).read_text()
+            if code == REFUSED:
+                names = sorted(path.name for path in Path(config.output).glob("*")) + sorted(
+                    path.name for path in (disk / "cache").glob("*/*")
+                )
+                print(f"tmpfs of {size}: {said[-160:]!r} {names}", file=sys.stderr)
+            if code not in (ENDED, REFUSED) or (code == REFUSED and not names_the_reason(said)):
+                return f"does not say why: {said[-300:]}"
+            self.log(config).write_text("")
+            subprocess.run(["mount", "-o", "remount,size=1g", disk], check=True)
+            return self.verdict(config)
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    def clock(self) -> str:
+        config = self.config()
+        now, modified = time.time, os.path.getmtime
+
+        def jumps(path: Any) -> float:  # what the clock said when a file was written stays with the file
+            return modified(path) + random.Random(str(path)).uniform(-86400, 86400)
+
+        with (
+            mock.patch.object(time, "time", lambda: now() + self.random.uniform(-86400, 86400)),
+            mock.patch.object(os.path, "getmtime", jumps),
+        ):
+            code = (
+                self.interrupt(config, signal.SIGKILL) if self.random.random() < 0.5 else run(config, self.log(config))
+            )
+            if code not in (ENDED, -signal.SIGKILL):
+                return f"ends with {code}: {self.log(config).read_text()[-300:]}"
+            return self.verdict(config)
+
+    def two_runs(self) -> str:
+        config = self.config()
+        other, log = config, self.log(config).with_suffix(".second")
+        if self.random.random() < 0.5:
+            other = parse_config(config.to_dict() | {"image_size": 31})
+        codes = []
+
+        def disturb(pid: int) -> None:
+            time.sleep(self.random.uniform(0, self.seconds))
+            codes.append(run(other, log))
+
+        codes.append(run(config, self.log(config), disturb))
+        if sorted(codes) != [ENDED, REFUSED]:
+            return f"end with {codes}: {log.read_text()[-300:]}"
+        said = log.read_text() + self.log(config).read_text()
+        if not any(sign in said for sign in ("is training there", "finished", "other settings")):
+            return f"does not say why: {said[-300:]}"
+        if other is not config and codes[0] == ENDED:  # it came first
+            shutil.rmtree(config.output)
+            return ""
+        return self.verdict(config)
+
+    def hub_push(self) -> str:
+        names = ("create_repo", "preupload", "lfs_batch", "put_object", "commit")
+        name, fault = self.random.choice(names), self.random.choice([401, 404, 429, 500, "cut"])
+        with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+            connect(hub, self.root / "home", patch)
+            ail(hub, name, fault)
+            config = self.config(push_to_hub=True, hub_model_id="me/run")
+            code = run(config, self.log(config))
+            said = self.log(config).read_text()
+            if code != REFUSED or "hub_model_id='me/run'" not in said:
+                return f"{name} {fault} ends with {code}: {said[-300:]}"
+            if "me/run" in hub.repos and hub.repos["me/run"].files():
+                return f"{name} {fault}: half an adapter is on the Hub"
+            hub.well()
+            if not (Path(config.output) / "metrics.json").is_file():
+                code = run(config, self.log(config))
+            else:
+                upload_folder(repo_id="me/run", folder_path=Path(config.output) / "adapter")
+            _http.close_session()
+            local = Path(config.output) / "adapter"
+            if hub.repos["me/run"].files() != {path.name: path.read_bytes() for path in local.iterdir()}:
+                return f"{name} {fault}: the Hub has another adapter"
+            return self.verdict(config)
+
+    def hub_load(self) -> str:
+        names = ("info", "tree", "resolve", "get_object")
+        name, fault = self.random.choice(names), self.random.choice([401, 404, 429, 500, "cut", "silent"])
+        if fault in ("cut", "silent"):  # the client waits for the others without a limit
+            name = "get_object"
+        with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
+            home = Path(tempfile.mkdtemp(dir=self.root))
+            connect(hub, home, patch)
+            hurry(patch)
+            upload_folder(repo_id=HfApi().create_repo("me/run").repo_id, folder_path=self.root / "whole" / "adapter")
+            ail(hub, name, fault)
+            try:
+                load_adapter("me/run")
+            except OSError as error:
+                if not str(error).startswith("adapter='me/run': "):
+                    return f"{name} {fault} says {error}"
+            else:
+                return f"{name} {fault}: loaded all the same"
+            hub.well()
+            found: Any = load_adapter("me/run")[0].state_dict()
+            _http.close_session()
+        whole: Any = load_adapter(self.root / "whole" / "adapter")[0].state_dict()
+        return "" if all(torch.equal(found[key], value) for key, value in whole.items()) else "other weights"
 
     def checkpoint(self) -> str:
         config = self.begun()
@@ -196,6 +353,16 @@ class Faults:
         first: Any = load_adapter(self.root / "whole" / "adapter")[0].state_dict()
         same = all(torch.equal(value, first[key]) for key, value in again.items())
         return "" if same and name != "adapter_model.safetensors" else f"{name}: loaded with other weights"
+
+
+def ail(hub: HubServer, name: str, fault: int | str) -> None:
+    """Let a Hub refuse requests of a kind with a status, break them off, or not answer them."""
+    if fault == "cut":
+        hub.cuts[name] = 1000
+    elif fault == "silent":
+        hub.silent.add(name)
+    else:
+        hub.statuses[name] = int(fault)
 
 
 def damage(path: Path, chance: random.Random) -> None:
@@ -224,8 +391,11 @@ def main() -> None:
     parser.add_argument("--only", choices=FAULTS, action="append")
     given = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
+    names = [name for name in given.only or FAULTS if name != "tmpfs" or os.geteuid() == 0]
+    if len(names) < len(given.only or FAULTS):
+        print("tmpfs: skipped, only root can mount one", file=sys.stderr)
     with tempfile.TemporaryDirectory() as root:
-        found = inject(Path(root), given.count, given.seed, given.only or FAULTS)
+        found = inject(Path(root), given.count, given.seed, names)
     print("| fault | injected | survived |\n| --- | --- | --- |")
     for name, wrong in found.items():
         print(f"| {FAULTS[name]} | {given.count} | {given.count - len(wrong)} |")
