@@ -254,8 +254,8 @@ def _download(source: str, revision: str | None, subfolder: str, token: str | bo
     except HfHubHTTPError as error:
         if error.response.status_code != 401:
             raise ConnectionError(
-                f"adapter={source!r}: the Hub answers {error.response.status_code} ({reason(error)}). Nothing half-loaded "
-                "is kept: call again later."
+                f"adapter={source!r}: the Hub answers {error.response.status_code} ({reason(error)}). Nothing "
+                "half-loaded is kept: call again later."
             ) from error
         given = "the token you are logged in with" if token in (None, True) else "token=..."
         raise PermissionError(
