@@ -232,11 +232,6 @@ class Faults:
             config = self.config(disk, disk / "cache")
             code = run(config, self.log(config))
             said = self.log(config).read_text()
-            if code == REFUSED:
-                names = sorted(path.name for path in Path(config.output).glob("*")) + sorted(
-                    path.name for path in (disk / "cache").glob("*/*")
-                )
-                print(f"tmpfs of {size}: {said[-160:]!r} {names}", file=sys.stderr)
             if code not in (ENDED, REFUSED) or (code == REFUSED and not names_the_reason(said)):
                 return f"does not say why: {said[-300:]}"
             self.log(config).write_text("")
