@@ -9,6 +9,8 @@ Each runs with the parameters below, of which the notebook itself says so; its o
 from __future__ import annotations
 
 import argparse
+import base64
+import io
 import json
 import os
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 import nbformat
 from datasets import Dataset
 from nbclient import NotebookClient
+from PIL import Image
 from transformers import BitImageProcessor
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
@@ -43,6 +46,7 @@ PARAMETERS = {
     "05_add_a_backbone": "",
 }
 IMAGES = {"train": 96, "val": 16}  # of a data set at most
+_LARGE = 100_000  # characters
 _NOISE = re.compile(
     r"^(W\d{4} |Failed to load CPU gemm|.*UserWarning|  (warnings\.warn|super\(\)\.)).*\n", re.MULTILINE
 )
@@ -66,8 +70,17 @@ def record(name: str, folder: Path) -> None:
                 output.execution_count = number
             if "text" in output:
                 output.text = _NOISE.sub("", output.text).replace(f"{folder}/", "")
+            shrink(output.get("data", {}))
         each.outputs = [output for output in each.outputs if output.get("text") != ""]
     nbformat.write(notebook, path)
+
+
+def shrink(data: dict[str, str]) -> None:
+    """Turn a PNG of photos into a JPEG, a quarter of its size."""
+    if len(data.get("image/png", "")) > _LARGE:
+        picture, file = Image.open(io.BytesIO(base64.b64decode(data.pop("image/png")))), io.BytesIO()
+        picture.convert("RGB").save(file, "JPEG", quality=80)
+        data["image/jpeg"] = base64.b64encode(file.getvalue()).decode()
 
 
 def prepare(data: Path, weights: Path, folder: Path) -> None:
