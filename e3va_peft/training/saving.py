@@ -300,9 +300,11 @@ def push(folder: Path, repo_id: str, token: str | None, console: Console) -> Non
     try:
         api = HfApi(token=token)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload adapter")
-    except (HTTPError, OSError, RuntimeError, ValueError) as error:  # RuntimeError: of a large file
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
+        # of a large file it is a RuntimeError that names the file alone
+        why = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
         raise UserError(
-            f"hub_model_id={repo_id!r}: could not be pushed ({reason(error)}). The adapter is whole in {folder}; "
+            f"hub_model_id={repo_id!r}: could not be pushed ({reason(why)}). The adapter is whole in {folder}; "
             f"push it again with `hf upload {repo_id} {folder}`."
         ) from None
     console.print(escape(f"pushed to {api.endpoint}/{repo_id}"))
