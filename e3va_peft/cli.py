@@ -451,10 +451,15 @@ def plan(
             )
         own: dict[str, Any] = {"precision": None} if config is None else arguments_of(read_config(config))
         given = {
-            **{"model": model, "task": task, "image_size": image_size, "batch_size": batch_size},
-            **{"num_labels": labels, "precision": precision},
+            "model": model,
+            "task": task,
+            "image_size": image_size,
+            "batch_size": batch_size,
+            "num_labels": labels,
+            "precision": precision,
         }
-        found = show_plan(gpu=gpu, memory=memory, **own | {key: value for key, value in given.items() if value})
+        given = {key: value for key, value in given.items() if value is not None}
+        found = show_plan(gpu=gpu, memory=memory, **own | given)
         if output is not None:
             output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
 

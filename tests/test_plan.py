@@ -331,6 +331,8 @@ def test_a_run_is_planned_as_its_config_says_but_for_what_the_options_say(config
     assert peaks[16] < peaks[32]
     refused = CliRunner().invoke(app, ["plan"])
     assert refused.exit_code == 1 and "e3va plan my.yaml" in refused.output
+    none = CliRunner().invoke(app, ["plan", str(config), "--batch-size", "0"])
+    assert none.exit_code == 1 and "batch_size=0" in none.output
 
 
 def test_a_detector_is_not_planned_and_the_way_to_measure_it_is_named():
