@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from e3va_peft.errors import UserError
 
@@ -25,6 +27,13 @@ def write_whole(path: Path, content: str | bytes) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def save_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Save a figure of matplotlib as a PNG, whole or not at all; further options are those of `savefig`."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", **options)
+    write_whole(path, content.getvalue())
 
 
 def is_draft(path: Path, *names: str) -> bool:

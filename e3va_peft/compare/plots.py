@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure  # not pyplot: it keeps figures alive and wants a display
 from matplotlib.transforms import Bbox
 
+from e3va_peft.files import save_figure
+
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers say the same.
 _STYLES = {"e3va": ("#D55E00", "*", 13), "full": ("#000000", "s", 7), "head-only": ("#000000", "D", 6)}
 _OTHERS = ("#0072B2", "o", 7)
@@ -49,9 +51,7 @@ def draw_tradeoff(
     spare = max(0.0, _SPAN - (high - low)) / 2
     axes.set_ylim(low - spare, high + spare)
     _label(axes, [(name, x, mean) for (name, mean, _), x in zip(places, costs, strict=True)])
-    draft = path.with_name(f".{path.name}")
-    figure.savefig(draft, format="png")
-    draft.replace(path)
+    save_figure(figure, path)
 
 
 def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure  # not pyplot: it keeps figures alive and wants a display
 from torch import Tensor
 
-from e3va_peft.files import write_whole
+from e3va_peft.files import save_figure, write_whole
 
 _DRAWN = 40  # classes at most
 _NUMBERED = 12  # classes at most whose cells hold their share in words
@@ -32,9 +32,7 @@ def write_confusion(confusion: Tensor, labels: Sequence[str], table: Path, pictu
     rows.writerows([name, *counts] for name, counts in zip(labels, confusion.tolist(), strict=True))
     write_whole(table, text.getvalue())
     if len(labels) <= _DRAWN:
-        draft = picture.with_name(f".{picture.name}")
-        draw_confusion(confusion, labels).savefig(draft, format="png", dpi=120)
-        draft.replace(picture)
+        save_figure(draw_confusion(confusion, labels), picture, dpi=120)
 
 
 def draw_confusion(confusion: Tensor, labels: Sequence[str]) -> Figure:

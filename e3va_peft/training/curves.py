@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure  # not pyplot: it keeps figures alive and wants a display
 
+from e3va_peft.files import save_figure
 from e3va_peft.training.drawing import palette
 
 _TRAINING, _EVALUATION, _METRIC = palette(3) / 255
@@ -25,9 +26,7 @@ def draw_curves(
         judge: See `curves`.
         higher: See `curves`.
     """
-    draft = path.with_name(f".{path.name}")
-    curves(history, metric, judge, higher).savefig(draft, format="png", dpi=120)
-    draft.replace(path)
+    save_figure(curves(history, metric, judge, higher), path, dpi=120)
 
 
 def curves(history: Sequence[Mapping[str, Any]], metric: str, judge: str | None = None, higher: bool = True) -> Figure:
