@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import SwinBackbone, SwinConfig
 
+from e3va_peft import cli
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.methods.base import Bottleneck
@@ -299,3 +300,7 @@ def test_a_model_without_a_known_backbone_is_refused_by_all_that_must_tell_it_fr
     else:
         with pytest.raises(UserError, match="holds no backbone"):
             adapt(model, {"name": method})
+
+
+def test_the_help_of_compare_lists_the_methods():
+    assert tuple(METHODS) == cli._METHODS
