@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -11,12 +13,14 @@ import datasets
 import pytest
 import torch
 from matplotlib.transforms import Bbox
+from rich.console import Console
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
 from e3va_peft.compare import plots
 from e3va_peft.compare import run as module
 from e3va_peft.compare.plots import draw_tradeoff
+from e3va_peft.compare.report import Row, terminal_table
 from e3va_peft.compare.run import Comparison, compare, read_comparison
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
@@ -163,11 +167,27 @@ def test_the_command_line_compares_segmenters(tmp_path):
     arguments += ["lora-checkpointing,e3va", "--learning-rate", "e3va=5e-3", "--set", "training.num_train_epochs=1"]
     done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
-    assert "[2/2] e3va, seed 0: learning rate 0.005" in done.output and "kept for backward" in done.output
+    assert "[2/2] e3va, seed 0: learning rate 0.005" in done.output and "  ms/step" in done.output
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]
     assert [(row["metric"], row["learning_rate"], row["epochs"]) for row in rows] == [
         ("mean_iou", 1e-3, 1), ("mean_iou", 5e-3, 1),
     ]  # fmt: skip
+
+
+def test_in_80_columns_no_header_and_no_number_is_cut():
+    costs = (98333448, 1138068548, 0.1292, 1.4475, [1.4475], None)
+    row = Row("lora-checkpointing", "mean_iou", [0, 1], [0.82, 0.86], 0.843, 0.023, 4e-3, 818180, 9, 6, [1, 1], *costs)
+    lines = terminal_lines([row, dataclasses.replace(row, method="e3va")], 80)
+    assert lines[0].split() == ["method", "mean_iou", "trained", "kept", "share", "peak", "ms/step"]
+    assert lines[2].split("  ")[0] == "lora-checkpointing" and lines[2].endswith("12.9 %  1085 MiB     1448")
+    read = terminal_lines([dataclasses.replace(row, cached_step_seconds=0.07)], 80)
+    assert read[0].endswith("  cached") and read[2].endswith("1448      70") and not any("…" in line for line in read)
+
+
+def terminal_lines(rows, columns):
+    console = Console(width=columns, record=True, file=io.StringIO())
+    console.print(terminal_table(rows))
+    return [line.rstrip() for line in console.export_text().splitlines()]
 
 
 def test_the_help_lists_every_method():

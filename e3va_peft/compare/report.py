@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,6 +27,12 @@ MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"
 
 HEADER = ("method", "score", "trained", "kept for backward", "backbone share", "peak", "ms per step", "learning rate")
 CACHED = "ms per step from the cache"  # one more column, where a method was trained so
+SHORT = {  # in a terminal of 80 columns, which has no place for the learning rate
+    "kept for backward": "kept",
+    "backbone share": "share",
+    "ms per step": "ms/step",
+    CACHED: "cached",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +131,21 @@ def write_report(output: Path, rows: Sequence[Row], config: RunConfig, console: 
     memory, seconds = [row.peak_bytes / MIB for row in rows], [1000 * row.trained_by for row in rows]
     draw_tradeoff(places, memory, output / MEMORY_PLOT, "peak memory of a training step in MiB", rows[0].metric)
     draw_tradeoff(places, seconds, output / TIME_PLOT, "time of a training step in ms", rows[0].metric)
-    table, (header, *lines) = Table(), table_of(rows)
-    for name in header:
-        table.add_column(name, justify="left" if name == "method" else "right")
-    for line in lines:
-        table.add_row(*line)
-    console.print(table)
+    console.print(terminal_table(rows))
     console.print(escape(f"saved: {', '.join(str(output / name) for name in (TABLE, JSON, MEMORY_PLOT, TIME_PLOT))}"))
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """Lay out rows for the terminal: short headers, and nothing is cut, only folded where a terminal is too narrow."""
+    header, *lines = table_of(rows)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = [i for i, name in enumerate(header) if name != "learning rate"]
+    for i in shown:
+        justify = "left" if header[i] == "method" else "right"
+        table.add_column(SHORT.get(header[i], header[i]), justify=justify, overflow="fold")
+    for line in lines:
+        table.add_row(*(line[i] for i in shown))
+    return table
 
 
 def machine() -> dict[str, Any]:
