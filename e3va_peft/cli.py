@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,11 +16,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 _METHODS = (  # as text, because METHODS imports PEFT: --help waits for nothing
     "full", "head-only", "partial-1", "bitfit", "norm-tuning", "adapter", "adaptformer", "lorand", "mona", "lora",
     "lora-checkpointing", "e3va-plus", "e3va",
 )  # fmt: skip
+
+_UsageError: Any = typer.BadParameter.__mro__[1]  # click's own, which newer releases of typer bring with them
+_EXAMPLE = re.compile(r"Examples?.*?(e3va .*?)(?:\[/bold\]|  #|$)", re.DOTALL | re.MULTILINE)
+
+
+class _Command(TyperCommand):
+    """A command that answers a wrong call with a right one, the first example of its help."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words behind the command."""
+        try:
+            return super().parse_args(ctx, args)
+        except _UsageError as error:
+            if example := _EXAMPLE.search(self.help or ""):
+                error.message = f"{error.message or ''}\n\nFor example: {example[1]}".strip()
+            raise
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 
@@ -124,7 +143,7 @@ Source = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=_Command)
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -168,7 +187,7 @@ def train(
         (sweep if read.sweep else run)(read, overwrite=overwrite)
 
 
-@app.command()
+@app.command(cls=_Command)
 def compare(
     config: Config,
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
@@ -206,7 +225,7 @@ def compare(
         run(read_comparison(config, output, methods, seeds, overrides or (), rates or ()), overwrite=overwrite)
 
 
-@app.command("eval")
+@app.command("eval", cls=_Command)
 def evaluate(
     source: Source,
     data: Annotated[
@@ -247,7 +266,7 @@ def evaluate(
             output.write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")
 
 
-@app.command()
+@app.command(cls=_Command)
 def predict(
     source: Source,
     images: Annotated[list[str], typer.Argument(help="Image files and folders.")],
@@ -302,7 +321,7 @@ def predict(
             raise typer.Exit(1)
 
 
-@app.command("app")
+@app.command("app", cls=_Command)
 def open_app(
     source: Source,
     adapters: Annotated[
@@ -376,7 +395,7 @@ def _in_a_line(entry: dict[str, Any]) -> str:
     return escape(", ".join(f"{found['label']} {found['score']:.3f}" for found in entry["predictions"]))
 
 
-@app.command()
+@app.command(cls=_Command)
 def export(source: Source, output: Annotated[Path, typer.Argument(help="File to write, e.g. model.onnx.")]) -> None:
     """Write a classifier, a segmenter or a RetinaNet as ONNX, compared with PyTorch by onnxruntime.
 
@@ -393,7 +412,7 @@ def export(source: Source, output: Annotated[Path, typer.Argument(help="File to 
         typer.echo(run(source, output))
 
 
-@app.command()
+@app.command(cls=_Command)
 def plan(
     config: Annotated[
         str | None,
@@ -464,7 +483,7 @@ def plan(
             output.write_text(json.dumps(found.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
-@app.command()
+@app.command(cls=_Command)
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Recipe to print. Without it, the list.")] = None,
 ) -> None:
@@ -488,7 +507,7 @@ def recipes(
         Console().print(grid)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for table, adapter and picture.")] = Path("e3va-demo"),
     epochs: Annotated[
@@ -514,7 +533,7 @@ def demo(
         raise typer.Exit(1) from None
 
 
-@app.command()
+@app.command(cls=_Command)
 def backbones() -> None:
     """List the backbones that E3VA adapts."""
     from rich.console import Console

@@ -146,3 +146,17 @@ def test_a_run_that_is_not_there_is_not_looked_for_on_the_hub(source, inputs, mo
     monkeypatch.setattr("e3va_peft.loading.snapshot_download", hub)
     with pytest.raises(UserError, match=rf"run='{source}': no such file or folder \(from {inputs}\)"):
         load_trained(source)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["compare", "my.yaml"], ["'--output'", "For example: e3va compare my.yaml --output runs/compare"]),
+        (["predict", "runs/first"], ["'images", "For example: e3va predict runs/first photo.jpg more-photos/"]),
+        (["export", "runs/first", "--nope"], ["--nope", "For example: e3va export runs/first model.onnx"]),
+        (["plan", "--batch-size", "x"], ["--batch-size", "integer", "For example: e3va plan my.yaml"]),
+    ],
+)
+def test_a_command_that_is_called_wrongly_shows_a_right_call(words, said):
+    result = CliRunner().invoke(app, words, env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and all(each in result.output for each in said), result.output

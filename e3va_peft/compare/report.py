@@ -141,8 +141,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     shown = [i for i, name in enumerate(header) if name != "learning rate"]
     for i in shown:
-        justify = "left" if header[i] == "method" else "right"
-        table.add_column(SHORT.get(header[i], header[i]), justify=justify, overflow="fold")
+        table.add_column(SHORT.get(header[i], header[i]), justify="right" if i else "left", overflow="fold")
     for line in lines:
         table.add_row(*(line[i] for i in shown))
     return table
