@@ -86,8 +86,9 @@ def byte_rows(setting: Setting) -> list[dict[str, Any]]:
     """Count the bytes of an image in every storage."""
     images, rows = Images(setting), []
     for title, options in TAPS.items():
-        model = by("e3va", **options)(setting.build())
         for storage in STORAGES:
+            reads = {"tap_storage": "int4"} if storage == "int4" else {}
+            model = by("e3va", **options, **reads)(setting.build())
             read = cached(images, model, storage=storage, batch_size=1)
             rows.append(
                 {"setting": setting.title, "taps": title, "storage": storage, "bytes": read[0][RECORD].numel()}

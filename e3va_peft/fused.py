@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from e3va_peft.frozen_pass import MergingCall
-from e3va_peft.storage import pack, read, unpack
+from e3va_peft.storage import pack, read, read_at_once, unpack
 
 
 class Merging(NamedTuple):
@@ -69,17 +69,18 @@ def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]],
     return _SumOfAdapters.apply(compute_dtype(factors[0]), norm, *factors, *(t for tap in taps for t in tap))
 
 
-def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
+def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", storage: str = "exact") -> Tensor:
     """(..., C) -> (..., r + 1): an adapter up to its last factor, `s GELU(n(t) U1 V1 + b1) U2`, and s.
 
     Args:
         tap: The tap.
         factors: U1, V1, b1, U2 of the adapter.
         norm: How it is read.
+        storage: How it is rounded before (`E3VAConfig.tap_storage`).
     """
     dtype = compute_dtype(factors[0])  # outside: inside, autocast is off and has no say
     with no_autocast(tap):
-        normed, deviation = read([tap], tap.shape[-1], dtype, norm)
+        normed, deviation = read_at_once(tap, storage, dtype, norm)
         reduced = _reduce(normed, deviation, *(factor.to(dtype) for factor in factors))
         return reduced.view(*tap.shape[:-1], -1)
 

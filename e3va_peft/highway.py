@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_peft import fused
-from e3va_peft.storage import normalized, read
+from e3va_peft.storage import coarser, normalized, read
 
 
 def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tensor, b2: Tensor) -> Tensor:
@@ -70,13 +70,15 @@ class Stage(nn.Module):
         bottleneck: Width k between the projections.
         init_weights: Zero the last factor, so that the lane starts at exactly zero.
         norm: How taps are read (`E3VAConfig.tap_norm`).
+        storage: How they are rounded for it (`E3VAConfig.tap_storage`).
     """
 
     FACTORS = ("u1", "v1", "bias1", "u2", "v2", "bias2")  # bias1, bias2: the Trainer decays no weight named bias
 
     def __init__(
-        self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True, norm: str = "none"
-    ) -> None:
+        self, width: int, num_adapters: int, r: int, bottleneck: int, init_weights: bool = True, norm: str = "none",
+        storage: str = "exact",
+    ) -> None:  # fmt: skip
         super().__init__()
         self.u1 = nn.Parameter(torch.empty(num_adapters, width, r))
         self.v1 = nn.Parameter(torch.empty(num_adapters, r, bottleneck))
@@ -84,7 +86,7 @@ class Stage(nn.Module):
         self.u2 = nn.Parameter(torch.empty(num_adapters, bottleneck, r))
         self.v2 = nn.Parameter(torch.empty(num_adapters, r, width))
         self.bias2 = nn.Parameter(torch.empty(num_adapters, width))
-        self.init_weights, self.norm = init_weights, norm
+        self.init_weights, self.norm, self.storage = init_weights, norm, storage
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -110,7 +112,7 @@ class Stage(nn.Module):
             taps: One entry for each adapter.
             start: Index of the first adapter.
             mode: *sum*: n x (..., C) -> (..., C), of what is kept of each tap (`storage.keep`); taps get no gradient.
-                Where none is wanted it can be had in two halves that hold less, and round nothing: *reduce*,
+                Where none is wanted it can be had in two halves that hold less: *reduce*,
                 (..., C) -> (..., r + 1), one adapter up to its last factor, and *expand*, n x (..., r + 1) ->
                 (..., C), the rest of all of them. *answer*: (..., C) -> (..., C), one adapter in a live block.
         """
@@ -121,12 +123,13 @@ class Stage(nn.Module):
             return fused.expand(taps, *factors[4:])
         device = self.u1.device  # a device map may have split the stage
         if mode == "sum":
-            taps = [[part.to(device) for part in tap] for tap in taps]
+            width = self.u1.shape[1]
+            taps = [coarser([part.to(device) for part in tap], self.storage, width, self.norm) for tap in taps]
             return fused.sum_of_adapters(factors, taps, self.norm)
         tap, own = taps[0].to(device), [factor[0] for factor in factors]
         if mode == "answer":
             return answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm)
-        return fused.reduce(tap, own[:4], self.norm)
+        return fused.reduce(tap, own[:4], self.norm, self.storage)
 
 
 class Highway(nn.Module):
@@ -138,7 +141,7 @@ class Highway(nn.Module):
         r: Rank of both projections.
         ratio: k / C.
         init_weights: See `Stage`.
-        tap_storage: How its taps are kept for backward (`E3VAConfig.tap_storage`).
+        tap_storage: How its taps are read, and kept for backward (`E3VAConfig.tap_storage`).
         tap_norm: How they are read (`E3VAConfig.tap_norm`).
     """
 
@@ -149,7 +152,9 @@ class Highway(nn.Module):
         super().__init__()
         self.tap_storage, self.tap_norm = tap_storage, tap_norm
         sizes = zip(widths, num_adapters, strict=True)
-        self.stages = nn.ModuleList(Stage(c, n, r, max(1, int(c * ratio)), init_weights, tap_norm) for c, n in sizes)
+        self.stages = nn.ModuleList(
+            Stage(c, n, r, max(1, int(c * ratio)), init_weights, tap_norm, tap_storage) for c, n in sizes
+        )
 
     @property
     def trainable(self) -> bool:

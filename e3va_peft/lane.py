@@ -41,7 +41,7 @@ class Lane:
         self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
         self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
         self.live = (len(depth), 0) if live is None else live
-        # Highways that are active together read the same taps: the one that wants most decides.
+        # Highways that are active together read the same taps: kept as the most exact one wants; others round.
         self.storage = most_exact(highways) if grad else "exact"
         self.norm = highways[0].tap_norm if highways else "none"
         self.replays = False  # the record is a cache's, which holds what is kept of each tap

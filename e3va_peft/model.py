@@ -212,7 +212,10 @@ def _warn_of_other_reading(saved: Mapping[str, Any], config: PeftConfig) -> None
     """Warn of an adapter that reads the frozen pass in another way than it was trained to."""
     now = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
     other = [
-        f"{name}={value!r} then, {now.get(name)!r} now" for name, value in saved.items() if value != now.get(name)
+        f"{name}={value!r} then, {now.get(name)!r} now"
+        for name, value in saved.items()
+        if value != now.get(name)
+        and {str(value), str(now.get(name))} != {"exact", "recompute"}  # of the same function
     ]
     if other:
         warnings.warn(

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from e3va_peft.fused import Gradients, compute_dtype, has_autocast, no_autocast
 from e3va_peft.highway import Highway, Stage
-from e3va_peft.storage import read
+from e3va_peft.storage import read_at_once
 
 Keep = Callable[[int, int, Tensor], Sequence[Tensor]]
 PARTS, MIN_TOKENS = 8, 512  # an MLP widens tokens four times: an eighth of them weighs as the stream
@@ -102,11 +102,11 @@ class Recompute:
             for i in range(len(self.highways)):
                 at = i * stages + segment.stage
                 own = [factor[part] for factor in factors[at]]
-                device, width = own[0].device, own[0].shape[1]
+                device = own[0].device
                 if len(segment.running) == i:
                     segment.running.append(Gradients(own, segment.grad.to(device), self.dtype))
                 running = segment.running[i]
-                running.add(*read([tap.to(device)], width, self.dtype, self.norm))
+                running.add(*read_at_once(tap.to(device), self.stages[at].storage, self.dtype, self.norm))
                 if running.complete:
                     for result, value in zip(results[at], running.result(), strict=True):
                         result[part] = value

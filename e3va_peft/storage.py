@@ -1,7 +1,9 @@
 """How a tap is read, and how it is kept between forward and backward: as it is, or rounded. Pure torch.
 
 A rounded tap is what the highway reads in forward *and* in backward, so that the gradient is that of the function
-computed. Nothing of the backbone is rounded, only what the highway sees of it.
+computed, in training *and* after it, so that this function is the one that is used: an adapter that has met taps in 4
+bits alone is lost among exact ones (mean IoU 0.57 instead of 0.85 on nuclei, E3VA+ on a Swin, where some channels of
+the stream are far larger than the rest). Nothing of the backbone is rounded, only what the highway sees of it.
 """
 
 from __future__ import annotations
@@ -34,16 +36,23 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
     if storage == "fp16":
         scale = tap.abs().amax(-1, keepdim=True).float().clamp_min(_TINY)
         return (tap / scale).half(), scale
+    codes, scale = _codes(tap, storage)
+    if storage == "int8":
+        return codes.to(torch.int8), scale
+    pairs = codes.add_(8).to(torch.uint8).flatten(-2).view(torch.int16)  # 16 bits at a time: single bytes are slow
+    return (pairs | pairs >> 4).to(torch.uint8), scale.squeeze(-1)
+
+
+def _codes(tap: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """(..., C) -> codes (..., C) and scale (..., 1) of int8; codes (..., C / 32, 32) and scales (..., C / 32, 1)."""
     if storage == "int8":
         scale = (tap.abs().amax(-1, keepdim=True).float() / 127).clamp_min(_TINY).bfloat16()
-        return (tap / scale.float()).round_().to(torch.int8), scale
+        return (tap / scale.float()).round_(), scale
     padding = -tap.shape[-1] % GROUP
     padded = F.pad(tap.float(), (0, padding)) if padding else tap.float()  # no padding would be a copy
-    groups = padded.unflatten(-1, (-1, GROUP))  # (B, N, C / 32, 32)
+    groups = padded.unflatten(-1, (-1, GROUP))
     scale = (groups.abs().amax(-1, keepdim=True) / 7).clamp_min(_TINY).bfloat16()
-    codes = (groups / scale.float()).round_().clamp_(-7, 7).add_(8).to(torch.uint8).flatten(-2)
-    pairs = codes.view(torch.int16)  # 16 bits at a time: strides over single bytes are slow
-    return (pairs | pairs >> 4).to(torch.uint8), scale.squeeze(-1)
+    return (groups / scale.float()).round_().clamp_(-7, 7), scale
 
 
 def unpack(kept: Sequence[Tensor], width: int, dtype: torch.dtype) -> Tensor:
@@ -93,6 +102,35 @@ def keep(tap: Tensor, storage: str, norm: str) -> tuple[Tensor, ...]:
         return pack(tap, storage)
     normed, deviation = _normalized(tap)
     return (*pack(normed, storage), *([deviation] if norm == "relative" else ()))
+
+
+def coarser(kept: Sequence[Tensor], storage: str, width: int, norm: str) -> Sequence[Tensor]:
+    """What is kept of a tap, rounded to `storage` where it is kept more exactly: in a cache, or for another adapter.
+
+    Args:
+        kept: The tensors that `keep` returned.
+        storage: How the adapter reads (`E3VAConfig.tap_storage`).
+        width: Channels C.
+        norm: How the tap is read.
+    """
+    known = {torch.int8: "int8", torch.uint8: "int4"}.get(kept[0].dtype, "exact")
+    if storage not in STORAGES or STORAGES.index(storage) <= STORAGES.index(known):
+        return kept
+    if len(kept) == 1:
+        return keep(kept[0], storage, norm)
+    return (*pack(unpack(kept[:2], width, torch.float32), storage), *kept[2:])
+
+
+def read_at_once(tap: Tensor, storage: str, dtype: torch.dtype, norm: str) -> tuple[Tensor, Tensor | None]:
+    """A tap (..., C) as `read` gives it of what `keep` keeps, rounded alike, where nothing needs to be kept."""
+    if storage not in STORAGES or storage == "exact":
+        return read([tap], tap.shape[-1], dtype, norm)
+    normed, deviation = (tap, None) if norm == "none" else _normalized(tap)
+    codes, scale = _codes(normed, storage)
+    values = codes * scale.float()
+    if storage == "int4":
+        values = values.flatten(-2)[..., : tap.shape[-1]]
+    return values.to(dtype), deviation if norm == "relative" else None
 
 
 def read(kept: Sequence[Tensor], width: int, dtype: torch.dtype, norm: str) -> tuple[Tensor, Tensor | None]:

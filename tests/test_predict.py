@@ -653,7 +653,9 @@ def saved_adapter(case: str, root: Path, processor: Any) -> Path:
 def test_an_adapted_segmenter_through_torch_export_finds_what_it_finds_in_any_number_of_images(tmp_path):
     folder = saved_adapter("swin-upernet", tmp_path, SegformerImageProcessor(size={"height": 32, "width": 32}))
     model, images = load_trained(str(folder)).model, torch.randn(3, 3, 32, 32)
-    inside = model.get_base_model()  # torch 2.12 has no free batch size for the `**kwargs` of what PEFT wraps around it
+    inside = (
+        model.get_base_model()
+    )  # torch 2.12 has no free batch size for the `**kwargs` of what PEFT wraps around it
     sizes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         graph = torch.export.export(inside, (), {"pixel_values": images[:2]}, dynamic_shapes=sizes).module()

@@ -11,7 +11,7 @@ from e3va_peft import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
-from e3va_peft.storage import STORAGES, keep, normalized, pack, read, unpack
+from e3va_peft.storage import NORMS, STORAGES, coarser, keep, normalized, pack, read, read_at_once, unpack
 from tests.helpers import lane_of, saved_bytes
 from tests.models import BY_NAME, every_model, loss_of, tensors
 
@@ -117,22 +117,55 @@ def test_rounded_taps_train_all_and_keep_less(case):
     assert kept["int8"] < kept["exact"] and kept["int4"] < kept["exact"]
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier"])
-def test_without_gradients_nothing_is_rounded(name):
+def test_what_was_trained_is_what_is_used(name, norm):
     case = BY_NAME[name]
     found = {}
-    for storage in ("exact", "int4"):
+    for storage in (*STORAGES, "recompute"):
         torch.manual_seed(0)
-        model = get_peft_model(case.base(), E3VAConfig(r=4, tap_storage=storage, init_weights=False)).eval()
+        config = E3VAConfig(r=4, tap_storage=storage, tap_norm=norm, init_weights=False)
+        model = get_peft_model(case.base(), config).eval()
         with torch.no_grad():
-            without = dict(tensors(model(**case.batch())))
-        found[storage] = without, dict(tensors(model(**case.batch())))
-    for key, value in found["exact"][0].items():
-        torch.testing.assert_close(found["int4"][0][key], value, rtol=0, atol=0)
-    assert any(not torch.allclose(found["int4"][1][key], found["exact"][1][key]) for key in found["exact"][1])
+            used = dict(tensors(model(**case.batch())))
+        found[storage] = used
+        torch.testing.assert_close(used, dict(tensors(model(**case.batch()))), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["recompute"], found["exact"])
+    for storage in ("int8", "int4"):
+        assert any(not torch.allclose(value, found["exact"][key]) for key, value in found[storage].items())
 
 
-def test_highways_that_are_active_together_read_what_the_most_exact_wants():
+@pytest.mark.parametrize("others", [["exact", "int8"], ["recompute"]])
+def test_an_adapter_reads_alone_as_it_does_beside_others(others):
+    case = BY_NAME["swin-classifier"]
+    own = {"r": 4, "modules_to_save": []}
+    config = E3VAConfig(tap_storage="int4", init_weights=False, **own)
+    model = get_peft_model(case.base(), config).eval()
+    alone = gradients_of(model, case, "default")
+    for i, storage in enumerate(others):  # which add nothing yet
+        model.add_adapter(f"other{i}", E3VAConfig(tap_storage=storage, **own))
+    model.base_model.set_adapter(["default", *(f"other{i}" for i in range(len(others)))])
+    torch.testing.assert_close(gradients_of(model, case, "default"), alone, rtol=1e-2, atol=1e-4)
+
+
+def gradients_of(model, case, adapter):
+    model.zero_grad()
+    loss_of(model(**case.training_batch())).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if f"highway.{adapter}" in n and p.grad is not None}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_tap_that_is_kept_more_exactly_is_read_as_the_adapter_reads(norm):
+    tap = with_outliers(40)
+    for storage in ("int8", "int4"):
+        expected = read(keep(tap, storage, norm), 40, torch.float32, norm)
+        for kept in ("exact", "fp16", storage):
+            found = read(coarser(keep(tap, kept, norm), storage, 40, norm), 40, torch.float32, norm)
+            torch.testing.assert_close(found, expected, rtol=1e-2, atol=0.2 if kept == "fp16" else 1e-6)
+        torch.testing.assert_close(read_at_once(tap, storage, torch.float32, norm), expected, rtol=1e-6, atol=0)
+
+
+def test_what_highways_that_are_active_together_keep_is_what_the_most_exact_wants():
     highways = [Highway([8], [1], tap_storage=storage) for storage in ("int4", "exact", "int8")]
     assert Lane(highways, FrozenPass(), [1]).storage == "exact"
     assert Lane(highways[::2], FrozenPass(), [1]).storage == "int8"

@@ -52,6 +52,8 @@ class Taker:
     ) -> None:
         self.model, self.image, self.storage, self.collate = model, image, storage, collate
         self.source: Beside | Units = Beside(model) if layers_of(model) else Units(model)
+        if isinstance(self.source, Beside):
+            _refuse_coarser(self.source.layer.adapters(), storage)
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.needed: set[str] | None = None
@@ -191,6 +193,16 @@ class Beside:
             "live_blocks": layer.live_blocks,
             "depth": list(layer.depth),
         }
+
+
+def _refuse_coarser(highways: Mapping[str, nn.Module], storage: str) -> None:
+    """Refuse a cache that shows an adapter less of its taps than it will read after training."""
+    for name, highway in highways.items():
+        if storage == "int4" != highway.tap_storage:
+            raise UserError(
+                f"storage='int4': adapter {name!r} has tap_storage={highway.tap_storage!r}, so that after training on "
+                "taps in 4 bits it would read others. Give it tap_storage='int4', or take storage='int8'."
+            )
 
 
 def layout_of(source: Beside | Units, taken: Capture | Pass, read: Collection[str], storage: str) -> Layout:
