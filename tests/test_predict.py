@@ -643,7 +643,7 @@ def saved_adapter(case: str, root: Path, processor: Any) -> Path:
     if case == "swin-retinanet":  # or nothing is suppressed and kept back
         base.config.nms_thresh, base.config.detections_per_img, base.config.score_thresh = 0.4, 30, 0.3
     base.save_pretrained(root / "base")
-    model = get_peft_model(type(base).from_pretrained(root / "base"), E3VAConfig(r=2, init_weights=False))
+    model = get_peft_model(type(base).from_pretrained(root / "base"), E3VAConfig.plus(r=2, init_weights=False))
     model.save_pretrained(root / "adapter")
     processor.save_pretrained(root / "adapter")
     return root / "adapter"
