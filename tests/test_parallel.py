@@ -296,7 +296,6 @@ def compile_by_regions(model: nn.Module, case: Case) -> nn.Module:
     ("name", "how", "way"),
     [
         ("vit-classifier", compile_blocks, "live"),
-        ("vit-classifier", compile_with_a_graph_break, "recompute"),
         ("swin-classifier", compile_with_a_graph_break, ""),
         ("vit-classifier", compile_by_regions, "recompute"),
         ("swin-classifier", compile_by_regions, "live"),
@@ -339,9 +338,7 @@ def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
 @pytest.mark.parametrize(
     "name, options",
     [
-        ("swin-classifier", {"tap_storage": "int8"}),
-        ("swin-classifier", {"live_blocks": 2}),
-        ("vit-classifier", {}),
+        ("swin-classifier", {"tap_storage": "int8", "live_blocks": 2}),
         ("vit-classifier", {"live_blocks": 2}),
         ("timm-vit", {}),
         ("timm-swin", {}),
