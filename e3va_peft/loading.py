@@ -91,10 +91,10 @@ def load_adapter(
         PermissionError: The Hub refuses the token.
         ConnectionError: The Hub cannot be reached, refuses by another error, or the connection broke.
         OSError: The base model cannot be loaded.
-        ValueError: A file of the adapter is malformed or describes what is too large to be meant; it is of another
-            method, does not say what its base model is, was trained on another, or has weights that are not all of its
-            own or not those that were saved; or neither it nor the base model has the weights of some module, or has
-            them in its sizes.
+        ValueError: A file of the adapter is malformed, describes what is too large to be meant, or is a link out of
+            its folder; it is of another method, does not say what its base model is, was trained on another, or has
+            weights that are not all of its own or not those that were saved; or neither it nor the base model has the
+            weights of some module, or has them in its sizes.
     """
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
@@ -108,6 +108,7 @@ def load_adapter(
             f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
             'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
         )
+    _refuse_links(folder)
     config = _read_adapter_config(source, folder)
     if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(
@@ -124,6 +125,19 @@ def load_adapter(
         ) from error
     model.train(is_trainable)
     return model, _load_processor(folder, config, token)
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuse an adapter whose files are links to elsewhere; in the Hub's cache they are links into its blobs."""
+    root = folder.resolve()
+    allowed = [root, *(path.parents[1] / "blobs" for path in (root, *root.parents) if path.parent.name == "snapshots")]
+    for file in sorted(folder.iterdir()):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{file}: is a link to {target}, outside of the adapter's folder, and is not followed. Copy the file "
+                "there, if it is the adapter's."
+            )
 
 
 def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:

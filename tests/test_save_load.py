@@ -434,6 +434,27 @@ MALFORMED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json", "base_config.json"])
+def test_a_file_that_is_a_link_out_of_the_adapters_folder_is_not_followed(file, adapter, tmp_path):
+    own, other = adapter / file, tmp_path / "elsewhere"
+    own.rename(other)
+    own.symlink_to(other)
+    with pytest.raises(ValueError, match=rf"{own}: is a link to {other}.*Copy the file"):
+        e3va_peft.load_adapter(adapter)
+    own.unlink()
+    other.rename(own.with_name("moved"))
+    own.symlink_to("moved")  # within it
+    e3va_peft.load_adapter(adapter)
+    snapshot = tmp_path / "models--me--adapter" / "snapshots" / "0123abc"  # as the Hub's cache has it
+    snapshot.parent.mkdir(parents=True)
+    adapter.rename(snapshot)
+    (snapshot.parents[1] / "blobs").mkdir()
+    (snapshot / "moved").rename(snapshot.parents[1] / "blobs" / "e1f2")
+    (snapshot / file).unlink()
+    (snapshot / file).symlink_to("../../blobs/e1f2")
+    e3va_peft.load_adapter(snapshot)
+
+
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [(file, *entry) for file, entries in MALFORMED.items() for entry in entries],
