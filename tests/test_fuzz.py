@@ -6,8 +6,12 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,8 @@ from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config, read_config
 from tests.inputs import save_shapes, save_swin
 
+resource = pytest.importorskip("resource")  # which Windows does not have
+
 CASES = int(os.environ.get("E3VA_FUZZ", "25"))
 fuzz = settings(
     max_examples=CASES,
@@ -35,6 +41,24 @@ fuzz = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+SECONDS, BYTES = 2, 2**30  # of a case: the processor's time of this thread, and growth of the process's peak
+
+
+def bounded(test: Callable[..., None]) -> Callable[..., None]:
+    """Let no case of a test take more time or memory than is meant; the first one imports what it needs."""
+    calls = itertools.count()
+
+    @functools.wraps(test)
+    def measured(*args: Any, **kwargs: Any) -> None:
+        start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        test(*args, **kwargs)
+        seconds = time.thread_time() - start
+        grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        assert next(calls) == 0 or (seconds < SECONDS and grown < BYTES), (seconds, grown)
+
+    return measured
+
 
 LEAVES = st.one_of(
     st.none(),
@@ -98,6 +122,7 @@ CONFIG: dict[str, Any] = {
 
 @fuzz
 @given(values=spoilt(CONFIG) | st.dictionaries(st.sampled_from(list(CONFIG)), VALUES))
+@bounded
 def test_any_config_is_read_or_refused(values):
     try:
         config = parse_config(values)
@@ -111,6 +136,7 @@ def test_any_config_is_read_or_refused(values):
 @given(
     text=st.text(max_size=200) | st.sampled_from(["&a [*a]", "a: &a {b: *a}", "!!python/object:os.system {}", "? ? ?"])
 )
+@bounded
 def test_any_text_is_read_as_a_config_or_refused(text, tmp_path):
     (tmp_path / "c.yaml").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(UserError):
@@ -124,6 +150,7 @@ def shapes(tmp_path_factory) -> Path:
 
 @fuzz
 @given(data=st.data())
+@bounded
 def test_any_annotation_file_is_read_or_refused(data, shapes, tmp_path):
     content = json.loads((shapes / "coco" / "val.json").read_text())
     file = tmp_path / "objects.json"
@@ -146,6 +173,7 @@ def adapter(tmp_path_factory) -> Path:
 
 @fuzz
 @given(data=st.data(), name=st.sampled_from(["adapter_config.json", "base_config.json"]))
+@bounded
 @pytest.mark.filterwarnings("ignore")
 def test_any_adapter_is_loaded_or_refused(data, name, adapter):
     before = (adapter / name).read_text()
@@ -166,6 +194,7 @@ WORDS = st.sampled_from(
 
 @fuzz
 @given(words=st.lists(WORDS, max_size=5), command=st.sampled_from(["train", "eval", "predict", "recipes"]))
+@bounded
 def test_any_command_ends_with_what_is_wrong(words, command, tmp_path):
     (tmp_path / "c.yaml").write_text(json.dumps(CONFIG | {"model": "./nowhere", "data": {"source": "./nowhere"}}))
     done = CliRunner().invoke(app, [command, *words])
