@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
-from tests.helpers import assert_same, base_outputs, outputs, ways
-from tests.models import BY_NAME, every_model, train_steps
+from tests.helpers import SAME_BACKBONE, assert_same, base_outputs, outputs, ways
+from tests.models import BY_NAME, every_model, every_model_but, train_steps
 
 
 def layer_of(model: nn.Module) -> E3VALayer:
@@ -111,6 +111,41 @@ def test_status_reports_what_peft_expects(case):
     assert layer.available_adapters == ["default"] and layer.devices == {"default": ["cpu"]}
     with model.disable_adapter():
         assert model.get_model_status().enabled is False
+
+
+@every_model_but(*SAME_BACKBONE)
+def test_layers_in_different_states_are_irregular_to_peft_until_they_are_set_again(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name="first").eval()
+    model.add_adapter("second", E3VAConfig(r=4))
+    expected, layer = outputs(model, case.batch()), layer_of(model)
+    layer.enable_adapters(False)
+    assert model.get_model_status().enabled == "irregular"
+    with pytest.warns(UserWarning, match="enabled and others that are disabled"), model.disable_adapter():
+        assert_same(outputs(model, case.batch()), base_outputs(case), rtol=1e-5, atol=1e-6)
+    assert model.get_model_status().enabled is True
+    layer.set_adapter("second")
+    assert model.get_model_status().active_adapters == "irregular"
+    model.set_adapter("first")
+    assert model.get_model_status().active_adapters == ["first"]
+    assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
+    next(layer.e3va_highway["first"].parameters()).requires_grad = False
+    assert model.get_model_status().requires_grad == {"first": "irregular", "second": False}
+
+
+@every_model_but(*SAME_BACKBONE)
+def test_adapters_are_deleted_inactive_unknown_and_down_to_none(case):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name="first").eval()
+    keys, expected = model.state_dict().keys(), outputs(model, case.batch())
+    model.add_adapter("second", E3VAConfig(r=4))
+    with pytest.raises(ValueError, match="third"):
+        model.delete_adapter("third")
+    model.delete_adapter("second")  # which is not active
+    assert list(model.peft_config) == ["first"] and model.active_adapters == ["first"]
+    assert model.state_dict().keys() == keys
+    assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
+    model.delete_adapter("first")
+    assert not model.peft_config and model.active_adapters == [] and not own_state(model, "first")
+    assert_same(outputs(model.base_model.model, case.batch()), base_outputs(case), rtol=1e-5, atol=1e-6)
 
 
 def test_modules_to_save_none_and_empty_and_named():
