@@ -13,6 +13,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
 from peft import PeftModel
 
+from e3va_peft.fingerprint import content_checksum
+
 BASE_CONFIG = "base_config.json"
 PROCESSOR = "preprocessor_config.json"
 GENERATED = "<!-- written by e3va_peft at each save; delete this line to keep your own edits -->"
@@ -78,7 +80,15 @@ class BaseModel:
             "folders": self.folders,
             "commits": self.commits,
             "backbone": self.backbone,
+            "base_config": None if self.config is None else content_checksum(json.loads(self._config_text())),
         }
+
+    def _config_text(self) -> str:
+        """The content of `base_config.json`."""
+        config = self.config.to_dict()
+        if self.quantized_by:
+            config.pop("quantization_config", None)  # it would say that the stored weights are quantised
+        return json.dumps(config, indent=2, sort_keys=True, default=str)
 
     @property
     def labels(self) -> list[str]:
@@ -94,10 +104,7 @@ class BaseModel:
             adapter: The adapter's config as a dict.
         """
         if self.config is not None:
-            config = self.config.to_dict()
-            if self.quantized_by:
-                config.pop("quantization_config", None)  # it would say that the stored weights are quantised
-            (folder / BASE_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True, default=str))
+            (folder / BASE_CONFIG).write_text(self._config_text())
         _copy_processor(folder, [adapter.get("base_model_name_or_path"), *self.backbones.values()])
         _write_card(folder / "README.md", adapter, self)
 

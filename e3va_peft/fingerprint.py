@@ -1,9 +1,11 @@
-"""Checksums of weights: of the backbone that an adapter was trained on, and of the adapter itself."""
+"""Checksums: of the backbone that an adapter was trained on, of its config, and of the adapter itself."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import transformers
@@ -22,6 +24,11 @@ def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def tensors_checksum(tensors: Iterable[Tensor]) -> str:
     """SHA-256 of tensors in any order and under any names, which PEFT's loaders change."""
     return hashlib.sha256(b"".join(sorted(map(_digest, tensors)))).hexdigest()
+
+
+def content_checksum(content: Any) -> str:
+    """SHA-256 of what a JSON file holds, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:

@@ -33,6 +33,7 @@ from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import everything_outside, find_exits
+from e3va_peft.fingerprint import content_checksum
 
 _ALLOWED = ("transformers", "e3va_peft")
 _MAPPING: dict[str, Any] = {
@@ -44,6 +45,7 @@ _MAPPING: dict[str, Any] = {
     "folders": list[str] | None,
     "commits": dict[str, str] | None,
     "backbone": dict[str, str] | None,
+    "base_config": str | None,
     "weights": str | None,
     "reads": dict[str, Any] | None,
 }
@@ -234,6 +236,18 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
     return config
 
 
+def _refuse_edited(file: Path, saved: str | None) -> None:
+    """Refuse a `base_config.json` that is not the one that was saved: activations, heads and eps leave no trace."""
+    found = content_checksum(_read_json(file))
+    if saved not in (None, found):
+        raise ValueError(
+            f"{file}: is not the base model's config that the adapter was saved with: its SHA-256 is {found[:12]}, "
+            f"and {CONFIG_NAME} says {saved[:12]}. The model would compute something else. Restore the files that "
+            "were saved together, or download them again. If you changed it on purpose, remove base_config from "
+            f"auto_mapping in {CONFIG_NAME}."
+        )
+
+
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
     """Iterate over the whole numbers in a JSON object, by the name of the innermost field they are in."""
     if isinstance(value, dict):
@@ -292,6 +306,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
             f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."
         )
     base_config = _read_base_config(folder / BASE_CONFIG, model_class)
+    _refuse_edited(folder / BASE_CONFIG, (config.auto_mapping or {}).get("base_config"))
     saved, name, mapping = config.modules_to_save or (), config.base_model_name_or_path, config.auto_mapping or {}
     commits = mapping.get("commits") or {}
     for place in (name, *(mapping.get("backbones") or {}).values()):

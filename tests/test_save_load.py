@@ -404,6 +404,7 @@ MALFORMED = {
         *(({"auto_mapping": {name: value}}, rf"auto_mapping\.{name}=") for name, value in (
             ("backbones", "abc"), ("backbones", {"x": 5}), ("num_labels", "3"), ("folders", "base"),
             ("commits", ["a"]), ("parent_library", 7), ("metrics", {"accuracy": "much"}), ("backbone", "abc"),
+            ("base_config", 5),
         )),
         ({"auto_mapping": {"parent_library": "transformers..x", "base_model_class": "y"}}, r"transformers\.\.x\.y"),
         ({"auto_mapping": {"parent_library": "transformers.nowhere", "base_model_class": "y"}}, "nowhere"),
@@ -565,6 +566,21 @@ def test_weights_that_are_not_finite_or_not_those_that_were_saved_are_refused(
 def test_weights_that_were_changed_on_purpose_load_once_their_checksum_is_removed(adapter):
     edit(adapter, spoil(9.0))
     note(adapter, weights=None)
+    e3va_peft.load_adapter(adapter)
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "relu"}, {"layer_norm_eps": 0.1}], ids=["activation", "eps"])
+def test_a_base_config_that_was_edited_by_hand_is_refused_by_both_checksums(change, adapter):
+    file, known = adapter / "base_config.json", note(adapter)["base_config"]
+    content = json.loads(file.read_text())
+    assert all(content[name] != value for name, value in change.items())
+    file.write_text(json.dumps(content))  # laid out in another way alone
+    e3va_peft.load_adapter(adapter)
+    file.write_text(json.dumps(content | change))
+    with pytest.raises(ValueError, match=rf"base_config\.json: .*is [0-9a-f]{{12}}, .* says {known[:12]}") as error:
+        e3va_peft.load_adapter(adapter)
+    assert "remove base_config from auto_mapping" in str(error.value)
+    note(adapter, base_config=None)  # as in adapters of before
     e3va_peft.load_adapter(adapter)
 
 
