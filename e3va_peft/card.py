@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,10 +121,17 @@ class KeepCard:
         self.model = model
 
     def __call__(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
-        """Write the card again, then upload as PEFT does."""
+        """Write the card again, then upload as PEFT does; warn of a base that nobody else has."""
         config: Any = self.model.peft_config.get("default")  # others are saved, with their cards, in subfolders
         if isinstance(getattr(config, "base", None), BaseModel):
             config.base.write(Path(working_dir), config.to_dict())
+            if folders := config.base.folders:
+                warnings.warn(
+                    f"base_model_name_or_path: the adapter_config.json that is pushed names {folders}, folders of "
+                    "this machine: whoever can read the repository sees their paths, and cannot load the adapter. "
+                    "Push the base model as well, and adapt it by its Hub id.",
+                    stacklevel=2,
+                )
         return type(self.model)._upload_modified_files(self.model, working_dir, *args, **kwargs)
 
 
@@ -166,13 +174,18 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
             return  # somebody's own words
         data = old.data
     sources = [source for source in (adapter.get("base_model_name_or_path"), *base.backbones.values()) if source]
-    name = adapter.get("base_model_name_or_path") or ", ".join(base.backbones.values()) or base.class_name
-    title = f"E3VA adapter for {Path(name).name if Path(name).exists() else name}"
+    # of a folder its name alone: cards are public, and paths name people
+    folders = [source for source in sources if Path(source).exists()]
+    name = ", ".join(Path(source).name if source in folders else source for source in sources) or base.class_name
+    title = f"E3VA adapter for {name}"
     task = next((task for ending, task in _PIPELINES.items() if base.class_name.endswith(ending)), None)
     data.library_name = "peft"
-    data.tags = sorted({"e3va", "e3va_peft", "parameter-efficient-fine-tuning", *(data.tags or ())})
+    tags = [tag for tag in data.tags or () if tag not in [f"base_model:adapter:{source}" for source in folders]]
+    data.tags = sorted({"e3va", "e3va_peft", "parameter-efficient-fine-tuning", *tags})
     data.pipeline_tag = task or data.pipeline_tag
-    data.base_model = [source for source in sources if not Path(source).exists()] or data.base_model
+    before = [data.base_model] if isinstance(data.base_model, str) else data.base_model or []  # PEFT notes paths
+    known = [source for source in sources if source not in folders]
+    data.base_model = known or [source for source in before if source not in folders] or None
     others = [result for result in data.eval_results or () if result.dataset_type != _DATASET]
     data.eval_results = others + (_results(task, base.metrics) if task else []) or None
     data.model_name = (data.model_name or title) if data.eval_results else None

@@ -115,6 +115,14 @@ def test_the_pushed_card_has_the_metrics_and_how_to_load(hub, pushed):
     assert "| accuracy | 0.9375 |" in hub.repos["me/adapter"].files()["README.md"].decode()
 
 
+def test_a_push_over_a_base_in_a_folder_warns_of_its_path_and_keeps_it_out_of_the_card(hub, tmp_path):
+    CASE.base().save_pretrained(tmp_path / "base")
+    model = get_peft_model(Swin.from_pretrained(tmp_path / "base"), E3VAConfig(r=4))
+    with pytest.warns(UserWarning, match=f"base_model_name_or_path: .*'{tmp_path / 'base'}'"):
+        model.push_to_hub("me/adapter")
+    assert str(tmp_path) not in hub.repos["me/adapter"].files()["README.md"].decode()
+
+
 def test_a_card_that_its_user_wrote_on_the_hub_is_kept(hub, pushed):
     own = "---\nlicense: mit\n---\n# My own words\n"
     HfApi().upload_file(path_or_fileobj=own.encode(), path_in_repo="README.md", repo_id="me/adapter")

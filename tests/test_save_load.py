@@ -674,7 +674,15 @@ def test_model_card_opens_with_the_import_and_tells_what_is_inside(pretrained, t
         "```python",
         "import e3va_peft  # registers E3VA with PEFT: import it before loading",
     ]
-    for text in (str(pretrained), "cat, dog", "| accuracy | 0.875 |", "load_adapter(", "image-classification", "r=4"):
+    assert str(pretrained.parent) not in card  # which names people
+    for text in (
+        "`pretrained` (Swin",
+        "cat, dog",
+        "| accuracy | 0.875 |",
+        "load_adapter(",
+        "image-classification",
+        "r=4",
+    ):
         assert text in body
     assert "More Information Needed" not in card
 
