@@ -617,6 +617,11 @@ EXPORTED = {  # model, image processor, what the command says of it
         BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         "pixel_values (batch, 3, 28, 28) -> logits",
     ),
+    "segmenter": (
+        "swin-upernet",
+        SegformerImageProcessor(size={"height": 32, "width": 32}),
+        "pixel_values (batch, 3, 32, 32) -> logits",
+    ),
     "detector": (
         "swin-retinanet",
         DetectionImageProcessor(size={"shortest_edge": 64, "longest_edge": 64}),
