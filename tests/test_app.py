@@ -210,6 +210,7 @@ def test_the_page_is_served_to_this_machine_and_to_names_of_it_alone(sources, tm
             with pytest.raises(HTTPError) as refused:
                 urlopen(request)
             assert refused.value.code == status
+            refused.value.close()
         Image.new("RGB", (8, 8)).save(tmp_path / "private.png")
         answer = ask(url, str(tmp_path / "private.png"))
         assert '"success":false' in answer and "ground" not in answer
