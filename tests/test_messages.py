@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,16 @@ def test_what_stands_in_the_place_of_a_run_is_named(words, said, inputs, monkeyp
     result = CliRunner().invoke(app, words)
     message = " ".join(result.output.split())
     assert result.exit_code == 1 and all(each in message for each in said), message
+
+
+def test_a_large_folder_that_is_no_run_is_not_walked_to_its_end(tmp_path, monkeypatch):
+    def many(folder: Path, pattern: str) -> Iterator[Path]:
+        yield from (folder / f"{i}.txt" for i in range(5000))
+        pytest.fail("walked to the end")
+
+    monkeypatch.setattr(Path, "rglob", many)
+    with pytest.raises(UserError, match=r"is not a run, adapter or model: .* is there\.$"):
+        load_trained(str(tmp_path))
 
 
 @pytest.mark.parametrize("source", ["runs/nope", "./nope"])

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +50,7 @@ from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
 CLASSES, PREDICTIONS, SHEET = "classes.json", "predictions.json", "index.html"
+_LOOKED_AT = 1000  # files of a folder that is no run, to see whether it holds images: a home folder has many
 _SMALL = 512  # pixels of the longer side of a classified image on the contact sheet
 _TRAINABLE = ("ForImageClassification", "ForSemanticSegmentation", "ForUniversalSegmentation", "RCNN", "RetinaNet")
 _OF_LABELS = {"do_reduce_labels", "ignore_index", "num_labels"}  # what an image processor does to label maps alone
@@ -179,7 +181,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
     if not (folder / "config.json").is_file():
-        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.rglob("*"))
+        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in islice(folder.rglob("*"), _LOOKED_AT))
         raise UserError(
             f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
             + (" It holds images; the run comes first, then the images." if images else "")
