@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -44,26 +45,27 @@ def rows(name: str) -> list[dict[str, Any]]:
 
 
 def accuracy(task: str) -> dict[str, dict[str, Any]]:
-    """Read the scores of a task, method -> row with `mean` and `deviation`: `accuracy/TASK/*.json`, one file a run.
+    """Read the scores of a task, method -> row with `mean` and `deviation`: of the protocol, else of `TASK.json`."""
+    before = {row["method"]: row for row in rows(task)} if (RESULTS / f"{task}.json").is_file() else {}
+    return before | {method: before.get(method, {}) | row for method, row in recorded(task).items()}
 
-    A method is left out until it has as many seeds as the others. What a step costs is in `accuracy/TASK-cost.json`,
-    where that is recorded. A task without such files has scores and costs of `TASK.json`.
+
+def recorded(task: str) -> dict[str, dict[str, Any]]:
+    """Read the scores of the protocol, `accuracy/TASK/*.json`, one file a run, and costs where they are recorded.
+
+    A method is left out until it has as many seeds as the others.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
     for path in sorted((RESULTS / "accuracy" / task).glob("*.json")):
         run = json.loads(path.read_text())
         if run["part"] == "seed":
             runs.setdefault(run["method"], []).append(run)
-    names = [name for name in (f"accuracy/{task}-cost", task) if (RESULTS / f"{name}.json").is_file()]
-    costs = {row["method"]: row for row in (rows(names[0]) if names else ())}
-    if not runs:
-        return costs
     found: dict[str, dict[str, Any]] = {}
     for method, own in runs.items():
         scores = [run["score"] for run in own]
         if len(own) == max(map(len, runs.values())):
             deviation = statistics.stdev(scores) if len(scores) > 1 else None
-            found[method] = costs.get(method, {}) | own[0] | {"mean": statistics.fmean(scores), "deviation": deviation}
+            found[method] = own[0] | {"mean": statistics.fmean(scores), "deviation": deviation}
     return found
 
 
@@ -73,7 +75,7 @@ def protocol(task: str) -> list[dict[str, Any]]:
     `all_seconds` is what its training takes on a quiet machine: steps x the step of `accuracy/cost.py`, and filling
     the cache. Methods with the gradients of another one, at another cost, have its scores.
     """
-    scores = accuracy(task)
+    scores = recorded(task)
     scores |= {name: scores[same] | {"method": name} for name, same in TWINS.items() if same in scores}
     costs = {row["method"]: row for row in rows(f"accuracy/{task}-cost")}
     found = []
@@ -101,9 +103,9 @@ def firsts(found: list[dict[str, Any]]) -> dict[str, str]:
     return best
 
 
-def tissue() -> str:
-    """Table of `accuracy/run.py tissue`, the best score on top."""
-    found = protocol("tissue")
+def protocol_table(task: str) -> str:
+    """Table of `accuracy/run.py TASK`, the best score on top."""
+    found = protocol(task)
     best = firsts(found)
     body = [
         [
@@ -224,11 +226,11 @@ def scored(titles: dict[str, str]) -> str:
     """Table of methods on real data: a block for each recorded task, by its title."""
     body = []
     for name, title in titles.items():
-        for method, row in accuracy(name).items():
+        for row in rows(name):
             kept = f"{row['saved_bytes'] / MIB:.0f} MiB" if "saved_bytes" in row else ""
             seconds = f"{row['step_seconds']:.2f}" if "step_seconds" in row else ""
             trained = f"{row['trained_parameters'] / 1e6:.2f} M"
-            body.append([title, method, score_of(row), trained, kept, seconds])
+            body.append([title, row["method"], score_of(row), trained, kept, seconds])
             title = ""
     return markdown(["task and metric", "method", "score", "trained", "kept for backward", "s per step"], body)
 
@@ -357,7 +359,7 @@ def paper_time() -> str:
     return markdown(["seconds of a training step", *PAPER_METHODS.values(), "E3VA against full"], body)
 
 
-# Rows of the README's table: name there, name in `memory.json` and `speed.json`, name in the records of scores. A row
+# Rows of the README's table: name there, name in `memory.json` and `speed.json`, names in the records of scores. A row
 # of which nothing is recorded is left out.
 METHODS = {
     "full fine-tuning": ("full", "full"),
@@ -366,7 +368,7 @@ METHODS = {
     "LoRA + checkpointing": ("LoRA + checkpointing", "as LoRA"),
     "E3VA, as published": ("E3VA", "e3va"),
     '- `tap_storage="recompute"`': ("E3VA, recompute", "as E3VA"),
-    "- half of the blocks live": ("E3VA, half live", "e3va-6"),
+    "- half of the blocks live": ("E3VA, half live", "e3va-8 or e3va-6"),
     "**E3VA+**": ("E3VA+", "e3va-plus"),
     "- from a cache, in LoRA's time": ("", "e3va-plus-cached"),
     "head only": ("head only", "head-only"),
@@ -387,7 +389,10 @@ def methods() -> str:
     scores = {title: found for task, title in SCORES.items() if (found := accuracy(task))}
     body = []
     for title, (cost, name) in METHODS.items():
-        found = [name if name.startswith("as ") else score_of(own.get(name)) for own in scores.values()]
+        found = [
+            name if name.startswith("as ") else score_of(next((own[n] for n in name.split(" or ") if n in own), None))
+            for own in scores.values()
+        ]
         sizes = ["", ""]
         if cost in kept:
             sizes = [f"{kept[cost][kind] / MIB:.0f} MiB" for kind in ("saved_bytes", "peak_bytes")]
@@ -414,9 +419,10 @@ def when() -> str:
         f"""**The same images for many epochs or runs:** E3VA+ from a [cache](docs/cache.md). In LoRA's time it has
         {tissue["e3va-plus-cached"]} on MRI tissue, LoRA {tissue["lora"]}. E3VA's step then takes
         {cached("Swin-B"):.2f} of the head alone's on a Swin-B, {cached("ViT-B"):.2f} on a ViT-B.""",
-        f"""**Few epochs, and the score is all that counts:** LoRA or Mona. In 6 epochs they have {tissue["lora"]} and
-        {tissue["mona"]} on MRI tissue, E3VA+ {tissue["e3va-plus"]}, with 4 live blocks {tissue["e3va-plus-4"]}, full
-        fine-tuning {tissue["full"]}; on nuclei LoRA has {nuclei["lora"]}, E3VA {nuclei["e3va"]}.""",
+        f"""**Few epochs, a plain ViT:** LoRA or Mona, {tissue["lora"]} and {tissue["mona"]} on MRI tissue; E3VA+
+        {tissue["e3va-plus"]}, full {tissue["full"]}.""",
+        f"""**Few epochs, a Swin:** E3VA, last two stages live: {nuclei["e3va-8"]} on nuclei; LoRA {nuclei["lora"]},
+        full {nuclei["full"]}, head only {nuclei["head-only"]}.""",
         f"""**What is to be told apart is far from what the backbone knows:** LoRA. On CIFAR-10, over a ViT trained on
         microscopy, 250 steps give LoRA {cifar["lora"]}, E3VA {cifar["e3va"]}, the head alone {cifar["head-only"]}.""",
     ]
@@ -444,7 +450,8 @@ TABLES = {
     "training": training,
     "compare": compare,
     "dense": dense,
-    "tissue": tissue,
+    "tissue": partial(protocol_table, "tissue"),
+    "nuclei": partial(protocol_table, "nuclei"),
     "plan": plan,
     "paper": paper,
     "paper-time": paper_time,

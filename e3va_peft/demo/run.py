@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 import torch
 from peft import PeftModel
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -201,8 +202,13 @@ def reload_in_a_fresh_process(adapter: Path, output: Path) -> np.ndarray:
 
 def table(results: list[Result]) -> Table:
     """Lay the results out for the terminal."""
-    grid = Table(title="One training step, and mIoU on the test slices")
-    for column in ("method", "trained", "saved for backward", "peak", "s per step", "mIoU", "epochs", "training"):
+    grid = Table(
+        title="One training step: trained, kept for backward, peak, seconds; and mIoU on the test slices",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+    )
+    for column in ("method", "trained", "kept", "peak", "s/step", "mIoU", "epochs", "training"):
         grid.add_column(column, justify="left" if column == "method" else "right")
     for r in results:
         grid.add_row(
