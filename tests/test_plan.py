@@ -24,6 +24,7 @@ from e3va_peft.meter import measure_step
 from e3va_peft.methods import adapt, settings
 from e3va_peft.plan import plan
 from e3va_peft.plan.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
+from e3va_peft.plan.cached import cached_image
 from e3va_peft.plan.cards import GIB, find_card, runs_on, software_stack
 from e3va_peft.plan.estimate import (
     PRECISIONS,
@@ -220,6 +221,8 @@ def test_methods_that_cannot_adapt_a_model_are_named_and_the_others_planned(tmp_
     assert "gradient_checkpointing_enable" in found.refused.pop("LoRA + checkpointing")
     assert "swinv2" in found.refused["AdaptFormer"]
     assert [row.method for row in found.methods] == ["E3VA", "head only"]
+    times = found.times()
+    assert times["head only"] == 1 < times["E3VA"]
     assert str(plan_table(found).caption).endswith("cannot adapt this model: AdaptFormer")
     for terminal, missing in ((True, "trains"), (False, "…")):  # narrow, the numbers stay; a file has room
         console = Console(width=79, force_terminal=terminal, file=io.StringIO())
@@ -227,6 +230,16 @@ def test_methods_that_cannot_adapt_a_model_are_named_and_the_others_planned(tmp_
         shown = console.file.getvalue()
         needed = f"{found.methods[0].needed_bytes / GIB:.2f}"
         assert missing not in shown and "needs" in shown and needed in shown
+
+
+def test_the_time_counts_what_runs_again():
+    case, flops = BY_NAME["vit-classifier"], {}
+    for storage in ("exact", "recompute"):
+        method = {"name": "e3va", "r": 4, "tap_storage": storage}
+        step = FakeStep(case.build, partial(adapt, method=method), "image-classification", case.size[0], None, "cpu")
+        flops[storage] = step.trace(2).flops
+    again = 2 * cached_image(step).flops
+    assert 0.8 * again < flops["recompute"] - flops["exact"] <= again
 
 
 # Cards

@@ -22,7 +22,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from e3va_peft.errors import UserError, one_of, reason
@@ -64,6 +66,8 @@ class MethodPlan:
         needed_bytes: The peak with what a card takes besides: see `CONTEXT_BYTES` and `FRAGMENTATION`.
         fits: Whether `needed_bytes` is within the memory that was asked about; None where none was.
         largest_batch: Largest batch that fits, 0 where not even one image does; None where no memory was given.
+        step_flops: Floating-point operations of a step's matmuls and convolutions, those that run again in backward
+            included: a lower bound of its time, as norms, activations and the reading of memory are not counted.
     """
 
     method: str
@@ -77,6 +81,7 @@ class MethodPlan:
     needed_bytes: int
     fits: bool | None
     largest_batch: int | None
+    step_flops: int
 
 
 @dataclass(frozen=True)
@@ -113,6 +118,12 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return all fields, ready for JSON."""
         return asdict(self)
+
+    def times(self) -> dict[str, float]:
+        """Return operations of a step of each method as a multiple of head only's; nothing where that is refused."""
+        flops = {row.method: row.step_flops for row in self.methods}
+        least = flops.get(METHODS["head-only"].title)
+        return {} if not least else {method: own / least for method, own in flops.items()}
 
 
 def plan(
@@ -246,8 +257,8 @@ def _explained(model: str, size: int | None) -> Iterator[None]:
 
 
 def _row(title: str, method: Mapping[str, Any], step: FakeStep, batch_size: int, memory: int | None) -> MethodPlan:
-    split = step.trace(batch_size).split
-    peak = sum(split.values())
+    trace = step.trace(batch_size)
+    split, peak = trace.split, sum(trace.split.values())
     return MethodPlan(
         method=title,
         trains=METHODS[method["name"]].trains,
@@ -257,6 +268,7 @@ def _row(title: str, method: Mapping[str, Any], step: FakeStep, batch_size: int,
         needed_bytes=needed_bytes(peak),
         fits=None if memory is None else needed_bytes(peak) <= memory,
         largest_batch=None if memory is None else largest_batch(step.trace, batch_size, memory),
+        step_flops=trace.flops,
     )
 
 
@@ -272,10 +284,12 @@ class Trace:
     Attributes:
         split: Bytes of each kind at the peak.
         totals: Live bytes after each operation.
+        flops: Floating-point operations of matmuls and convolutions.
     """
 
     split: dict[Kind, int]
     totals: np.ndarray
+    flops: int
 
     @property
     def peak(self) -> int:
@@ -335,14 +349,15 @@ class FakeStep:
             optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
             parameters = list(self.model.parameters())
-            meter = count_peak(
-                lambda: take_step(partial(self._loss, batch), optimizer, parameters, set()),
-                parameters,
-                [*parameters, *self.model.buffers()],
-                optimizer,
-                batch,
-            )
-        return Trace(meter.split(), np.array(meter.totals))
+            with _Flops() as counter:
+                meter = count_peak(
+                    lambda: take_step(partial(self._loss, batch), optimizer, parameters, set()),
+                    parameters,
+                    [*parameters, *self.model.buffers()],
+                    optimizer,
+                    batch,
+                )
+        return Trace(meter.split(), np.array(meter.totals), counter.total)
 
     @contextmanager
     def faking(self) -> Iterator[None]:
@@ -354,6 +369,23 @@ class FakeStep:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
             loss: Tensor = self.model(**batch, **self.extras).loss
             return loss
+
+
+class _Flops(TorchDispatchMode):
+    """Counts the floating-point operations that PyTorch knows to count.
+
+    `FlopCounterMode` notes by modules as well, with hooks that do not bear a backward that runs a graph of its own.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 def optimizer_in_use(model: nn.Module) -> torch.optim.Optimizer:

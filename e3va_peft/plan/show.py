@@ -102,26 +102,31 @@ def plan_table(plan: Plan, brief: bool = False) -> Table:
     if plan.memory is not None:
         title += f", on {plan.memory / GIB:.3g} GiB"
     caption = "in GiB: peak = weights + gradients + AdamW + activations\nneeds: with CUDA context and allocator"
+    times = plan.times()
+    if times:
+        caption += "\ntime: an estimate, matmuls and convolutions of a step, head only = 1"
     if plan.refused:
         caption += f"\ncannot adapt this model: {', '.join(plan.refused)}"
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     if not brief:
         table.add_column("trains", no_wrap=True)
-    columns = ["trained, M", "peak", *([] if brief else _PARTS), "needs"]
+    columns = ["trained, M", "peak", *([] if brief else _PARTS), "needs", *(["time"] if times else [])]
     if plan.memory is not None:
         columns += ["fits", "max batch"]
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     for row in plan.methods:
-        table.add_row(row.method, *([] if brief else [row.trains]), *_cells(row, brief))
+        table.add_row(row.method, *([] if brief else [row.trains]), *_cells(row, brief, times.get(row.method)))
     return table
 
 
-def _cells(row: MethodPlan, brief: bool) -> list[str]:
+def _cells(row: MethodPlan, brief: bool, time: float | None) -> list[str]:
     parts = [row.peak_parameters, row.peak_gradients, row.peak_optimizer, row.peak_activations]
     sizes = [row.peak_bytes, *([] if brief else parts), row.needed_bytes]
     cells = [f"{row.trainable_parameters / 1e6:.2f}", *(f"{size / GIB:.2f}" for size in sizes)]
+    if time is not None:
+        cells.append(f"{time:.2f}")
     if row.fits is not None:
         cells += ["[green]yes[/green]" if row.fits else "[red]no[/red]", str(row.largest_batch)]
     return cells
