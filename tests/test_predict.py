@@ -662,9 +662,7 @@ def test_an_adapted_model_through_torch_export_finds_what_it_finds_in_any_number
     case, processor, _ = EXPORTED["classifier"]
     folder = saved_adapter(case, tmp_path, processor)
     model, images = load_trained(str(folder)).model, torch.randn(3, 3, 28, 28)
-    inside = (
-        model.get_base_model()
-    )  # torch 2.12 has no free batch size for the `**kwargs` of what PEFT wraps around it
+    inside = model.get_base_model()  # of PEFT's wrapper, which takes `**kwargs`, torch 2.12 frees no batch size
     sizes = {"pixel_values": {0: torch.export.Dim("batch")}}
     with torch.no_grad():
         graph = torch.export.export(inside, (), {"pixel_values": images[:2]}, dynamic_shapes=sizes).module()

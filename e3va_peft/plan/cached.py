@@ -7,10 +7,11 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from e3va_peft.cache.layout import STORAGES
 from e3va_peft.cache.taking import Beside, layout_of
@@ -22,6 +23,23 @@ if TYPE_CHECKING:
 
 _TRIED = 64 * 2**20  # bytes that are written and read to see how fast the disk is
 _SIDE = 2048  # of the matrices that are multiplied to see how fast the machine is
+
+
+class Flops(TorchDispatchMode):
+    """Counts the floating-point operations that PyTorch knows to count.
+
+    `FlopCounterMode` notes by modules as well, with hooks that do not bear a backward that runs a graph of its own.
+    """
+
+    total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -46,11 +64,11 @@ def cached_image(step: FakeStep) -> CachedImage:
     with step.faking(), torch.no_grad():
         batch = {**make_batch(step.task, 2, step.image_size), **step.extras}
         backbone = Beside(step.model)
-        with FlopCounterMode(display=False) as counter:
+        with Flops() as counter:
             capture = backbone.capture(batch)
         read, _ = backbone.read(capture, batch)
         found = {storage: layout_of(backbone, capture, read, storage).bytes for storage in STORAGES}
-    return CachedImage(found, counter.get_total_flops() // 2)
+    return CachedImage(found, counter.total // 2)
 
 
 def flops_a_second() -> float:

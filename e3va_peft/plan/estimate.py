@@ -22,9 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from e3va_peft.errors import UserError, one_of, reason
@@ -32,7 +30,7 @@ from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
 from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
-from e3va_peft.plan.cached import CachedImage, cached_image
+from e3va_peft.plan.cached import CachedImage, Flops, cached_image
 from e3va_peft.plan.cards import GIB
 from e3va_peft.training.tasks.base import extras_at
 
@@ -349,7 +347,7 @@ class FakeStep:
             optimizer = optimizer_in_use(self.model)
             batch = make_batch(self.task, batch_size, self.image_size)
             parameters = list(self.model.parameters())
-            with _Flops() as counter:
+            with Flops() as counter:
                 meter = count_peak(
                     lambda: take_step(partial(self._loss, batch), optimizer, parameters, set()),
                     parameters,
@@ -369,23 +367,6 @@ class FakeStep:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
             loss: Tensor = self.model(**batch, **self.extras).loss
             return loss
-
-
-class _Flops(TorchDispatchMode):
-    """Counts the floating-point operations that PyTorch knows to count.
-
-    `FlopCounterMode` notes by modules as well, with hooks that do not bear a backward that runs a graph of its own.
-    """
-
-    total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=found)
-        return found
 
 
 def optimizer_in_use(model: nn.Module) -> torch.optim.Optimizer:
