@@ -51,7 +51,7 @@ def accuracy(task: str) -> dict[str, dict[str, Any]]:
 
 
 def recorded(task: str) -> dict[str, dict[str, Any]]:
-    """Read the scores of the protocol, `accuracy/TASK/*.json`, one file a run, and costs where they are recorded.
+    """Read the scores of the protocol, `accuracy/TASK/*.json`, one file a run.
 
     A method is left out until it has as many seeds as the others.
     """
