@@ -423,17 +423,23 @@ def plan(
         typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(help="image-classification, the default, or semantic-segmentation.")
+        str | None, typer.Option(help="Task of e3va train, by default image-classification.", metavar="NAME")
+    ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Head for a backbone alone, e.g. faster-rcnn.", metavar="NAME")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the images in pixels. By default the model's own.", metavar="PX")
+        int | None,
+        typer.Option(help="Side of the images in pixels. By default the model's own; a detector's 800.", metavar="PX"),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per step, by default 8.", metavar="N")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per step, by default 8, of a detector 2.", metavar="N")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16. By default the best of the card.", metavar="NAME")
     ] = None,
     labels: Annotated[
-        int | None, typer.Option(help="Number of classes. By default 1000, for segmentation 150.", metavar="K")
+        int | None, typer.Option(help="Number of classes. By default 1000; of masks 150, of boxes 80.", metavar="K")
     ] = None,
     memory: Annotated[
         str | None, typer.Option(help="Memory of the card, e.g. 8GiB, 11GB or 8192MiB.", metavar="SIZE")
@@ -456,6 +462,7 @@ def plan(
         e3va plan --model swin-b --gpu "GTX 1080 Ti"
         e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16
         e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"
+        e3va plan --model swin-l --task instance-segmentation --batch-size 1 --memory 12GiB
         e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
     """
     with _errors_in_plain_words():
@@ -472,6 +479,7 @@ def plan(
         given = {
             "model": model,
             "task": task,
+            "head": head,
             "image_size": image_size,
             "batch_size": batch_size,
             "num_labels": labels,

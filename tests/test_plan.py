@@ -26,6 +26,7 @@ from e3va_peft.plan import plan
 from e3va_peft.plan.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
 from e3va_peft.plan.cached import cached_image
 from e3va_peft.plan.cards import GIB, find_card, runs_on, software_stack
+from e3va_peft.plan.detectors import OBJECTS
 from e3va_peft.plan.estimate import (
     PRECISIONS,
     FakeStep,
@@ -348,6 +349,46 @@ def test_a_run_is_planned_as_its_config_says_but_for_what_the_options_say(config
     assert none.exit_code == 1 and "batch_size=0" in none.output
 
 
-def test_a_detector_is_not_planned_and_the_way_to_measure_it_is_named():
-    with pytest.raises(UserError, match=r"task='object-detection'"):
-        model_builder("swin-t", "object-detection", 3)
+def small(config: Any) -> None:
+    """Make a detector small, its backbone excepted."""
+    config.fpn_channels = 16
+    if not hasattr(config, "topk_candidates"):
+        config.box_head_dim, config.mask_dim, config.box_batch_size_per_image = 32, 16, 256
+
+
+@pytest.mark.parametrize("method", ["E3VA", "full"])
+@pytest.mark.parametrize("head", ["retinanet", "faster-rcnn", "cascade-mask-rcnn"])
+def test_a_detector_needs_what_is_planned_or_less(head, method, configs):
+    task = "instance-segmentation" if "mask" in head else "object-detection"
+    build = model_builder(str(configs / "swin-classifier"), task, 3, small, head)
+    torch.manual_seed(0)
+    batch = make_batch(task, 2, 64)
+    batch["pixel_values"].normal_()
+    for label in batch["labels"]:
+        label["boxes"].copy_(torch.cat([0.3 + 0.4 * torch.rand(OBJECTS, 2), 0.05 + 0.4 * torch.rand(OBJECTS, 2)], 1))
+    adapted = BY_METHOD[method](build())
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], fused=True)
+    real = measure_step(adapted, batch, optimizer, repeats=1)
+    step = FakeStep(build, BY_METHOD[method], task, 64, None, "cpu")
+    planned = step.trace(2)
+    assert step.trainable_parameters == real.trainable_parameters
+    # what a real step finds is less than it may train on, at random weights above all in the masks
+    assert real.peak_bytes < 1.02 * planned.peak < (3 if "mask" in head else 1.1) * real.peak_bytes
+
+
+def test_a_detector_is_planned_by_its_task_and_head(configs, tmp_path, monkeypatch):
+    monkeypatch.setattr("e3va_peft.plan.estimate.settings", lambda: {"E3VA": {"name": "e3va"}})
+    output = tmp_path / "plan.json"
+    command = ["plan", "--model", str(configs / "swin-classifier"), "--task", "object-detection", "--labels", "3"]
+    result = CliRunner().invoke(app, [*command, "--image-size", "64", "--batch-size", "2", "--output", str(output)])
+    assert result.exit_code == 0 and "20 objects" in result.output, result.output
+    retinanet = json.loads(output.read_text())["methods"][0]
+    other = plan(str(configs / "swin-classifier"), task="object-detection", head="faster-rcnn", image_size=64)
+    assert other.methods[0].trainable_parameters > retinanet["trainable_parameters"] and other.cached is None
+    refused = CliRunner().invoke(app, [*command, "--head", "retinnet"])
+    assert refused.exit_code == 1 and "Did you mean retinanet?" in refused.output
+
+
+def test_a_mask2former_is_not_planned_and_the_way_to_measure_it_is_named():
+    with pytest.raises(UserError, match=r"model='swin-t': a Mask2Former .* e3va compare"):
+        model_builder("swin-t", "instance-segmentation", 3, head="mask2former")

@@ -123,9 +123,7 @@ class Detector(PreTrainedModel):
         targets = None if labels is None else [self._target(i, label, pixel_values) for i, label in enumerate(labels)]
         if targets is not None and len(targets) != len(pixel_values):
             raise ValueError(f"labels: has {len(targets)} entries for {len(pixel_values)} images. Give one for each.")
-        maps = feature_maps(self.backbone, pixel_values, self.strides)
-        check_strides(maps, self.strides, pixel_values.shape[-2:])
-        features = self.pyramid({str(i): level for i, level in enumerate(maps)})
+        features = self.features(pixel_values)
         output = DetectionOutput()
         if targets is not None:
             losses = self._losses(images, features, targets)
@@ -135,6 +133,13 @@ class Detector(PreTrainedModel):
             with torch.no_grad():
                 self._fill(output, self._detections(images, features), images.image_sizes)
         return output
+
+    def features(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """`(B, 3, H, W)` -> the levels of the pyramid by name, the finest first."""
+        maps = feature_maps(self.backbone, pixel_values, self.strides)
+        check_strides(maps, self.strides, pixel_values.shape[-2:])
+        levels: dict[str, Tensor] = self.pyramid({str(i): level for i, level in enumerate(maps)})
+        return levels
 
     def _target(self, index: int, label: Mapping[str, Tensor], pixel_values: Tensor) -> dict[str, Tensor]:
         """Check an image's labels and turn them into torchvision's form."""

@@ -8,16 +8,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForImageClassification, AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    Mask2FormerConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
-from e3va_peft.errors import UserError, nearest
+from e3va_peft.errors import UserError, nearest, one_of
+from e3va_peft.plan.detectors import labels_of
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.config import TASKS
+from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks.base import find_config, name_classes
+from e3va_peft.training.tasks.detection import detector_class, detector_config
+from e3va_peft.training.tasks.mask2former import LONGEST
 from e3va_peft.training.tasks.segmentation import segmenter_config
 
-CLASSES = {"image-classification": 1000, "semantic-segmentation": 150}  # of ImageNet and ADE20K
+CLASSES = {  # of ImageNet, ADE20K and COCO
+    "image-classification": 1000, "semantic-segmentation": 150, "object-detection": 80, "instance-segmentation": 80,
+}  # fmt: skip
+DETECTION = ("object-detection", "instance-segmentation")
 
 
 def _swin(width: int, deep: int) -> dict[str, Any]:
@@ -63,7 +75,7 @@ def model_config(model: str) -> Any:
 
 
 def model_builder(
-    model: str, task: str, num_labels: int, change: Callable[[Any], None] | None = None
+    model: str, task: str, num_labels: int, change: Callable[[Any], None] | None = None, head: str | None = None
 ) -> Callable[[], PreTrainedModel]:
     """Return a function that builds the model which `e3va train` would train, in fp32, without its weights.
 
@@ -71,30 +83,47 @@ def model_builder(
 
     Args:
         model: Short name, folder or Hub id.
-        task: image-classification or semantic-segmentation; a backbone alone gets a new UperNet for the latter.
+        task: image-classification, semantic-segmentation, object-detection or instance-segmentation.
         num_labels: Number of classes.
         change: Sets options of the model's config.
+        head: Head that a backbone alone gets; None: the task's first.
 
     Raises:
         UserError: There is no such model, or it is of no use for the task.
     """
     if task not in CLASSES:
-        why = " What a detector keeps depends on its images: measure a step (e3va compare)." if task in TASKS else ""
-        raise UserError(f"task={task!r}: must be one of {', '.join(CLASSES)}.{why or nearest(task, CLASSES)}")
-    found = model_config(model)
-    config = segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
+        raise UserError(f"task={task!r}: must be one of {', '.join(CLASSES)}.{nearest(task, CLASSES)}")
+    if head is not None and head not in HEADS[task]:
+        raise UserError(f"head={head!r}: {one_of(head, HEADS[task])}")
+    config = _config(model_config(model), model, task, head)
     if change is not None:
         change(config)
     name_classes(config, [str(i) for i in range(num_labels)])
-    auto: Any = (
-        AutoModelForSemanticSegmentation if task == "semantic-segmentation" else AutoModelForImageClassification
-    )
+    if task in DETECTION:
+        make: Any = detector_class(config)
+    elif task == "semantic-segmentation":
+        make = AutoModelForSemanticSegmentation.from_config
+    else:
+        make = AutoModelForImageClassification.from_config
 
     def build() -> PreTrainedModel:
         # fp32 whatever the config says of its file: Trainer's mixed precision keeps the weights in fp32
-        return allow_single_values(auto.from_config(config, dtype=torch.float32))
+        built: nn.Module = make(config) if task in DETECTION else make(config, dtype=torch.float32)
+        return allow_single_values(built)
 
     return build
+
+
+def _config(found: Any, model: str, task: str, head: str | None) -> Any:
+    """The config of the model for a task: a backbone alone gets a new head."""
+    if head == "mask2former" or isinstance(found, Mask2FormerConfig):
+        raise UserError(
+            f"model={model!r}: a Mask2Former cannot be planned, because its loss asks the values of its masks which "
+            "belong to which object. Measure a step: e3va compare."
+        )
+    if task in DETECTION:
+        return detector_config(found, model, task, head)
+    return segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
 
 
 def _classifier_config(found: Any, model: str) -> Any:
@@ -107,13 +136,22 @@ def _classifier_config(found: Any, model: str) -> Any:
 
 
 def image_size_of(model: PreTrainedModel, task: str) -> int:
-    """Return the side in pixels of the images that a model was made for; 512 for a segmenter, as on ADE20K."""
+    """Return the side in pixels of the images that a model is trained on, the shorter one of a detector's.
+
+    As `e3va train` has it: 512 for a segmenter, as on ADE20K, 800 for a detector, as on COCO.
+    """
+    if task in DETECTION:
+        return 800
     size = 512 if task == "semantic-segmentation" else getattr(model.config, "image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
 
 
-def make_batch(task: str, batch_size: int, size: int) -> dict[str, Tensor]:
-    """Make a batch of square images and labels, on the device of the context."""
+def make_batch(task: str, batch_size: int, size: int) -> dict[str, Any]:
+    """Make a batch of square images and labels, on the device of the context; of a detector as wide as may be."""
+    if task in DETECTION:
+        width = round(size * LONGEST)
+        labels = labels_of(batch_size, size, width, masks=task == "instance-segmentation")
+        return {"pixel_values": torch.empty(batch_size, 3, size, width), "labels": labels}
     shape = (batch_size, size, size) if task == "semantic-segmentation" else (batch_size,)
     return {
         "pixel_values": torch.empty(batch_size, 3, size, size),

@@ -29,9 +29,10 @@ from e3va_peft.errors import UserError, one_of, reason
 from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
-from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
+from e3va_peft.plan.blueprint import CLASSES, DETECTION, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.plan.cached import CachedImage, Flops, cached_image
 from e3va_peft.plan.cards import GIB
+from e3va_peft.plan.detectors import bound
 from e3va_peft.training.tasks.base import extras_at
 
 Rules = Literal["cuda", "cpu"]
@@ -88,8 +89,8 @@ class Plan:
 
     Attributes:
         model: Short name, folder or Hub id.
-        task: image-classification or semantic-segmentation.
-        image_size: Side of the square images in pixels.
+        task: Name of the task.
+        image_size: Side of the square images in pixels, or the shorter side of a detector's.
         batch_size: Images per step.
         precision: fp32, fp16 or bf16.
         num_labels: Number of classes.
@@ -98,7 +99,7 @@ class Plan:
         live_blocks: Most blocks that can be live, with tap_storage="recompute", so that a step fits; None where no
             memory was given, or none fits.
         refused: Methods that cannot adapt this model, and what they say.
-        cached: One of its images in a cache (`e3va_peft.cached`), for E3VA without live blocks.
+        cached: One of its images in a cache (`e3va_peft.cached`), for E3VA without live blocks; None of a detector.
     """
 
     model: str
@@ -129,13 +130,14 @@ def plan(
     *,
     task: str = "image-classification",
     image_size: int | None = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     precision: str = "fp32",
     num_labels: int | None = None,
     memory: int | None = None,
     autocast: Rules = "cuda",
     progress: Callable[[str], object] = lambda name: None,
     change: Callable[[Any], None] | None = None,
+    head: str | None = None,
 ) -> Plan:
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
@@ -147,22 +149,26 @@ def plan(
 
     Args:
         model: Short name (swin-t, swin-b, vit-b, dinov2-s, ...), folder, or Hub id, of which only config.json is read.
-        task: image-classification or semantic-segmentation.
-        image_size: Side of the square images in pixels; by default the model's own, 512 for segmentation.
-        batch_size: Images per step.
+        task: image-classification, semantic-segmentation, object-detection or instance-segmentation. A detector is
+            estimated from above: see `plan.detectors`.
+        image_size: Side of the square images in pixels; by default the model's own, 512 for segmentation. Of a
+            detector's, which are 1.67 times as wide, the shorter one, by default 800.
+        batch_size: Images per step; by default 8, of a detector 2.
         precision: fp32, fp16 or bf16.
-        num_labels: Number of classes; by default ImageNet's 1000, ADE20K's 150. Logits of a segmenter are large.
+        num_labels: Number of classes; by default ImageNet's 1000, ADE20K's 150 or COCO's 80.
         memory: Bytes of the card, for what fits and for the largest batch.
         autocast: Whose rules for mixed precision: those of CUDA, or of the CPU, to compare with a measurement there.
         progress: Called with the name of each method before its turn.
         change: Sets options of the model's config.
+        head: Head that a backbone alone gets; None: the task's first.
 
     Raises:
         UserError: An argument cannot work; the message names it, its value and the remedy.
     """
+    batch_size = (2 if task in DETECTION else 8) if batch_size is None else batch_size
     _check(batch_size, image_size, num_labels, precision)
     num_labels = num_labels or CLASSES.get(task, 1)
-    build = model_builder(model, task, num_labels, change)
+    build = model_builder(model, task, num_labels, change, head)
     size = image_size
     rows: list[MethodPlan] = []
     refused: dict[str, str] = {}
@@ -187,7 +193,8 @@ def plan(
         if live is not None:
             place = sum(row.method.startswith("E3VA") for row in rows)
             rows.insert(place, _row(*_live(live[0]), live[1], batch_size, memory))
-        image = cached_image(fake_step("a cached image", {"name": "e3va"}))
+        # of a detector's images no two are of a size
+        image = None if task in DETECTION else cached_image(fake_step("a cached image", {"name": "e3va"}))
     assert size is not None  # every step says its size
     live_blocks = None if live is None else live[0]
     return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused, image)
@@ -301,8 +308,8 @@ class FakeStep:
     Args:
         build: Builds the model on the device of the context.
         prepare: Makes it trainable.
-        task: image-classification or semantic-segmentation.
-        image_size: Side of the square images in pixels; None for the model's own.
+        task: Name of the task.
+        image_size: Side of the square images in pixels, or the shorter side of a detector's; None for the model's own.
         dtype: Dtype of autocast, None for fp32.
         autocast: Whose rules for mixed precision.
     """
@@ -327,6 +334,8 @@ class FakeStep:
         self.mode = FakeTensorMode()
         with self.mode:
             give_fake_memory(self.model, "cpu").train()
+            if task in DETECTION:
+                bound(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trace = cache(self._trace)
 
@@ -363,7 +372,7 @@ class FakeStep:
         with self.mode, _quietly(), _by_the_rules_of_cuda() if self.autocast == "cuda" else nullcontext():
             yield
 
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+    def _loss(self, batch: dict[str, Any]) -> Tensor:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
             loss: Tensor = self.model(**batch, **self.extras).loss
             return loss

@@ -10,10 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from e3va_peft.errors import UserError
 from e3va_peft.files import number_of_bytes
+from e3va_peft.plan.blueprint import DETECTION
 from e3va_peft.plan.cached import CachedImage
 from e3va_peft.plan.cards import GIB, Card, Stack, find_card, software_stack, this_card
+from e3va_peft.plan.detectors import OBJECTS
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.tasks import task_of
@@ -64,15 +65,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def arguments_of(config: RunConfig) -> dict[str, Any]:
-    """Say what a run of `e3va train` decides of the arguments of `show_plan`; None where it leaves one open.
-
-    Raises:
-        UserError: Its head cannot be planned.
-    """
-    if config.head is not None and config.head not in ("linear", "upernet"):
-        raise UserError(
-            f"head={config.head!r}: only classifiers and UperNet can be planned. Measure a step: e3va compare."
-        )
+    """Say what a run of `e3va train` decides of the arguments of `show_plan`; None where it leaves one open."""
     task, training, labels = task_of(config), config.training, config.data.labels
     crop = None if config.augment is None else config.augment.crop
     return {
@@ -85,6 +78,7 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
         "precision": next((name for name in ("bf16", "fp16") if training.get(name)), "fp32"),
         "num_labels": len(labels) if isinstance(labels, list) else None,
         "change": task.apply_options,
+        "head": config.head,
     }
 
 
@@ -105,6 +99,8 @@ def plan_table(plan: Plan, brief: bool = False) -> Table:
     times = plan.times()
     if times:
         caption += "\ntime: an estimate, matmuls and convolutions of a step, head only = 1"
+    if plan.task in DETECTION:
+        caption += f"\nan estimate from above: the most boxes that are sampled, {OBJECTS} objects an image"
     if plan.refused:
         caption += f"\ncannot adapt this model: {', '.join(plan.refused)}"
     table = Table(title=escape(title), caption=caption, title_justify="left", caption_justify="left", box=SIMPLE_HEAD)

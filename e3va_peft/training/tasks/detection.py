@@ -76,7 +76,7 @@ class ObjectDetection(Task):
         source, new = self.config.model, config is not found
         if isinstance(config, Mask2FormerConfig):
             return mask2former.build(config, self.config.task, source, new)
-        cls = next(model for kind, model, _ in _HEADS.values() if kind is type(config))
+        cls = detector_class(config)
         return _with_backbone(cls(config), source) if new else load_weights(cls, source, new=_NEW, config=config)
 
     def build_processor(self) -> Any:
@@ -196,6 +196,11 @@ def detector_config(found: Any, model: str, task: str, head: str | None = None) 
         return mask2former.new_config(found, model)
     cls, _, masks = _HEADS[head]
     return cls(backbone_config=found) if cls is RetinaNetConfig else cls(backbone_config=found, masks=masks)
+
+
+def detector_class(config: DetectorConfig) -> type[Detector]:
+    """The class of the detector that a config is of."""
+    return next(model for kind, model, _ in _HEADS.values() if kind is type(config))
 
 
 def _with_backbone(model: Detector, source: str) -> Detector:
