@@ -8,7 +8,7 @@ where taps are rounded, keeps its input in int8. `tests/test_highway.py` compare
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ class Merging(NamedTuple):
     Attributes:
         modules: Its modules.
         run: Runs them: (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`.
-        sharded: FSDP has their weights, which are gone by the time of backward.
+        sharded: FSDP has their weights, which are gone by the time of backward, or not there at all.
     """
 
     modules: Sequence[nn.Module]
@@ -218,7 +218,7 @@ def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool)
         lean: Keep x + z rounded to int8 for backward.
     """
     if merging.sharded:
-        merging = merging._replace(modules=copies(merging.modules, z.dtype))
+        merging = merging._replace(modules=copies(merging.modules, z))
     modules, run, _ = merging
     x, frozen = call.x.to(z.dtype), call.output
     cast = in_dtype(modules, x.dtype)
@@ -259,9 +259,20 @@ class _LeanMerging(torch.autograd.Function):
             return None, None, None, None, vjp(grad)[0]
 
 
-def copies(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[nn.Module]:
-    """Return copies of modules, in `dtype`: what backward reads where the weights themselves will be gone by then."""
-    return [copy.deepcopy(module).to(dtype) for module in modules]
+def copies(modules: Sequence[nn.Module], like: Tensor) -> list[nn.Module]:
+    """Return copies of modules, in the dtype and on the device of a tensor, for where FSDP takes the weights away.
+
+    Where the frozen pass is read and not computed (a cache, `backbone_once`) FSDP has not gathered the weights for a
+    forward, so they are gathered here: all processes come here together.
+    """
+    return [copy.deepcopy(module, dict(_gathered(module))).to(like) for module in modules]
+
+
+def _gathered(module: nn.Module) -> Iterator[tuple[int, Tensor]]:
+    """Iterate over what stands for the parameters of a module that are sharded, by their identity."""
+    for parameter in module.parameters():
+        if hasattr(parameter, "full_tensor"):  # a DTensor, which PyTorch may be built without
+            yield id(parameter), nn.Parameter(parameter.full_tensor(), requires_grad=False)
 
 
 def in_dtype(modules: Sequence[nn.Module], dtype: torch.dtype) -> list[Callable[..., Any]]:

@@ -375,11 +375,12 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     def _lane(self, active: Sequence[str], shown: bool) -> Lane:
         highways = [cast(Highway, self.adapters()[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
+        apart = grad or SOURCE.get() is not None  # patch merging runs when its stage does not
         mergings = [
             Merging(
                 [self.exit.get_submodule(name) for name in stage.merging],
                 self.family.runner(),
-                grad and any(is_sharded(self.exit, name) for name in stage.merging),
+                apart and any(is_sharded(self.exit, name) for name in stage.merging),
             )
             for stage in self.stages[: len(self.depth) - 1]
         ]
@@ -526,9 +527,10 @@ def _detached(value: Any) -> Any:
 
 
 def is_sharded(exit: nn.Module, name: str) -> bool:
-    """Whether FSDP takes the weights of a frozen module away before backward.
+    """Whether FSDP takes the weights of a frozen module away before backward, or has not gathered them for forward.
 
-    It does where a unit of FSDP2 is inside the exit: no output of it wants a gradient, so backward does not gather it.
+    It does where a unit of FSDP2 is inside the exit: no output of it wants a gradient, so backward does not gather it,
+    and a forward that is read from a record does not run it.
 
     Raises:
         ValueError: The module is such a unit itself, or holds one.

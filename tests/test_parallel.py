@@ -20,8 +20,10 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import default_data_collator
 
-from e3va_peft import E3VAConfig
+from e3va_peft import E3VAConfig, backbone_once, cached
+from e3va_peft.config import PLUS
 from tests.helpers import KEPT, WAYS, adapted, assert_same, blocks, by_two, every_model_in, every_way, outputs
 from tests.models import BY_NAME, Case, loss_of, train_steps
 
@@ -107,6 +109,20 @@ def test_a_bf16_base_has_the_same_gradients_sharded(tap_storage, process_group):
             torch.testing.assert_close(a.grad.full_tensor(), b.grad, rtol=2e-2, atol=2e-2, msg=key)
 
 
+def test_sharded_it_says_the_same_of_what_was_recorded(process_group):
+    case = BY_NAME["swin-classifier"]
+    model = adapted(case, init_weights=False)
+    batch = case.batch(2)
+    read = cached([{"pixel_values": image} for image in batch["pixel_values"]], model, storage="exact")
+    with torch.no_grad():
+        expected = model(**batch).logits
+        shard(model, *stages(model, case))
+        torch.testing.assert_close(model(**default_data_collator([read[0], read[1]])).logits, expected)
+        with backbone_once(model):
+            for _ in range(2):
+                torch.testing.assert_close(model(**batch).logits, expected)
+
+
 @pytest.mark.parametrize("part", ["", ".reduction"])
 def test_patch_merging_that_is_sharded_by_itself_is_refused(part, process_group):
     case = BY_NAME["swin-classifier"]
@@ -129,6 +145,9 @@ SHARDED = {
     "swin": ("swin-classifier", {}, "SwinStage"),
     "swin-int8": ("swin-classifier", {"tap_storage": "int8"}, "SwinStage"),
     "vit": ("vit-classifier", {}, "ViTLayer"),
+    "swin-plus": ("swin-classifier", PLUS, "SwinStage"),
+    "swin-cached": ("swin-classifier", {}, "SwinStage"),
+    "swin-live-cached": ("swin-classifier", {"live_blocks": 2}, "SwinStage"),
     "vit-live": ("vit-classifier", {"live_blocks": 1, "tap_storage": "recompute"}, "ViTLayer"),
 }
 REPLICATED = {f"{name}-{key}": (f"{name}-classifier", way) for name in ("swin", "vit") for key, way in DDP.items()}
@@ -185,10 +204,13 @@ def train_sharded(rank: int, folder: str) -> None:
     """Train sharded, save, load, and train on."""
     for key, (name, config, unit) in SHARDED.items():
         case = BY_NAME[name]
-        batch = {k: v[2 * rank : 2 * rank + 2] for k, v in case.training_batch(4).items()}
-        model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config))
+        whole = case.training_batch(4)
+        examples = [{k: v[i] for k, v in whole.items()} for i in range(4)]
+        model = get_peft_model(case.base(), E3VAConfig(**{"r": 4, "init_weights": False} | config))
         for phase in ("first", "second"):
             accelerator = accelerator_that_shards(cpu_ram_efficient_loading=True, transformer_cls_names_to_wrap=[unit])
+            read = cached(examples, model, folder=f"{folder}/{key}", storage="exact") if "cached" in key else examples
+            batch = default_data_collator([read[2 * rank], read[2 * rank + 1]])
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
             model, optimizer = accelerator.prepare(model.train(), optimizer)
             assert isinstance(model, FSDPModule)
@@ -234,7 +256,7 @@ def test_two_processes_that_accumulate_and_clip_train_like_one(key, trained_by_t
 def test_two_processes_that_shard_train_save_and_resume_like_one(key, trained_by_two):
     name, config, _ = SHARDED[key]
     case = BY_NAME[name]
-    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False, **config))
+    model = get_peft_model(case.base(), E3VAConfig(**{"r": 4, "init_weights": False} | config))
     before = copy.deepcopy(get_peft_model_state_dict(model))
     for phase in ("first", "second"):
         train_steps(model, case.training_batch(4), steps=2)
