@@ -407,6 +407,12 @@ def test_a_cached_batch_without_an_active_adapter_is_refused():
     assert torch.isfinite(loss_of(model(**default_data_collator([read[0]]))))  # nothing is left over
 
 
+def test_a_model_without_values_is_refused():
+    case = BY_NAME["swin-classifier"]
+    with pytest.raises(ValueError, match=r"swin\..* has no values, .*cpu_ram_efficient_loading=False"):
+        cached(Images(case), adapted(case).to("meta"))
+
+
 class Peeking(nn.Module):
     """A model that looks at the image beside its backbone."""
 

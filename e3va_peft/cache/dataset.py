@@ -86,10 +86,11 @@ def cached(
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
             argument is out of range. Nothing is overwritten.
-        ValueError: The model has several highways, or none and a backbone that is trained or not known; or the
-            backbone's outputs do not split into images.
+        ValueError: The model has several highways, or none and a backbone that is trained or not known; it has weights
+            without values (on meta); or the backbone's outputs do not split into images.
     """
     _check(dataset, views, storage, batch_size)
+    _refuse_meta(model)
     limit = None if limit is None else number_of_bytes("limit", limit)
     image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
     taker = Taker(model, image, storage, data_collator, autocast)
@@ -230,6 +231,15 @@ def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
         raise UserError(f"storage={storage!r}: choose among {STORAGES}.")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: must be at least 1.")
+
+
+def _refuse_meta(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"model={type(model).__name__}: {name} has no values, it is on meta. Load the weights in each "
+                "process, because each fills its part of the cache: with FSDP, cpu_ram_efficient_loading=False."
+            )
 
 
 class _Numbered(Dataset[Any]):
