@@ -40,7 +40,7 @@ from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.trainer import VisionTrainer
-from tests.helpers import Stop, adapter_weights, by_two, stop_after
+from tests.helpers import Stop, adapter_weights, assert_same, by_two, stop_after
 from tests.inputs import classify, detect, segment, write
 
 
@@ -630,7 +630,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
 
 
 def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
-    """Run in a process of its own: score runs, and train one that is cut off."""
+    """Run in a process of its own: score runs, train one that is cut off, and end one that was."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
@@ -638,13 +638,19 @@ def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> 
         scores, _ = evaluate(f"{folder}/{name}")
         assert torch.distributed.get_world_size() == 2
         Path(folder, f"{name}-{rank}.json").write_text(json.dumps(scores))
+    half = {"per_device_train_batch_size": 2}
+    with pytest.raises(
+        UserError, match=r"checkpoint-3: was trained with 4 images a step, and 2 .* take 8\. .*must be 4"
+    ):
+        train(parse_config(classify(Path(folder), "grown")))
+    train(parse_config(classify(Path(folder), "grown", **half)))
     with pytest.MonkeyPatch.context() as patch:
-        train_until(4, parse_config(classify(Path(folder), "cut", per_device_train_batch_size=2)), patch)
+        train_until(4, parse_config(classify(Path(folder), "cut", **half)), patch)
 
 
 @pytest.fixture(scope="module")
 def runs_of_two(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
-    """Runs of three tasks that two processes have scored, and one, `cut`, that they have begun."""
+    """Runs of three tasks that two processes have scored, one, `cut`, that they have begun, and others they ended."""
     root = tmp_path_factory.mktemp("two")
     common = {"num_train_epochs": 1, "per_device_eval_batch_size": 1}
     tasks = {"colors": classify, "discs": segment, "shapes": partial(detect, head="cascade-mask-rcnn", layout="coco")}
@@ -654,6 +660,8 @@ def runs_of_two(tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
             train(parse_config(task(root, output=f"run-{name}", **common)))
         for extra in (root / "colors" / "test" / "red").glob("*0*"):
             extra.unlink()  # an odd number of images, as the others have
+        train(parse_config(classify(root, "whole")))
+        train_until(4, parse_config(classify(root, "grown")), patch)
     runs = tuple(f"run-{name}" for name in tasks)
     by_two(be_one_of_two, str(root), free_port(), runs)
     return root, runs
@@ -678,12 +686,21 @@ def test_one_process_ends_what_two_began_with_as_many_images_a_step_and_no_other
         UserError, match=r"checkpoint-3: was trained with 4 images a step, and 1 .*take 2\. .*must be 4"
     ):
         train(parse_config(classify(root, "cut", per_device_train_batch_size=2)))
-    whole = train(parse_config(classify(root, "whole")))
-    resumed = train(parse_config(classify(root, "cut", per_device_train_batch_size=2, gradient_accumulation_steps=2)))
+    config = parse_config(classify(root, "cut", per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    train(config)
+    assert_resumed_as_whole(root, "cut")
+
+
+def assert_resumed_as_whole(root: Path, name: str) -> None:
+    """Check that a run was resumed, and has the weights of the one that was not interrupted."""
+    resumed, whole = (json.loads((root / run / "metrics.json").read_text()) for run in (name, "whole"))
     assert resumed["resumed"] and resumed["steps"] == whole["steps"] == 9
-    second = adapter_weights(root / "cut")
-    for name, value in adapter_weights(root / "whole").items():
-        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-5, msg=name)
+    assert_same(adapter_weights(root / name), adapter_weights(root / "whole"), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_end_what_one_began(runs_of_two):
+    assert_resumed_as_whole(runs_of_two[0], "grown")
 
 
 @pytest.mark.slow
