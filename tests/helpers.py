@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -81,6 +84,18 @@ def _with_environment(rank: int, environment: dict[str, str], function: Callable
     multiprocessing.set_start_method(None, force=True)  # else it would start its own as it was started itself
     gc.freeze()  # as in conftest
     function(rank, *args)
+
+
+def let_shard(accelerator: Accelerator, **options: Any) -> Accelerator:
+    """Let an accelerator use FSDP 2 on the CPU, where it falls back to DDP although PyTorch can shard there.
+
+    With ACCELERATE_USE_FSDP, which this sets, the next one is built on a GPU only: take it away before.
+    """
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
+    options = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT"} | options
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+    return accelerator
 
 
 def run_python(arguments: list[str], said: Path) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, compile_regions
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import compile_regions
 from packaging import version
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
@@ -24,7 +24,18 @@ from transformers import default_data_collator
 
 from e3va_peft import E3VAConfig, backbone_once, cached
 from e3va_peft.config import PLUS
-from tests.helpers import KEPT, WAYS, adapted, assert_same, blocks, by_two, every_model_in, every_way, outputs
+from tests.helpers import (
+    KEPT,
+    WAYS,
+    adapted,
+    assert_same,
+    blocks,
+    by_two,
+    every_model_in,
+    every_way,
+    let_shard,
+    outputs,
+)
 from tests.models import BY_NAME, Case, loss_of, train_steps
 
 
@@ -153,18 +164,6 @@ SHARDED = {
 REPLICATED = {f"{name}-{key}": (f"{name}-classifier", way) for name in ("swin", "vit") for key, way in DDP.items()}
 
 
-def accelerator_that_shards(**options) -> Accelerator:
-    """Accelerate with FSDP 2 on the CPU, where it would fall back to DDP although PyTorch can shard there."""
-    os.environ.pop("ACCELERATE_USE_FSDP", None)  # Accelerator sets it with a plugin, which wants a GPU
-    accelerator = Accelerator(cpu=True)
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
-    PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT", **options
-    )
-    return accelerator
-
-
 def be_one_of_two(rank: int, folder: str) -> None:
     """Train in each way as one of two processes."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
@@ -208,7 +207,9 @@ def train_sharded(rank: int, folder: str) -> None:
         examples = [{k: v[i] for k, v in whole.items()} for i in range(4)]
         model = get_peft_model(case.base(), E3VAConfig(**{"r": 4, "init_weights": False} | config))
         for phase in ("first", "second"):
-            accelerator = accelerator_that_shards(cpu_ram_efficient_loading=True, transformer_cls_names_to_wrap=[unit])
+            os.environ.pop("ACCELERATE_USE_FSDP", None)
+            options = {"cpu_ram_efficient_loading": True, "transformer_cls_names_to_wrap": [unit]}
+            accelerator = let_shard(Accelerator(cpu=True), **options)
             read = cached(examples, model, folder=f"{folder}/{key}", storage="exact") if "cached" in key else examples
             batch = default_data_collator([read[2 * rank], read[2 * rank + 1]])
             optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)

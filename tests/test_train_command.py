@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification, trainer_utils
+from transformers import AutoModelForImageClassification, Trainer, trainer_utils
 from typer.testing import CliRunner
 
 import e3va_command
@@ -40,7 +40,7 @@ from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.run import train
 from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.trainer import VisionTrainer
-from tests.helpers import Stop, adapter_weights, assert_same, by_two, stop_after
+from tests.helpers import Stop, adapter_weights, assert_same, by_two, let_shard, stop_after
 from tests.inputs import classify, detect, segment, write
 
 
@@ -630,7 +630,7 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
 
 
 def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
-    """Run in a process of its own: score runs, train one that is cut off, and end one that was."""
+    """Run in a process of its own: score runs, train one that is cut off, end one that was, and train sharded."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     datasets.config.HF_DATASETS_CACHE = Path(folder, "cache")
@@ -646,6 +646,26 @@ def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> 
     train(parse_config(classify(Path(folder), "grown", **half)))
     with pytest.MonkeyPatch.context() as patch:
         train_until(4, parse_config(classify(Path(folder), "cut", **half)), patch)
+        config = parse_config(classify(Path(folder), "sharded", **half, report_to="tensorboard"))
+        build = "create_accelerator_and_postprocess"
+        patch.setattr(VisionTrainer, build, partialmethod(let_runs_shard, state_dict_type="SHARDED_STATE_DICT"))
+        with pytest.raises(UserError, match=r"saves SHARDED_STATE_DICT.*--fsdp_state_dict_type FULL_STATE_DICT"):
+            train(config)
+        patch.setattr(VisionTrainer, build, let_runs_shard)
+        train_until(4, config, patch)
+        train(config)
+        with pytest.raises(UserError, match="checkpoint-3: was trained without FSDP, and this run is with FSDP"):
+            train(parse_config(classify(Path(folder), "cut", **half)))
+        values = classify(Path(folder), "sharded-head", **half, report_to="tensorboard") | {"method": "head-only"}
+        train(parse_config(values))
+
+
+def let_runs_shard(trainer: VisionTrainer, **options: Any) -> None:
+    """Build the accelerator of a run as under `accelerate launch --use_fsdp`."""
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    Trainer.create_accelerator_and_postprocess(trainer)
+    let_shard(trainer.accelerator, cpu_ram_efficient_loading=True, **options)
+    trainer.is_fsdp_enabled = True
 
 
 @pytest.fixture(scope="module")
@@ -687,6 +707,11 @@ def test_one_process_ends_what_two_began_with_as_many_images_a_step_and_no_other
     ):
         train(parse_config(classify(root, "cut", per_device_train_batch_size=2)))
     config = parse_config(classify(root, "cut", per_device_train_batch_size=2, gradient_accumulation_steps=2))
+    sharded = root / "cut" / "checkpoint-3" / "pytorch_model_fsdp.bin"
+    sharded.touch()
+    with pytest.raises(UserError, match="checkpoint-3: was trained with FSDP, and this run is without FSDP"):
+        train(config)
+    sharded.unlink()
     train(config)
     assert_resumed_as_whole(root, "cut")
 
@@ -701,6 +726,23 @@ def assert_resumed_as_whole(root: Path, name: str) -> None:
 @pytest.mark.slow
 def test_two_processes_end_what_one_began(runs_of_two):
     assert_resumed_as_whole(runs_of_two[0], "grown")
+
+
+@pytest.mark.slow
+def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(runs_of_two):
+    root, _ = runs_of_two
+    assert list((root / "sharded").glob("checkpoint-*/pytorch_model_fsdp.bin"))
+    assert_resumed_as_whole(root, "sharded")
+    log = EventAccumulator(str(root / "sharded" / "logs" / "tensorboard")).Reload()
+    names = log.Tags()["images"]
+    assert len(names) == 4 and all({event.step for event in log.Images(name)} == {3, 6, 9} for name in names)
+
+
+@pytest.mark.slow
+def test_a_whole_model_that_two_processes_shard_is_saved(runs_of_two):
+    root, _ = runs_of_two
+    train(parse_config(classify(root, "whole-head") | {"method": "head-only"}))
+    assert_same(adapter_weights(root / "sharded-head"), adapter_weights(root / "whole-head"), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

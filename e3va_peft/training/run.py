@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,12 +153,13 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         _evaluate_at_end(trainer)
     record = _record(config, trainer, splits[0].labels, trained, seconds, resumed=checkpoint is not None)
     record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}
+    weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None  # all processes
     if state.is_main_process:
         with full_disk_explained(output, state):
             if trainer.confusion is not None:
                 places = (output / CONFUSION, output / CONFUSION_PICTURE)
                 write_confusion(trainer.confusion, splits[0].labels, *places)
-            folder = save_results(output, model, trainer.processor, record, console)
+            folder = save_results(output, model, trainer.processor, record, console, weights)
         if trainer.eval_dataset is not None:
             if trainer.state.best_global_step and trainer.args.load_best_model_at_end:
                 console.print(f"the best, of step {trainer.state.best_global_step}, is what is saved:")
@@ -173,7 +176,8 @@ def _build_trainer(
 ) -> VisionTrainer:
     """Build the model, make it trainable, and build its trainer."""
     set_seed(arguments.seed)
-    model = task.build_model(split.labels)
+    with _weights_in_each_process():
+        model = task.build_model(split.labels)
     processor, new = task.build_processor(), new_parameters(model)
     adapted = adapt(model, config.method)
     refuse_lost(adapted, new)
@@ -191,6 +195,21 @@ def _build_trainer(
         data_collator=task.collator(model, processor),
         callbacks=callbacks,
     )
+
+
+@contextmanager
+def _weights_in_each_process() -> Iterator[None]:
+    """Let transformers load weights in all processes, which check sizes and fill a cache before FSDP shards the model.
+
+    FSDP's `cpu_ram_efficient_loading` would leave them to the first.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    before = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[name] = before
 
 
 def check_sizes(trainer: VisionTrainer) -> None:

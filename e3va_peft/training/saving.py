@@ -257,8 +257,23 @@ def _is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
-def save_results(output: Path, model: Any, processor: Any, record: dict[str, Any], console: Console) -> Path:
-    """Save model and image processor, then the metrics, whose presence marks the run as finished."""
+def save_results(
+    output: Path, model: Any, processor: Any, record: dict[str, Any], console: Console,
+    weights: Mapping[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Save model and image processor, then the metrics, whose presence marks the run as finished.
+
+    Args:
+        output: Folder of the run.
+        model: The model.
+        processor: Its image processor.
+        record: The metrics.
+        console: Where to say what is moved aside.
+        weights: The model's state, gathered, where the model itself is sharded.
+
+    Returns:
+        The model's folder.
+    """
     adapter = isinstance(model, PeftModel)
     draft = output / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
@@ -270,7 +285,7 @@ def save_results(output: Path, model: Any, processor: Any, record: dict[str, Any
         model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
     # under its own key names where a method has put modules in: transformers' older ones know none of these
     own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
-    model.save_pretrained(str(draft), **own)
+    model.save_pretrained(str(draft), state_dict=weights, **own)
     write_manifest(draft, model)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
     write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")

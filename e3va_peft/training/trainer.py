@@ -30,6 +30,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, rotate_checkpoints
 
@@ -49,6 +50,9 @@ class VisionTrainer(Trainer):
         callbacks: Instead of Trainer's own progress bar and printer.
         kwargs: For `Trainer`.
 
+    Raises:
+        UserError: FSDP is of version 1, or saves shards.
+
     Attributes:
         scores: Scores of the last evaluation, per-class scores included.
         confusion: Of the last evaluation, which class was taken for which; None where objects are found.
@@ -63,6 +67,8 @@ class VisionTrainer(Trainer):
         self.rows = ""
         self._evidence: Any = None
         super().__init__(compute_metrics=self._score, **kwargs)
+        if self.is_fsdp_enabled:
+            _refuse_sharding(self.accelerator.state.fsdp_plugin)
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
         # loss by it, and would neither divide by the accumulation steps nor average over processes.
         self.model_accepts_loss_kwargs = False
@@ -161,7 +167,8 @@ class VisionTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
-        if isinstance(target, PreTrainedModel):
+        _refuse_other_sharding(Path(resume_from_checkpoint), self.is_fsdp_enabled)
+        if isinstance(target, PreTrainedModel) and not self.is_fsdp_enabled:  # which has a file of its own
             load_saved(target, resume_from_checkpoint)
         else:
             bare = self.accelerator.unwrap_model(target)
@@ -171,7 +178,7 @@ class VisionTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if isinstance(self.model, PreTrainedModel):
+        if isinstance(self.model, PreTrainedModel) and not self.is_fsdp_enabled:
             load_saved(self.model, str(self.state.best_model_checkpoint))
         else:
             super()._load_best_model()
@@ -185,6 +192,36 @@ class VisionTrainer(Trainer):
         self.confusion = self.task.confusion(self._evidence, num_labels)
         self._evidence = None
         return {name: value for name, value in self.scores.items() if isinstance(value, int | float)}
+
+
+def _refuse_sharding(plugin: Any) -> None:
+    """Refuse FSDP of version 1, and checkpoints of shards, which hold no adapter.
+
+    Raises:
+        UserError: It is so.
+    """
+    state = plugin.state_dict_type.name
+    if plugin.fsdp_version != 2 or state != "FULL_STATE_DICT":
+        raise UserError(
+            f"FSDP: is of version {plugin.fsdp_version} and saves {state}. A run needs version 2 and checkpoints that "
+            "hold the whole adapter: accelerate launch --use_fsdp --fsdp_version 2 --fsdp_state_dict_type "
+            "FULL_STATE_DICT, or training.fsdp_config: {version: 2, state_dict_type: FULL_STATE_DICT}."
+        )
+
+
+def _refuse_other_sharding(checkpoint: Path, sharded: bool) -> None:
+    """Refuse to resume with FSDP what was begun without it, or the other way round: the optimizer would begin again.
+
+    Raises:
+        UserError: It is so.
+    """
+    before = (checkpoint / f"{FSDP_MODEL_NAME}.bin").is_file()
+    if before != sharded:
+        ways = {True: "with FSDP", False: "without FSDP"}
+        raise UserError(
+            f"{checkpoint}: was trained {ways[before]}, and this run is {ways[sharded]}. Resume {ways[before]}, or "
+            "train from the beginning with --overwrite."
+        )
 
 
 def _stepped(warmup: int, milestones: Sequence[int], step: int) -> float:
