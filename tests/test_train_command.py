@@ -37,6 +37,7 @@ from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
 from e3va_peft.training.config import RunConfig, parse_config, read_config
 from e3va_peft.training.predict import evaluate, load_trained
+from e3va_peft.training.reports import _TensorBoard
 from e3va_peft.training.run import train
 from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.trainer import VisionTrainer
@@ -656,8 +657,9 @@ def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> 
         train(config)
         with pytest.raises(UserError, match="checkpoint-3: was trained without FSDP, and this run is with FSDP"):
             train(parse_config(classify(Path(folder), "cut", **half)))
-        values = classify(Path(folder), "sharded-head", **half, report_to="tensorboard") | {"method": "head-only"}
-        train(parse_config(values))
+        patch.setattr(_TensorBoard, "show", lambda *args: 1 / 0)  # the first process alone fails: both must go on
+        values = classify(Path(folder), "sharded-head", **half, num_train_epochs=2, report_to="tensorboard")
+        train(parse_config(values | {"method": "head-only"}))
 
 
 def let_runs_shard(trainer: VisionTrainer, **options: Any) -> None:
@@ -739,9 +741,9 @@ def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(
 
 
 @pytest.mark.slow
-def test_a_whole_model_that_two_processes_shard_is_saved(runs_of_two):
+def test_a_whole_model_that_two_processes_shard_is_saved_although_pictures_fail(runs_of_two):
     root, _ = runs_of_two
-    train(parse_config(classify(root, "whole-head") | {"method": "head-only"}))
+    train(parse_config(classify(root, "whole-head", num_train_epochs=2) | {"method": "head-only"}))
     assert_same(adapter_weights(root / "sharded-head"), adapter_weights(root / "whole-head"), rtol=1e-3, atol=1e-5)
 
 

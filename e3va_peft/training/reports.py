@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -140,14 +141,17 @@ class Pictures(TrainerCallback):
         """Draw and log; where that fails, warn once and let the training pass."""
         if self._failed:
             return
+        failure = ""
         try:
             pictures = self._draw(kwargs["model"])
             for log in self.logs if state.is_world_process_zero else ():
                 log.show(pictures, state.global_step)
         except Exception as error:  # whatever it is, hours of training are worth more than a picture
-            self._failed = True
-            if state.is_world_process_zero:
-                tqdm.write(f"warning: example predictions are not logged any more ({reason(error)}).")
+            failure = reason(error)
+        failures = [text for text in gather_object([failure]) if text]  # a process that stops alone stops the others
+        self._failed = bool(failures)
+        if failures and state.is_world_process_zero:
+            tqdm.write(f"warning: example predictions are not logged any more ({failures[0]}).")
 
     def _draw(self, model: Any) -> dict[str, Image.Image]:
         """Return pictures by name."""
