@@ -173,6 +173,7 @@ def test_defaults_are_e3va_with_augmentation_and_nothing_else():
         ("training.learning_rate=2E+1", lambda c: c.training["learning_rate"] == 20.0),
         ("training.max_steps=7", lambda c: c.training["max_steps"] == 7),
         ("training.bf16=true", lambda c: c.training["bf16"] is True),
+        ("training.fsdp=true", lambda c: c.training["fsdp"] is True),
         ("training.eval_strategy=no", lambda c: c.training["eval_strategy"] == "no"),
         ("training.lr_scheduler_kwargs={power: 1e0}", lambda c: c.training["lr_scheduler_kwargs"] == {"power": 1.0}),
         ("training.lr_scheduler_kwargs.power=2.0", lambda c: c.training["lr_scheduler_kwargs"] == {"power": 2.0}),

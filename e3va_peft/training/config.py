@@ -328,7 +328,8 @@ def _check_training(training: Mapping[str, Any]) -> None:
     for name in _RESERVED.keys() & training:
         raise UserError(f"training.{name}: cannot be set, {_RESERVED[name]}.")
     _refuse_unknown("training", training, TrainingArguments)
-    types = {each.name: each.type for each in dataclasses.fields(TrainingArguments)}
+    types: Any = {each.name: each.type for each in dataclasses.fields(TrainingArguments)}
+    types["fsdp"] |= bool  # as its documentation says
     for name, value in training.items():
         kinds = set(get_args(types[name]) or (types[name],))
         if kinds <= {int, float, str, bool, NoneType}:
