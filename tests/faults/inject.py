@@ -31,6 +31,7 @@ from huggingface_hub import HfApi, upload_folder
 from huggingface_hub.utils import _http
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from e3va_peft.errors import UserError
 from e3va_peft.loading import load_adapter
@@ -375,8 +376,11 @@ def damage(path: Path, chance: random.Random) -> None:
 
 def inject(root: Path, count: int, seed: int = 0, names: Iterable[str] = FAULTS) -> dict[str, list[str]]:
     """Inject each fault so many times; return what went wrong by the name of the fault."""
-    faults = Faults(root, seed)
-    return {name: [wrong for _ in range(count) if (wrong := getattr(faults, name)())] for name in names}
+    faults, found = Faults(root, seed), {}
+    for name in names:
+        times = tqdm(range(count), name)
+        found[name] = [wrong for _ in times if (wrong := getattr(faults, name)())]
+    return found
 
 
 def main() -> None:
