@@ -1,7 +1,7 @@
 """The record of one forward of a frozen backbone. Pure torch.
 
 Who fills it and who reads it know nothing of each other: a *source* fills it (`hooks.Recorder`, while the backbone
-runs), the *lane* reads it (`highway.Lane`), a *splice* of the family writes the lane into a copy of the outputs.
+runs), the *lane* reads it (`lane.Lane`), a *splice* of the family writes the lane into a copy of the outputs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FrozenPass:
     """Record of one forward of a frozen backbone. Tensors are detached and have their channels last.
 
     Attributes:
-        taps: (stage, index of its adapter) -> what is kept of the tap (B, N, C), see `highway.Lane.keep`.
+        taps: (stage, index of its adapter) -> what is kept of the tap (B, N, C), see `lane.Lane.keep`.
         mergings: Stage -> the patch merging behind it.
         grids: Stage -> how its tokens lie in the image.
         tail: Input of the modules behind the last block, (B, N, C).

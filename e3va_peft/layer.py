@@ -105,7 +105,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         family: The exit's family.
         depth: Blocks to adapt in each stage.
         config: Of the first adapter. All that join it share its taps, tap_norm and live_blocks.
-        front: Names of the frozen modules in front of the exit, by which their guards note what they see.
+        front: The frozen modules in front of the exit, by the names by which their guards note what they see.
 
     Raises:
         ValueError: There are fewer blocks than shall be live.
@@ -119,7 +119,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         family: Backbone,
         depth: Sequence[int],
         config: E3VAConfig,
-        front: Sequence[str] = (),
+        front: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.family = family
@@ -134,7 +134,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.tap_norm, self.live_blocks = config.tap_norm or family.tap_norm, config.live_blocks
         self.checkpoint_live_blocks = config.checkpoint_live_blocks
         self.live = first_live(self.depth, config.live_blocks)
-        self.front = tuple(front)
+        self.front = dict(front or {})  # in a dict: they are not the layer's children
         self.takes_return_dict = not self.is_method and hasattr(exit, "config") and takes(exit.forward, "return_dict")
         self.e3va_highway = nn.ModuleDict()  # adapter -> Highway
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
@@ -163,6 +163,10 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             return [self.exit]
         parts = [submodule(self.exit, name) for name in self.family.frozen]
         return [part for part in parts if part is not None]
+
+    def _frozen_by_name(self) -> list[tuple[str, nn.Module]]:
+        """The frozen modules, those in front of the exit included, by the names that a message has."""
+        return [*self.front.items(), *((type(part).__name__, part) for part in self.frozen)]
 
     def _register_hooks(self) -> None:
         exit = self.exit
@@ -404,8 +408,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         super().train(mode)
         for part in self.frozen:
             part.eval()
-        for part in self.frozen if mode else ():  # here too, because a forward that is compiled cannot look
-            refuse_trainable(part, type(part).__name__)
+        for name, part in self._frozen_by_name() if mode else ():  # here too: a forward that is compiled cannot look
+            refuse_trainable(part, name)
         return self
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:

@@ -90,13 +90,13 @@ class E3VAModel(BaseTuner):
         found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
         if not isinstance(layer, E3VALayer):
-            front = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
+            names = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
+            front = {name: self.model.get_submodule(name) for name in names}
             layer = E3VALayer(found.module, found.family, site.depth, peft_config, front)
         saved = self.peft_config[adapter_name].modules_to_save
         layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
         if layer is not target:
-            for name in layer.front:
-                module = self.model.get_submodule(name)
+            for name, module in layer.front.items():
                 module.register_forward_pre_hook(FrozenGuard(name))
                 module.register_forward_hook(FrozenOutput(name), with_kwargs=True)
             self._replace_module(parent, target_name, layer, target)

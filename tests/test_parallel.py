@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -349,12 +350,18 @@ def test_a_base_that_is_compiled_by_regions_can_be_adapted(name, compiler):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins():
-    case = BY_NAME["vit-classifier"]
-    model = get_peft_model(case.base(), E3VAConfig(r=4))
-    model.base_model.model.vit.base_layer.layers[0].mlp.fc1.weight.requires_grad = True
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("vit-classifier", "vit.base_layer.layers.0.mlp.fc1.weight"),
+        ("swin-classifier", "swin.embeddings.patch_embeddings.projection.weight"),  # in front of the exit
+    ],
+)
+def test_what_is_unfrozen_by_hand_is_refused_as_compiled_training_begins(name, weight):
+    model = get_peft_model(BY_NAME[name].base(), E3VAConfig(r=4))
+    model.base_model.model.get_parameter(weight).requires_grad = True
     compiled = torch.compile(model, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"ViTModel\.layers\.0\.mlp\.fc1\.weight"):
+    with pytest.raises(ValueError, match=re.escape(weight.rpartition("base_layer.")[2])):
         compiled.train()
 
 
