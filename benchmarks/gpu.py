@@ -8,7 +8,7 @@ Needs the extra `dev` and no network: weights are random. It does, in this order
 
 1. *laws*: `check_backbone` on the tiny models of the test suite.
 2. *memory*: one training step of each method at the paper's sizes, alone on the card: what CUDA's allocator handed out
-   and reserved at most, beside the peak that `e3va plan` predicts; it knows no detectors.
+   and reserved at most, beside the peak that `e3va plan` predicts, of detectors from above.
 3. *time* of such a step by CUDA events: median over rounds that take one step of every method and precision in turn,
    after a step to warm up; all models are on the card then.
 4. *compiled*: the same model with `torch.compile` and without, in turn. No compilation begins once the time is over.
@@ -72,9 +72,9 @@ SETTINGS = {
     "vit-b": ("image-classification", "vit-classifier"),
     "swin-b": ("image-classification", "swin-classifier"),
     "ade20k-upernet-swin-l": ("semantic-segmentation", "swin-upernet"),
-    "voc-retinanet-swin-l": (None, "swin-retinanet"),
-    "coco-cascade-swin-b": (None, "swin-cascade"),
-    "coco-cascade-swin-l": (None, "swin-cascade"),
+    "voc-retinanet-swin-l": ("object-detection", "swin-retinanet"),
+    "coco-cascade-swin-b": ("instance-segmentation", "swin-cascade"),
+    "coco-cascade-swin-l": ("instance-segmentation", "swin-cascade"),
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ORDER = ("bf16", "fp32", "fp16")  # bf16 is compiled first
@@ -189,10 +189,8 @@ def try_laws(case: Case) -> Row:
 
 
 @cache
-def predict(setting: Setting, task: str | None, method: str, mixed: bool) -> Row:
+def predict(setting: Setting, task: str, method: str, mixed: bool) -> Row:
     """Predict the peak in bytes as `e3va plan` does; bf16 and fp16 are of one size."""
-    if task is None:
-        return {"predicted": None}
     how = partial(adapt, method=METHODS[method])
     step = FakeStep(setting.build, how, task, setting.size, torch.bfloat16 if mixed else None, DEVICE.type)
     return {"predicted": step.trace(setting.batch).peak}

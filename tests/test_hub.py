@@ -22,6 +22,7 @@ from peft import AutoPeftModel, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BitImageProcessor
 from transformers import SwinForImageClassification as Swin
+from transformers.utils import PushToHubMixin
 
 import e3va_peft
 from e3va_peft import E3VAConfig, load_adapter
@@ -38,6 +39,10 @@ CASE = BY_NAME["swin-classifier"]
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "base_config.json"}
 MANY = 1000
+
+
+def test_pefts_own_class_is_left_as_it_is():
+    assert PeftModel._upload_modified_files is PushToHubMixin._upload_modified_files
 
 
 @pytest.fixture

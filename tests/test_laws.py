@@ -433,10 +433,12 @@ class CallsItsExit(nn.Module):
     [
         (lambda encoder, x: encoder.layer[0](x), "layer"),
         (lambda encoder, x: encoder.get_submodule("layer.0")(x), "layer"),
+        (lambda encoder, x: encoder.encode(x), "encode"),
     ],
 )
-def test_a_host_that_computes_with_parts_of_the_exit_is_refused_and_not_left_unadapted(call, name):
+def test_a_host_that_computes_with_parts_of_the_exit_is_refused_and_not_left_unadapted(call, name, monkeypatch):
     encoder = BY_NAME["dinov2-classifier"].base().dinov2.encoder
+    monkeypatch.setattr(type(encoder), "encode", lambda self, x: self(x)[0], raising=False)
     model = get_peft_model(CallsItsExit(encoder, call), E3VAConfig(r=4))
     with pytest.raises(AttributeError, match=rf"{name}"):
         model(torch.randn(1, 5, 16))
