@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from e3va_peft import E3VAConfig, E3VALayer, fused
 from e3va_peft.backbones.base import in_turn
+from e3va_peft.config import PLUS
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.lane import Lane
@@ -36,6 +37,8 @@ from tests.models import CASES, Case, loss_of, tensors
 WAYS = {"": {}, "live": {"live_blocks": 2}, "recompute": {"tap_storage": "recompute", "taps": ("stream",)}}
 
 KEPT = {"live_blocks": 2, "checkpoint_live_blocks": False}
+
+SLIM_PLUS = {name: value for name, value in PLUS.items() if name != "r"}  # E3VA+, of a rank that a test chooses
 
 
 def ways(*names: str) -> pytest.MarkDecorator:

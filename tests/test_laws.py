@@ -21,6 +21,7 @@ from e3va_peft.lane import Lane
 from e3va_peft.recorder import CURRENT, Recorder
 from tests.helpers import (
     KEPT,
+    SLIM_PLUS,
     WAYS,
     adapted,
     assert_same,
@@ -370,8 +371,8 @@ def test_bf16_autocast_trains_on_the_cpu(case, way):
 @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "way",
-    [*WAYS.values(), KEPT, {"taps": ("stream",)}, {"taps": ("block",), "tap_storage": "int8"}],
-    ids=[*WAYS, "live-kept", "stream", "block-int8"],
+    [*WAYS.values(), KEPT, SLIM_PLUS, {"taps": ("block",), "tap_storage": "int8"}],
+    ids=[*WAYS, "live-kept", "plus", "block-int8"],
 )
 def test_a_base_of_any_precision_learns_as_in_fp32_with_autocast_and_without(way, storage):
     case = BY_NAME["swin-classifier"]

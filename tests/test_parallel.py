@@ -27,6 +27,7 @@ from e3va_peft import E3VAConfig, backbone_once, cached
 from e3va_peft.config import PLUS
 from tests.helpers import (
     KEPT,
+    SLIM_PLUS,
     WAYS,
     adapted,
     assert_same,
@@ -49,7 +50,7 @@ def process_group(tmp_path_factory):
 
 
 MOST = 0.1  # norm of clipped gradients
-DDP = WAYS | {"live-kept": KEPT}
+DDP = WAYS | {"live-kept": KEPT, "plus": SLIM_PLUS}
 STORED = {"": {}, "int8": {"tap_storage": "int8"}, "live": {"tap_storage": "recompute", "live_blocks": 1}}
 
 

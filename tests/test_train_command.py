@@ -40,6 +40,7 @@ from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.reports import _TensorBoard
 from e3va_peft.training.run import train
 from e3va_peft.training.saving import MANIFEST
+from e3va_peft.training.tasks.classification import ImageClassification
 from e3va_peft.training.trainer import VisionTrainer
 from tests.helpers import Stop, adapter_weights, assert_same, by_two, let_shard, stop_after
 from tests.inputs import classify, detect, segment, write
@@ -496,6 +497,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_pa
             train(config)
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-6"
     assert train(config)["steps"] == 12
+
+
+def test_what_is_said_to_be_trained_and_gets_no_gradient_is_named(tmp_path, monkeypatch, capsys):
+    build = ImageClassification.build_model
+
+    def with_idle(self: Any, labels: Any) -> Any:
+        model = build(self, labels)
+        model.idle = torch.nn.Linear(2, 2)
+        return model
+
+    monkeypatch.setattr(ImageClassification, "build_model", with_idle)
+    monkeypatch.setattr("e3va_peft.training.run.new_parameters", lambda model: [])
+    train(parse_config(classify(tmp_path, max_steps=1)))
+    shown = capsys.readouterr().out
+    assert re.search(r"warning: 2 of \d+ trained parameters got no gradient .*idle.*weight, .*idle.*bias\.", shown), (
+        shown
+    )
 
 
 def test_label_maps_that_are_all_ignored_are_named_and_teach_nothing(tmp_path, capsys):

@@ -400,6 +400,12 @@ def test_a_method_brings_its_learning_rate_and_the_config_overrides_it():
         assert arguments(CLASSIFY | {"method": name}, learning_rate=0.5).learning_rate == 0.5
 
 
+def test_ddp_looks_for_no_unused_parameters_where_a_highway_is_trained():
+    found = {name: arguments(CLASSIFY | {"method": name}).ddp_find_unused_parameters for name in METHODS}
+    assert found == {name: False if name in ("e3va", "e3va-plus") else None for name in METHODS}
+    assert arguments(ddp_find_unused_parameters=True).ddp_find_unused_parameters
+
+
 def test_without_an_evaluation_split_nothing_is_evaluated_and_asking_for_it_is_refused():
     built = arguments(has_eval=False)
     assert built.eval_strategy == "no" and built.save_strategy == "epoch" and not built.load_best_model_at_end

@@ -26,6 +26,7 @@ RECIPE: dict[str, Any] = {
     "warmup_steps": 0.1,
     "num_train_epochs": RECIPE_EPOCHS,
     "report_to": "none",
+    "ddp_find_unused_parameters": False,
 }
 
 
@@ -35,6 +36,7 @@ def training_arguments(output_dir: str | os.PathLike[str], **overrides: Any) -> 
     *Learning rate* 2e-3, an order above what full fine-tuning takes: the factors start from scratch, and 1e-3 to 3e-3
     did best where it was searched. Tune it first; a new head alone is content with the same. *Weight decay* 0.05, by
     Trainer's own rule not on norms and biases. *Schedule*: 10 % of the steps linear warm-up, then cosine to zero.
+    *DDP* looks for no unused parameters: there are none, and one that your own head leaves unused is an error then.
 
     Args:
         output_dir: Where checkpoints go.
@@ -59,6 +61,8 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     workers = max(min(4, (os.cpu_count() or 1) - 1), 0)
     defaults: dict[str, Any] = {
         "learning_rate": METHODS[config.method_name].learning_rate,
+        # other methods may train a backbone, of which a head does not read everything
+        "ddp_find_unused_parameters": False if config.method_name.startswith("e3va") else None,
         "logging_steps": 0.01,
         "disable_tqdm": not sys.stderr.isatty(),
         "batch_eval_metrics": True,  # batches are not kept: `Task.add` keeps what scores need

@@ -40,6 +40,8 @@ from e3va_peft.training.curves import best_entry, draw_curves
 from e3va_peft.training.saving import refuse_other_base, trained_on, write_manifest
 from e3va_peft.training.tasks import Task
 
+_NAMED = 5  # parameters in a message
+
 
 class VisionTrainer(Trainer):
     """`Trainer` that scores a task's evidence instead of keeping all logits, and stops at a loss that is not a number.
@@ -66,6 +68,7 @@ class VisionTrainer(Trainer):
         self.confusion: torch.Tensor | None = None
         self.rows = ""
         self._evidence: Any = None
+        self._looked_for_idle = False
         super().__init__(compute_metrics=self._score, **kwargs)
         if self.is_fsdp_enabled:
             _refuse_sharding(self.accelerator.state.fsdp_plugin)
@@ -102,7 +105,23 @@ class VisionTrainer(Trainer):
                 f"{self._get_learning_rate():.2e}{f', {half}' if half else ''}: {first}lower training.learning_rate, "
                 "or clip harder (training.max_grad_norm). Checkpoints saved before are whole."
             )
+        if not self._looked_for_idle and not self.is_deepspeed_enabled:  # which keeps gradients to itself
+            self._looked_for_idle = True
+            self._warn_of_idle()
         return loss
+
+    def _warn_of_idle(self) -> None:
+        """Name what is said to be trained, and got no gradient in a first step."""
+        trained = {
+            name: p for name, p in self.accelerator.unwrap_model(self.model).named_parameters() if p.requires_grad
+        }
+        idle = [name for name, parameter in trained.items() if parameter.grad is None]
+        if idle and self.is_world_process_zero():
+            more = f" and {len(idle) - _NAMED} more" if len(idle) > _NAMED else ""
+            tqdm.write(
+                f"warning: {len(idle)} of {len(trained)} trained parameters got no gradient in the first step: "
+                f"{', '.join(idle[:_NAMED])}{more}. The loss does not depend on them, and they will stay as they are."
+            )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
