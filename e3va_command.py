@@ -5,7 +5,9 @@ This stands beside the package, because whatever is in it imports PyTorch and PE
 
 import contextlib
 import runpy
+import signal
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +19,20 @@ def main() -> None:
     if package is not None and package.origin is not None and (not words or {"--help", "--version"} & {*words}):
         with contextlib.suppress(ModuleNotFoundError):  # the extra `train` is missing, as what is below says
             runpy.run_path(str(Path(package.origin).with_name("cli.py")), run_name="__main__")
-    from e3va_peft.__main__ import main as run
+    with _interrupts_end_it():
+        from e3va_peft.__main__ import main as run
 
     run()
+
+
+@contextlib.contextmanager
+def _interrupts_end_it() -> Iterator[None]:
+    """Let Ctrl-C end the process without a word, as in the middle of an import Python's traceback says nothing."""
+    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

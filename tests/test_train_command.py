@@ -854,3 +854,23 @@ def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path
         train(config)
     with pytest.raises(UserError, match="not finished"):
         load_trained(str(tmp_path / "run"))
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, *args):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["e3va", "recipes"]
+import e3va_command
+e3va_command.main()
+"""
+
+
+def test_ctrl_c_while_it_imports_ends_it_without_a_traceback():
+    found = subprocess.run([sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout, found.stderr) == (-signal.SIGINT, "", "")
