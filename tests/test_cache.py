@@ -555,6 +555,28 @@ def test_a_damaged_record_is_refused(tmp_path):
         fresh[1]
 
 
+@pytest.mark.parametrize("cut", [True, False], ids=["cut", "removed"])
+@pytest.mark.parametrize("name", [IDENTITY, INDEX, "data-0.bin"])
+def test_a_file_of_a_cache_that_is_cut_short_or_removed_is_named(tmp_path, name, cut):
+    case, folder = BY_NAME["vit-classifier"], tmp_path / "cache"
+    cached(Images(case), adapted(case), folder=folder)
+    (folder / name).write_bytes(b"") if cut else (folder / name).unlink()
+    named = "is not empty and holds no cache" if name == IDENTITY and not cut else f"{name} is damaged. Remove"
+    with pytest.raises(UserError, match=named):
+        cached(Images(case), adapted(case), folder=folder)[0]
+
+
+@pytest.mark.parametrize("field", ["height", "offset", "file", "row"])
+def test_a_line_of_the_index_that_was_flipped_is_written_again(tmp_path, field):
+    case, folder = BY_NAME["vit-classifier"], tmp_path / "cache"
+    whole = cached(Images(case), adapted(case), folder=folder)
+    expected, line = whole[1][RECORD], whole.store.index.dtype
+    content = bytearray((folder / INDEX).read_bytes())
+    content[line.itemsize + line.fields[field][1] + 1] ^= 8
+    (folder / INDEX).write_bytes(content)
+    assert torch.equal(cached(Images(case), adapted(case), folder=folder, one_size=True)[1][RECORD], expected)
+
+
 def test_a_record_that_a_worker_has_checked_is_not_checked_again(tmp_path, monkeypatch):
     case = BY_NAME["vit-classifier"]
     read = cached(Images(case), adapted(case), folder=tmp_path / "cache")

@@ -69,7 +69,13 @@ class Store:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_whole(folder / INDEX, bytes(_LINE.itemsize * count))
                 write_whole(own, json.dumps(identity, indent=1).encode())
-        _check_identity(folder, json.loads(own.read_text(encoding="utf-8")), identity)
+        try:
+            found = json.loads(own.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise self._damaged(IDENTITY) from error
+        if not isinstance(found, dict):
+            raise self._damaged(IDENTITY)
+        _check_identity(folder, found, identity)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_index": None, "_data": {}, "_lock": None, "_writer": None}
@@ -78,19 +84,26 @@ class Store:
     def index(self) -> np.ndarray[Any, Any]:
         """The index, which shows what any process writes."""
         if self._index is None:
-            self._index = np.memmap(self.folder / INDEX, dtype=_LINE, mode="r", shape=(self.count,))
+            try:
+                self._index = np.memmap(self.folder / INDEX, dtype=_LINE, mode="r", shape=(self.count,))
+            except (OSError, ValueError) as error:  # it is gone, or cut short
+                raise self._damaged(INDEX) from error
         return self._index
+
+    def _damaged(self, what: str) -> UserError:
+        return UserError(
+            f"folder={str(self.folder)!r}: {what} is damaged. Remove the folder: the cache is made again."
+        )
 
     def missing(self) -> list[int]:
         """Return the numbers of the records that are not there."""
-        lines = np.array(self.index)
-        return [i for i, line in enumerate(lines) if not line["row"] or _check(line) != line["check"]]
+        return [i for i, line in enumerate(np.array(self.index)) if not _is_whole(line)]
 
     def sizes(self) -> dict[tuple[int, int], int]:
         """Return the sizes (H, W) of the images, and the number of a record of each."""
         found: dict[tuple[int, int], int] = {}
         for i, line in enumerate(np.array(self.index)):
-            if line["row"]:
+            if _is_whole(line):
                 found.setdefault((int(line["height"]), int(line["width"])), i)
         return found
 
@@ -155,8 +168,7 @@ class Store:
             ) from None
 
     def _open(self, file: int) -> tuple[BinaryIO, RawIOBase]:
-        lines = np.array(self.index)
-        own = lines[(lines["row"] > 0) & (lines["file"] == file)]
+        own = [line for line in np.array(self.index) if line["file"] == file and _is_whole(line)]
         end = max((int(line["offset"]) + int(line["row"]) + int(line["rest"]) for line in own), default=0)
         data = open(self.folder / f"data-{file}.bin", "ab")  # noqa: SIM115  kept open until `close`
         data.truncate(end)  # what a crash left behind the last whole record
@@ -188,15 +200,15 @@ class Store:
         line = self.index[number]
         row, rest, offset, file = int(line["row"]), int(line["rest"]), int(line["offset"]), int(line["file"])
         if file not in self._data:
-            self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="r")
+            try:
+                self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="r")
+            except (OSError, ValueError) as error:  # it is gone, or empty
+                raise self._damaged(f"data-{file}.bin") from error
         data = self._data[file]
         record = np.array(data[offset : offset + row + rest])
         if not self._seen[number]:
-            if len(record) < row + rest or zlib.crc32(record.data) != line["crc"] or _check(line) != line["check"]:
-                raise UserError(
-                    f"folder={str(self.folder)!r}: record {number} is damaged. Remove the folder: the cache is made "
-                    "again."
-                )
+            if len(record) < row + rest or zlib.crc32(record.data) != line["crc"] or not _is_whole(line):
+                raise self._damaged(f"record {number}")
             self._seen[number] = 1
         return record[:row], record[row:].tobytes()
 
@@ -227,6 +239,11 @@ class Store:
 def _is_begun(path: Path) -> bool:
     """Whether a file is what a process leaves that is stopped before a store has its identity."""
     return path.name == INDEX or is_draft(path, INDEX, IDENTITY)
+
+
+def _is_whole(line: Any) -> bool:
+    """Whether a line of the index tells of a record, as it was written."""
+    return bool(line["row"]) and _check(line) == line["check"]
 
 
 def _check(line: Any) -> int:

@@ -46,6 +46,7 @@ FAULTS = {
     "stop": "SIGTERM, or Ctrl-C",
     "stop_at_once": "Ctrl-C twice",
     "cache": "kill -9 while a cache is filled",
+    "shard": "a file of a cache cut short, flipped in one bit, or removed",
     "disk": "no file can grow beyond a random size, as on a full disk",
     "tmpfs": "a full disk: output and cache in a tmpfs of a random size",
     "clock": "a clock that jumps by up to a day, forwards and back, at every look",
@@ -223,6 +224,21 @@ class Faults:
         shutil.rmtree(folder)
         return verdict
 
+    def shard(self) -> str:
+        folder = Path(tempfile.mkdtemp(dir=self.root)) / "cache"
+        assert self.from_cache
+        shutil.copytree(self.root / "whole-cache", folder)
+        hurt = self.random.choice(sorted(path for path in folder.rglob("*") if path.is_file()))
+        damage(hurt, self.random)
+        config = self.config(cache=folder)
+        code, said = run(config, self.log(config)), self.log(config).read_text()
+        if code == REFUSED and str(folder) in said:
+            shutil.rmtree(folder)
+            self.log(config).write_text("")
+        elif code != ENDED:
+            return f"{hurt.name}: ends with {code}: {said[-300:]}"
+        return self.verdict(config)
+
     def tmpfs(self) -> str:
         disk = self.root / "disk"
         disk.mkdir(exist_ok=True)
@@ -332,9 +348,14 @@ class Faults:
 
     def checkpoint(self) -> str:
         config = self.begun()
-        files = [path for path in Path(config.output).glob("checkpoint-*/*") if path.is_file()]
-        damage(self.random.choice(sorted(files)), self.random)
-        return self.verdict(config)
+        folders = sorted(Path(config.output).glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        hurt = self.random.choice(sorted(path for folder in folders for path in folder.iterdir() if path.is_file()))
+        damage(hurt, self.random)
+        self.log(config).write_text("")
+        verdict = self.verdict(config)
+        said = self.log(config).read_text()
+        unsaid = hurt.parent == folders[-1] and hurt.name not in said
+        return verdict or (f"does not name {hurt.name}: {said[-300:]}" if unsaid else "")
 
     def adapter(self) -> str:
         folder = self.root / "damaged"
