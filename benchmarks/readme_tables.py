@@ -196,10 +196,12 @@ def inference() -> str:
     found = {(row["batch"], row["method"]): row for row in recorded}
     batches = list(dict.fromkeys(row["batch"] for row in recorded))
 
-    def ratios(field: str) -> list[str]:
-        return [f"{found[batch, 'E3VA'][field] / found[batch, 'base'][field]:.2f}" for batch in batches]
+    def ratios(method: str, field: str) -> list[str]:
+        return [f"{found[batch, method][field] / found[batch, 'base'][field]:.2f}" for batch in batches]
 
-    body = [["latency, adapted / base", *ratios("seconds")], ["peak beyond the weights", *ratios("peak_bytes")]]
+    fields = {"latency, adapted / base": "seconds", "peak beyond the weights": "peak_bytes"}
+    methods = [method for method in dict.fromkeys(row["method"] for row in recorded) if method != "base"]
+    body = [[f"{method}: {title}", *ratios(method, key)] for method in methods for title, key in fields.items()]
     return markdown(["Swin-B, 224 px, batch", *map(str, batches)], body)
 
 

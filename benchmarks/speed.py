@@ -99,10 +99,11 @@ def interleaved(tasks: dict[str, Callable[[], float]], rounds: int = ROUNDS) -> 
 
 def inference_rows() -> list[dict[str, Any]]:
     """Time inference of base and adapted model at every batch size, and measure its peak."""
-    torch.manual_seed(0)
-    base = SETTINGS["swin-b"].build().eval()
-    torch.manual_seed(0)
-    adapted = get_peft_model(SETTINGS["swin-b"].build(), E3VAConfig(init_weights=False)).eval()
+    models = {}
+    for name, config in {"base": None, "E3VA": E3VAConfig, "E3VA+": E3VAConfig.plus}.items():
+        torch.manual_seed(0)
+        base = SETTINGS["swin-b"].build().eval()
+        models[name] = base if config is None else get_peft_model(base, config(init_weights=False)).eval()
     rows = []
     for batch in BATCHES:
         pixel_values = torch.randn(batch, 3, 224, 224)
@@ -113,8 +114,8 @@ def inference_rows() -> list[dict[str, Any]]:
                 model(pixel_values=pixel_values)
             return time.perf_counter() - start
 
-        rounds = interleaved({"base": lambda p=predict: p(base), "E3VA": lambda p=predict: p(adapted)})
-        for name, model in (("base", base), ("E3VA", adapted)):
+        rounds = interleaved({name: lambda m=model, p=predict: p(m) for name, model in models.items()})
+        for name, model in models.items():
             rows.append(
                 {
                     "setting": "inference",
