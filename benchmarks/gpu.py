@@ -56,8 +56,8 @@ from e3va_peft import check_backbone
 from e3va_peft.files import write_whole
 from e3va_peft.meter.step import MIB, count_peak
 from e3va_peft.methods import adapt
-from e3va_peft.plan.cards import GIB
 from e3va_peft.plan.estimate import PRECISIONS, FakeStep, optimizer_in_use
+from e3va_peft.plan.gpus import GIB
 from tests.models import BY_NAME, CASES, Case
 
 Row = dict[str, Any]

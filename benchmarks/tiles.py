@@ -18,7 +18,7 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from e3va_peft.data.objects import encode_masks
-from e3va_peft.detection.coco import encode_segmentation
+from e3va_peft.detection.annotations import encode_segmentation
 
 SPLITS = ("train", "val")
 LEAST = 16

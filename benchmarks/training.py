@@ -27,7 +27,7 @@ import torch
 from record import quiet, save, spread, training_parser
 
 from e3va_peft.compare.run import Comparison, measure_steps
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.training.config import RunConfig, read_config
 from e3va_peft.training.folder import finished
 from e3va_peft.training.run import train

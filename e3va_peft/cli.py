@@ -249,8 +249,8 @@ def evaluate(
         from e3va_peft.training.config import read_config
         from e3va_peft.training.folder import CONFIG
         from e3va_peft.training.predict import evaluate as score
-        from e3va_peft.training.saving import plain
-        from e3va_peft.training.tables import metrics_table
+        from e3va_peft.training.results import plain
+        from e3va_peft.training.scores import metrics_table
 
         _check_new_file(output)
         if data is None and not (Path(source) / CONFIG).is_file():

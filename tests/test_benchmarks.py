@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.training.config import read_config
 from e3va_peft.training.tasks import task_of
 from tests.helpers import run_python

@@ -32,8 +32,8 @@ from e3va_peft.errors import UserError
 from e3va_peft.files import number_of_bytes, write_whole
 from e3va_peft.layer import E3VALayer
 from e3va_peft.methods import adapt
-from e3va_peft.plan.cached import cached_image
 from e3va_peft.plan.estimate import FakeStep
+from e3va_peft.plan.reading import cached_image
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep

@@ -16,8 +16,8 @@ from rich.console import Console
 from e3va_peft.data import verify as verifying
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.examples import Split
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.images import open_image, open_label_map
-from e3va_peft.data.load import load_splits
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError
 from e3va_peft.training.run import verify

@@ -17,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 
 from e3va_peft.data.examples import Split
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import decode_mask
 from e3va_peft.data.verify import verify_split
 from e3va_peft.errors import UserError

@@ -13,7 +13,7 @@ from PIL import Image
 
 from e3va_peft.data.config import DataConfig
 from e3va_peft.data.examples import Split
-from e3va_peft.data.load import load_eval_split, load_splits
+from e3va_peft.data.formats import load_eval_split, load_splits
 from e3va_peft.data.objects import decode_mask
 from e3va_peft.data.verify import verify_split
 from e3va_peft.errors import UserError

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.ops import box_convert
 
 from e3va_peft.data.examples import Examples
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import HEADS, parse_config

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from e3va_peft import E3VAConfig, load_adapter
 from e3va_peft.cli import app
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.verify import verify_split
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config, read_config

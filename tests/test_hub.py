@@ -28,8 +28,8 @@ import e3va_peft
 from e3va_peft import E3VAConfig, load_adapter
 from e3va_peft.errors import UserError
 from e3va_peft.training.config import parse_config
+from e3va_peft.training.results import push
 from e3va_peft.training.run import train
-from e3va_peft.training.saving import push
 from tests.helpers import assert_same, outputs
 from tests.hub_server import TOKEN, HubServer, connect, hurry
 from tests.inputs import classify

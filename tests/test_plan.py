@@ -24,9 +24,7 @@ from e3va_peft.meter import measure_step
 from e3va_peft.methods import adapt, settings
 from e3va_peft.plan import plan
 from e3va_peft.plan.blueprint import SHORT_NAMES, make_batch, model_builder, model_config
-from e3va_peft.plan.cached import cached_image
-from e3va_peft.plan.cards import GIB, find_card, runs_on, software_stack
-from e3va_peft.plan.detectors import OBJECTS
+from e3va_peft.plan.boxes import OBJECTS
 from e3va_peft.plan.estimate import (
     PRECISIONS,
     FakeStep,
@@ -35,6 +33,8 @@ from e3va_peft.plan.estimate import (
     most_live_blocks,
     needed_bytes,
 )
+from e3va_peft.plan.gpus import GIB, find_card, runs_on, software_stack
+from e3va_peft.plan.reading import cached_image
 from e3va_peft.plan.show import plan_table, print_plan
 from tests.inputs import write
 from tests.models import BY_NAME

@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.cli import app
+from e3va_peft.data.formats import load_eval_split, load_splits
 from e3va_peft.data.images import open_label_map
-from e3va_peft.data.load import load_eval_split, load_splits
 from e3va_peft.detection import DetectionImageProcessor
 from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt

@@ -36,10 +36,10 @@ from e3va_peft.files import FULL_DISK
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
 from e3va_peft.training.config import RunConfig, parse_config, read_config
+from e3va_peft.training.logs import _TensorBoard
 from e3va_peft.training.predict import evaluate, load_trained
-from e3va_peft.training.reports import _TensorBoard
+from e3va_peft.training.results import MANIFEST
 from e3va_peft.training.run import train
-from e3va_peft.training.saving import MANIFEST
 from e3va_peft.training.tasks.classification import ImageClassification
 from e3va_peft.training.trainer import VisionTrainer
 from tests.helpers import Stop, adapter_weights, assert_same, by_two, let_shard, stop_after

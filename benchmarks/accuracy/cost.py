@@ -25,7 +25,7 @@ from transformers import set_seed
 
 from e3va_peft import cached
 from e3va_peft.data.examples import Examples
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.demo.data import mni152_slices
 from e3va_peft.demo.run import BATCH, build_base
 from e3va_peft.demo.weights import focus_vit

@@ -19,8 +19,8 @@ from e3va_peft.compare.plots import draw_tradeoff
 from e3va_peft.files import write_whole
 from e3va_peft.meter.step import MIB
 from e3va_peft.training.config import RunConfig
+from e3va_peft.training.results import plain
 from e3va_peft.training.run import versions
-from e3va_peft.training.saving import plain
 
 TABLE, JSON = "compare.md", "compare.json"
 MEMORY_PLOT, TIME_PLOT = "metric-memory.png", "metric-time.png"

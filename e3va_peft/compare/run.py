@@ -18,7 +18,7 @@ from transformers import TrainingArguments, set_seed
 
 from e3va_peft.compare.report import Row, write_report
 from e3va_peft.data.examples import Examples, Split
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.errors import UserError, nearest
 from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole

@@ -14,7 +14,7 @@ import numpy as np
 from faster_coco_eval.core import mask as mask_api
 
 from e3va_peft.data.objects import RLE, Objects
-from e3va_peft.detection.coco import LEAST_SIDE, are_numbers, encode_segmentation, is_set
+from e3va_peft.detection.annotations import LEAST_SIDE, are_numbers, encode_segmentation, is_set
 from e3va_peft.errors import UserError
 
 Record: TypeAlias = dict[str, Any]

@@ -12,7 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.ops import box_convert
 from transformers import DetrImageProcessor
 
-from e3va_peft.detection.coco import LEAST_SIDE, encode_segmentation, is_set
+from e3va_peft.detection.annotations import LEAST_SIDE, encode_segmentation, is_set
 
 Sizes = Sequence[tuple[int, int]] | Tensor
 

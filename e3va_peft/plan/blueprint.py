@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from e3va_peft.errors import UserError, nearest, one_of
-from e3va_peft.plan.detectors import labels_of
+from e3va_peft.plan.boxes import labels_of
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks.base import find_config, name_classes

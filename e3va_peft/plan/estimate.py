@@ -30,9 +30,9 @@ from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
 from e3va_peft.plan.blueprint import CLASSES, DETECTION, give_fake_memory, image_size_of, make_batch, model_builder
-from e3va_peft.plan.cached import CachedImage, Flops, cached_image
-from e3va_peft.plan.cards import GIB
-from e3va_peft.plan.detectors import bound
+from e3va_peft.plan.boxes import bound
+from e3va_peft.plan.gpus import GIB
+from e3va_peft.plan.reading import CachedImage, Flops, cached_image
 from e3va_peft.training.tasks.base import extras_at
 
 Rules = Literal["cuda", "cpu"]
@@ -150,7 +150,7 @@ def plan(
     Args:
         model: Short name (swin-t, swin-b, vit-b, dinov2-s, ...), folder, or Hub id, of which only config.json is read.
         task: image-classification, semantic-segmentation, object-detection or instance-segmentation. A detector is
-            estimated from above: see `plan.detectors`.
+            estimated from above: see `plan.boxes`.
         image_size: Side of the square images in pixels; by default the model's own, 512 for segmentation. Of a
             detector's, which are 1.67 times as wide, the shorter one, by default 800.
         batch_size: Images per step; by default 8, of a detector 2.

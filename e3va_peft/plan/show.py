@@ -12,10 +12,10 @@ from rich.text import Text
 
 from e3va_peft.files import number_of_bytes
 from e3va_peft.plan.blueprint import DETECTION
-from e3va_peft.plan.cached import CachedImage
-from e3va_peft.plan.cards import GIB, Card, Stack, find_card, software_stack, this_card
-from e3va_peft.plan.detectors import OBJECTS
+from e3va_peft.plan.boxes import OBJECTS
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
+from e3va_peft.plan.gpus import GIB, Card, Stack, find_card, software_stack, this_card
+from e3va_peft.plan.reading import CachedImage
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.tasks import task_of
 

@@ -27,8 +27,8 @@ from e3va_peft import detection
 from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples
+from e3va_peft.data.formats import load_eval_split
 from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
-from e3va_peft.data.load import load_eval_split
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections
 from e3va_peft.detection import Detector
@@ -41,7 +41,7 @@ from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
 from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
-from e3va_peft.training.saving import plain, refuse_other_base, refuse_other_files
+from e3va_peft.training.results import plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras

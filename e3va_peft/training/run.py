@@ -28,7 +28,7 @@ from transformers import TrainingArguments, set_seed
 from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples, Split
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import Objects
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
@@ -45,8 +45,8 @@ from e3va_peft.training.folder import (
     check_output,
     locked,
 )
-from e3va_peft.training.reports import reported
-from e3va_peft.training.saving import (
+from e3va_peft.training.logs import reported
+from e3va_peft.training.results import (
     check_disk,
     check_hub,
     full_disk_explained,
@@ -56,7 +56,7 @@ from e3va_peft.training.saving import (
     save_results,
     trained_on,
 )
-from e3va_peft.training.tables import class_metric, metrics_table
+from e3va_peft.training.scores import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
 from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer

@@ -12,7 +12,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from e3va_peft.data.load import load_splits
+from e3va_peft.data.formats import load_splits
 from e3va_peft.errors import UserError
 from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, parse_config, set_field

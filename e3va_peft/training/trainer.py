@@ -37,7 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from e3va_peft.errors import UserError
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import best_entry, draw_curves
-from e3va_peft.training.saving import refuse_other_base, trained_on, write_manifest
+from e3va_peft.training.results import refuse_other_base, trained_on, write_manifest
 from e3va_peft.training.tasks import Task
 
 _NAMED = 5  # parameters in a message

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from e3va_peft.training import reports
+from e3va_peft.training import logs
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.curves import curves
 from e3va_peft.training.predict import predict
@@ -99,7 +99,7 @@ def test_a_picture_that_cannot_be_drawn_is_warned_of_once_and_a_replaced_run_tak
 ):
     config = parse_config(classify(tmp_path, report_to="tensorboard"))
     with monkeypatch.context() as patch:
-        patch.setattr(reports, "draw", lambda *args: 1 / 0)
+        patch.setattr(logs, "draw", lambda *args: 1 / 0)
         train(config)
     assert capsys.readouterr().out.count("not logged any more (division by zero)") == 1
     assert not _log(tmp_path / "run").Tags()["images"]
