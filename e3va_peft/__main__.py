@@ -2,12 +2,13 @@
 
 import sys
 
-from e3va_peft.errors import MissingExtra
+from e3va_peft.errors import MissingExtra, require_train
 
 
 def main() -> None:
     """Run the command line, or name the install line of what it needs."""
     try:
+        require_train("e3va")
         from e3va_peft.cli import main as run
 
         run()

@@ -106,6 +106,6 @@ def require_train(room: str) -> None:
     Raises:
         MissingExtra: One is missing.
     """
-    needed = "faster_coco_eval matplotlib PIL psutil rich ruamel scipy torchmetrics torchvision"
+    needed = "faster_coco_eval matplotlib PIL psutil rich ruamel scipy torchmetrics torchvision typer"
     if missing := [package for package in needed.split() if importlib.util.find_spec(package) is None]:
         raise MissingExtra(f'{room} needs {", ".join(missing)}: pip install "e3va_peft[train]"', name=missing[0])

@@ -207,6 +207,7 @@ from importlib.machinery import PathFinder
 
 hidden = {"faster_coco_eval", "matplotlib", "PIL", "scipy", "timm", "torchao", "bitsandbytes", "torchmetrics"}
 hidden |= {"torchvision", "onnx", "nilearn", "sklearn"}
+hidden |= {"ruamel", "typer", "rich", "psutil", "gradio", "onnxruntime", "onnxscript", "tensorboard", "wandb"}
 find = PathFinder.find_spec
 is_hidden = lambda name: name.split(".")[0] in hidden
 PathFinder.find_spec = classmethod(lambda cls, name, *rest: None if is_hidden(name) else find(name, *rest))
