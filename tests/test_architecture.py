@@ -134,6 +134,12 @@ def test_every_registered_family_is_tested():
     assert exits <= seen
 
 
+def test_a_family_is_one_short_file():
+    for path in (PACKAGE / "backbones").glob("*.py"):
+        if re.search(r"^[A-Z0-9_]+ = Backbone\(", path.read_text(), re.MULTILINE):
+            assert len(path.read_text().splitlines()) < 40, path
+
+
 def test_register_backbone_works_from_user_code(monkeypatch):
     monkeypatch.setattr(registry, "_FAMILIES", registered_backbones())
 
