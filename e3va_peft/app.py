@@ -70,7 +70,7 @@ _STYLE = """
 
 
 class Finder:
-    """What models find in images, with and without their adapters; kept of the last few images.
+    """Results of models on images, with and without their adapters; those of the last few images are kept.
 
     Attributes:
         trained: The models.
@@ -364,7 +364,7 @@ def write_space(source: str, folder: Path) -> None:
         hf_hub_download(source, "adapter_config.json")
         card = ModelCard.load(hf_hub_download(source, "README.md"), ignore_metadata_errors=True)
     except (OSError, EntryNotFoundError, HFValidationError, HTTPError) as error:
-        raise UserError(f"{source}: is no adapter with a card that can be read on the Hub: {reason(error)}") from None
+        raise UserError(f"{source}: the Hub does not show an adapter with a card there: {reason(error)}") from None
     title = source.rpartition("/")[2]
     data = SpaceCardData(
         title=title, sdk="gradio", sdk_version=gr.__version__, python_version=".".join(python_version_tuple()[:2]),

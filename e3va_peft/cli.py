@@ -258,7 +258,7 @@ def evaluate(
                 raise UserError(
                     f"{source}: is a file, not what it trained: e3va eval RUN, the folder of its `output`."
                 )
-            what = "is no folder of a run" if Path(source).is_dir() else f"no such folder (from {Path.cwd()})"
+            what = "is not the folder of a run" if Path(source).is_dir() else f"no such folder (from {Path.cwd()})"
             raise UserError(f"{source}: {what}, and an adapter knows no data. Name a config: --data my.yaml.")
         scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
         Console().print(metrics_table(scores, labels))

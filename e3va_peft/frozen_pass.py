@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class Grid(NamedTuple):
-    """How the tokens of a stage lie in the image: `prefix` tokens, then height * width in rows."""
+    """Places of the tokens of a stage in the image: `prefix` tokens, then height * width in rows."""
 
     prefix: int
     height: int

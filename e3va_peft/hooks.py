@@ -34,7 +34,7 @@ class Front(NamedTuple):
 
 
 class Origin:
-    """How a frozen module in front of an exit made a tensor, so that it can be made again. It keeps none alive.
+    """Call by which a frozen module in front of an exit made a tensor, to make it again. It keeps no tensor alive.
 
     Args:
         module: The module.
@@ -63,7 +63,7 @@ class Origin:
 
 
 def _version(value: Any) -> int | None:
-    """Return how often a tensor was changed in place; None of what cannot say."""
+    """Count how often a tensor was changed in place; None of what cannot say."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else None
 
 

@@ -15,7 +15,7 @@ from e3va_peft.storage import TAP_STORAGES, keep
 
 
 def most_exact(highways: Sequence[Highway]) -> str:
-    """Return how taps are kept for highways that are active together."""
+    """Return the storage of taps for highways that are active together."""
     return TAP_STORAGES[min([TAP_STORAGES.index(highway.tap_storage) for highway in highways] or [0])]
 
 

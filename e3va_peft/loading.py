@@ -49,7 +49,7 @@ _MAPPING: dict[str, Any] = {
     "weights": str | None,
     "reads": dict[str, Any] | None,
 }
-"""What `auto_mapping` may hold; see `card.BaseModel.mapping`."""
+"""Types of what `auto_mapping` may hold; see `card.BaseModel.mapping`."""
 
 _INHERITED: dict[str, Any] = {  # which PEFT does not check
     "auto_mapping": dict | None,
@@ -205,7 +205,7 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
     """Read `base_config.json`, and refuse sizes of which nobody trains a model.
 
     Raises:
-        ValueError: It is no config of this class, or describes too large a model.
+        ValueError: It is not a config of this class, or describes too large a model.
     """
     content = _read_json(file)
     attention = content.get("_attn_implementation", content.get("attn_implementation"))
@@ -229,7 +229,7 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
             parameters = sum(p.numel() for p in model_class(config).parameters())
     except Exception as error:  # whatever transformers' classes do with what is not theirs
         raise ValueError(
-            f"{file}: is no config of a {model_class.__name__} ({reason(error)}). Restore the file that was saved."
+            f"{file}: is not a config of a {model_class.__name__} ({reason(error)}). Restore the file that was saved."
         ) from None
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"{file}: describes a model of {parameters:.1e} parameters, too large to be meant.")

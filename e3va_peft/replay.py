@@ -116,7 +116,7 @@ class Watching(Recorder):
 
 
 class Taken(NamedTuple):
-    """What was taken down of a run of the frozen backbone.
+    """Notes of one run of the frozen backbone.
 
     Attributes:
         frozen: Its record up to the live blocks, with whole taps: (stage, index) -> (tap,). Its outputs are all of the

@@ -1,4 +1,4 @@
-"""How a tap is read, and how it is kept between forward and backward: as it is, or rounded. Pure torch.
+"""Storage of a tap between forward and backward, as it is or rounded, and its reading. Pure torch.
 
 A rounded tap is what the highway reads in forward *and* in backward, so that the gradient is that of the function
 computed, in training *and* after it, so that this function is the one that is used: an adapter that has met taps in 4
@@ -105,7 +105,7 @@ def keep(tap: Tensor, storage: str, norm: str) -> tuple[Tensor, ...]:
 
 
 def coarser(kept: Sequence[Tensor], storage: str, width: int, norm: str) -> Sequence[Tensor]:
-    """What is kept of a tap, rounded to `storage` where it is kept more exactly: in a cache, or for another adapter.
+    """Round a tap that is kept more exactly than `storage`, in a cache or for another adapter.
 
     Args:
         kept: The tensors that `keep` returned.

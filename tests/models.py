@@ -107,7 +107,7 @@ class Case:
     as_tuple: bool = True
     """It takes return_dict=False and gives all of its outputs in a tuple."""
     lora: str = r".*\.(q_proj|v_proj)"
-    """What LoRA adapts in it, to compare with."""
+    """Targets of LoRA in it, to compare with."""
 
     def base(self, seed: int = 0) -> nn.Module:
         """A model of its own, and the random state behind its making."""

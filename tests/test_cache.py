@@ -46,7 +46,7 @@ COUNT = 4
 
 
 class Images(Dataset):
-    """Random images with the labels of a case; `noise` draws anew each time."""
+    """Random images with the labels of a case; `noise` draws other ones each time."""
 
     def __init__(self, case: Case, count: int = COUNT, noise: float = 0.0) -> None:
         batch = case.batch(count)

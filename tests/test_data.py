@@ -648,7 +648,7 @@ def test_an_image_is_turned_as_its_exif_tag_says(tmp_path):
 
 
 def test_a_broken_exif_block_does_not_matter():
-    data = of(picture(), "JPEG", exif=b"Exif\x00\x00junk that is no TIFF header")
+    data = of(picture(), "JPEG", exif=b"Exif\x00\x00junk, not a TIFF header")
     assert open_image(data, "x").size == (8, 12)
 
 

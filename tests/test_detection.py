@@ -770,7 +770,7 @@ def test_masks_may_be_run_lengths(form):
 def test_an_annotation_without_what_it_takes_is_named(key):
     whole = {"bbox": [2, 1, 9, 9], "category_id": 0, "area": 81, "iscrowd": "0"}
     broken = whole | {key: None}
-    crowd = broken | {"iscrowd": "True"}  # is no object, and needs nothing
+    crowd = broken | {"iscrowd": "True"}  # is not an object, and needs nothing
     images = np.zeros((20, 20, 3), dtype=np.uint8)
     labels = DetectionImageProcessor()(images, annotations={"image_id": 1, "annotations": [whole, crowd]})["labels"]
     assert len(labels[0]["class_labels"]) == 1

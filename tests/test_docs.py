@@ -1,4 +1,4 @@
-"""What README.md and the pages of docs/ show: Python runs, configs and commands are taken, files are there."""
+"""Contents of README.md and of the pages of docs/: Python runs, configs and commands are taken, files are there."""
 
 from __future__ import annotations
 

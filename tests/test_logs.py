@@ -1,4 +1,4 @@
-"""What a run shows while it runs: the bar over its steps, its curves, and what TensorBoard and wandb get of it."""
+"""Progress of a run: the bar over its steps, its curves, and its logs for TensorBoard and wandb."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def adapters(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """Pictures in a folder and in one below it, of two sizes, and one in a format that is no 8-bit RGB."""
+    """Pictures in a folder and in one below it, of two sizes, and one in a format other than 8-bit RGB."""
     folder = tmp_path / "pictures"
     (folder / "below").mkdir(parents=True)
     generator = np.random.default_rng(0)

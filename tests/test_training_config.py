@@ -302,7 +302,7 @@ def test_a_missing_file_offers_the_nearest_recipe(tmp_path):
     with pytest.raises(UserError, match=r"dinov2-image-folder.*e3va recipes"):
         read_config("dinov2-image-foldr")
     with pytest.raises(UserError, match="no such file"):
-        read_config(tmp_path)  # a folder is no file
+        read_config(tmp_path)  # a folder, not a file
     with pytest.raises(UserError, match="nuclei-upernet-swin"):
         recipe_text("nuclei-upernet-swim")
 

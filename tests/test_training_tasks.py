@@ -1,4 +1,4 @@
-"""What differs between tasks and methods: views of an image, models with new heads, what is trained, scores."""
+"""Differences between tasks and methods: views of an image, models with new heads, what is trained, scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training step of every method that has scores costs on a task: bytes, and seconds from interleaved rounds.
+"""Cost of a training step, on a task, of every method that has scores: bytes, and seconds from interleaved rounds.
 
     python benchmarks/accuracy/cost.py nuclei --data DATA --model MODEL --runs RUNS
 
@@ -47,7 +47,7 @@ Collator = Callable[[list[Any]], Any]
 
 
 def parts(protocol: Protocol) -> tuple[Callable[[], nn.Module], Dataset[Any], Collator, int, torch.dtype | None]:
-    """Return what builds the base model, the training examples, their collator, the batch size, autocast's dtype."""
+    """Return the base model's builder, the training examples, their collator, the batch size, autocast's dtype."""
     if protocol.task.recipe == "demo":
         vit, slices = focus_vit(), mni152_slices()[0]
         return lambda: build_base(vit), slices, default_collate, BATCH, None

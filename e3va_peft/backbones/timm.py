@@ -37,7 +37,7 @@ def without_norm(call: ExitCall) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def taken(call: ExitCall, count: int) -> list[int]:
-    """Return which of `count` blocks or stages `forward_intermediates` returns, in their order."""
+    """Return the indices of those of `count` blocks or stages that `forward_intermediates` returns, in order."""
     indices = bound(call)["indices"]
     if indices is None or isinstance(indices, int):
         return list(range(count - (indices or count), count))

@@ -194,7 +194,7 @@ class Repeated(ByEpoch):
 
 
 class Cached(ByEpoch):
-    """A dataset whose examples hold a record of the frozen pass in the place of the image. `cached` makes it.
+    """A dataset whose examples hold a record of the frozen pass instead of the image. `cached` makes it.
 
     Args:
         store: The records.
@@ -226,7 +226,7 @@ def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise UserError(f"dataset={type(dataset).__name__}: has no length, or is empty. A cache needs a known number.")
     if views < 1:
-        raise UserError(f"views={views}: must be at least 1, which is no augmentation.")
+        raise UserError(f"views={views}: must be at least 1, for images without augmentation.")
     if storage not in STORAGES:
         raise UserError(f"storage={storage!r}: choose among {STORAGES}.")
     if batch_size < 1:

@@ -1,4 +1,4 @@
-"""How one frozen pass lies in a row of bytes. Pure torch."""
+"""Layout of one frozen pass in a row of bytes. Pure torch."""
 
 from __future__ import annotations
 

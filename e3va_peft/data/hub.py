@@ -67,7 +67,7 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
 
 
 def _file_hint(path: Path) -> str:
-    """Say what to do with a file that is no parquet."""
+    """Say what to do with a file that is not parquet."""
     suffixes = "".join(path.suffixes[-2:]).lower()
     if suffixes.endswith((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")):
         return "is an archive. Unpack it, and name the folder."

@@ -100,7 +100,7 @@ def verify_split(
 
 
 def usable_processors() -> int:
-    """Return how many processors this process may use, which a container or a scheduler can limit."""
+    """Count the processors that this process may use, which a container or a scheduler can limit."""
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

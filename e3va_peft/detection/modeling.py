@@ -321,7 +321,7 @@ class _DenseHeads(TorchvisionRetinaNet):
     def _traced(
         self, outputs: dict[str, list[Tensor]], anchors: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor]:
-        """What `postprocess_detections` finds in a single image, as a graph: no shape hangs on scores up to the end.
+        """Find what `postprocess_detections` finds in one image, as a graph: no shape hangs on scores up to the end.
 
         Boxes below the score's threshold go last here: they suppress none that scores higher.
 

@@ -1,4 +1,4 @@
-"""How much of a backbone is trained."""
+"""Share of a backbone that is trained."""
 
 from __future__ import annotations
 

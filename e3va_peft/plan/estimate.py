@@ -203,7 +203,7 @@ def plan(
 def most_live_blocks(
     fake_step: Callable[[str, Mapping[str, Any]], FakeStep], batch_size: int, memory: int
 ) -> tuple[int, FakeStep] | None:
-    """Return how many blocks can be live so that a step fits, and that step; None where not even one can.
+    """Return the most live blocks with which a step fits, and that step; None where not even one can be live.
 
     More live blocks keep more: it is searched by halves.
 

@@ -64,7 +64,7 @@ _RULES: dict[str, Rule] = {
 
 @dataclass
 class AugmentConfig:
-    """How training images vary. Evaluation images never do.
+    """Variation of training images. Evaluation images never vary.
 
     Attributes:
         scale: Classification: share of the area a crop covers, default [0.35, 1]. Segmentation: shorter side before
@@ -87,7 +87,7 @@ class AugmentConfig:
 
 @dataclass
 class CacheConfig:
-    """How the frozen backbone's passes are kept, so that it runs once per image and view: see `e3va_peft.cached`.
+    """Storage of the frozen backbone's passes, so that it runs once per image and view: see `e3va_peft.cached`.
 
     Attributes:
         views: How often augmentation is drawn for each training image; epoch e sees view e mod views.
@@ -447,7 +447,7 @@ _SYNONYMS = {
     **dict.fromkeys(("scheduler", "lr_scheduler"), "lr_scheduler_type"),
     **dict.fromkeys(("optimizer",), "optim"),
 }
-"""What other trainers call a training argument."""
+"""Names of training arguments in other trainers."""
 _SYNONYMS_OF = {
     "method": {"rank": "r", "lora_r": "r", "tap": "taps", "storage": "tap_storage", "norm": "tap_norm"},
     "data": {
@@ -456,7 +456,7 @@ _SYNONYMS_OF = {
         **dict.fromkeys(("classes", "class_names", "names"), "labels"),
     },
 }
-"""What else the fields of a section are called elsewhere."""
+"""Names of the fields of a section in other tools."""
 
 
 def _refuse_unknown(section: str, values: Mapping[str, Any], cls: type[Any]) -> None:

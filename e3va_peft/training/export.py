@@ -73,7 +73,7 @@ def export(source: str, output: Path) -> str:
                 verbose=False,
             )
         difference = _difference(model, partial, torch.randn(1 if count == 1 else 3, *images.shape[1:]))
-        if not difference < _TOLERANCE:  # also where it is no number
+        if not difference < _TOLERANCE:  # also where it is not a number
             raise UserError(f"{source}: its ONNX differs from PyTorch by {difference:.1e}. Nothing was written.")
         os.replace(partial, output)
     finally:
@@ -95,8 +95,8 @@ def _outputs(base: nn.Module, source: str) -> tuple[list[str], int]:
         return ["scores", "labels", "pred_boxes"], 1
     if isinstance(base, Detector):
         raise UserError(
-            f"{source}: is a detector of two stages, which looks again at the boxes that it has chosen: that is no "
-            "graph of fixed size. Classifiers, UperNet, Mask2Former and RetinaNet can be exported."
+            f"{source}: is a detector of two stages, which looks again at the boxes that it has chosen: its "
+            "graph has no fixed size. Classifiers, UperNet, Mask2Former and RetinaNet can be exported."
         )
     if isinstance(base, Mask2FormerForUniversalSegmentation):
         return ["class_queries_logits", "masks_queries_logits"], 2

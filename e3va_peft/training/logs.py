@@ -1,4 +1,4 @@
-"""What TensorBoard and Weights & Biases get of a run: one log in its folder, with predictions as pictures."""
+"""Logs of a run for TensorBoard and Weights & Biases, kept in its folder, with predictions as pictures."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
 
 CLASSES, PREDICTIONS, SHEET = "classes.json", "predictions.json", "index.html"
-_LOOKED_AT = 1000  # files of a folder that is no run, to see whether it holds images: a home folder has many
+_LOOKED_AT = 1000  # files of a folder that is not a run, to see whether it holds images: a home folder has many
 _SMALL = 512  # pixels of the longer side of a classified image on the contact sheet
 _TRAINABLE = ("ForImageClassification", "ForSemanticSegmentation", "ForUniversalSegmentation", "RCNN", "RetinaNet")
 _OF_LABELS = {"do_reduce_labels", "ignore_index", "num_labels"}  # what an image processor does to label maps alone

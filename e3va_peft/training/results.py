@@ -117,7 +117,7 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
 
 
 def trained_on(rows: str, arguments: TrainingArguments) -> dict[str, Any]:
-    """Return what must be the same for a run to resume: the examples, and how many of them there are in a step.
+    """Describe what a resumed run must share with its checkpoint: the examples, and how many are in a step.
 
     Args:
         rows: Fingerprint of the examples.

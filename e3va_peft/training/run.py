@@ -143,7 +143,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     check_sizes(trainer)
     console.print(_summary(config, trainer, trained))
     if checkpoint is not None:
-        console.print(f"going on from {escape(str(checkpoint))}")
+        console.print(f"resuming from {escape(str(checkpoint))}")
     with state.main_process_first(), full_disk_explained(output, state):
         if state.is_main_process:
             begin(output, config, overwrite, console)
@@ -418,7 +418,7 @@ def _peak_memory(device: torch.device) -> int:
 
 
 def _costs(record: Mapping[str, Any]) -> str:
-    """What a step took, and where the memory was at its highest."""
+    """Describe the time of a step and the peak of the memory, in one line."""
     of = "the GPU" if record["device"].startswith("cuda") else "the process"
     peak = f"{record['peak_memory_bytes'] / 2**20:.0f} MiB of {of} at the peak"
     return peak if record["seconds_per_step"] is None else f"{record['seconds_per_step']:.3g} s a step, {peak}"

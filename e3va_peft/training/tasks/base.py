@@ -264,7 +264,7 @@ def find_processor(model: str) -> Any:
             return None
         place = file if Path(model).is_dir() else f"{PROCESSOR} of {model}"
         raise UserError(
-            f"{place}: cannot be read ({reason(error)}). Mend it, or remove it for ImageNet's values, for a model on "
+            f"{place}: cannot be read ({reason(error)}). Fix it, or remove it for ImageNet's values, for a model on "
             "the Hub in a folder of your own. Code of its author's is not run."
         ) from None
 
