@@ -52,7 +52,8 @@ class BaseModel:
         quantized_by: Library that quantised the weights while they were loaded, "" where they are used as stored.
         folders: Those of the base and its backbones that were folders: never to be looked for on the Hub.
         commits: Hub id -> commit, of those that were loaded from the Hub.
-        backbone: See `fingerprint.backbone_fingerprint`; noted when the adapter is saved.
+        backbone: See `refusals.backbone_fingerprint`; noted when the adapter is saved.
+        outside: See `refusals.outside_fingerprints`; noted when the adapter is saved.
     """
 
     config: Any = None
@@ -64,6 +65,7 @@ class BaseModel:
     folders: list[str] = field(default_factory=list)
     commits: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, str] | None = None
+    outside: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int | None:
@@ -81,6 +83,7 @@ class BaseModel:
             "folders": self.folders,
             "commits": self.commits,
             "backbone": self.backbone,
+            "outside": self.outside,
             "base_config": None if self.config is None else content_checksum(json.loads(self._config_text())),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -144,6 +144,35 @@ def everything_outside(model: nn.Module, exits: list[Exit], chosen: list[Exit] |
     visit("", model)
     inside = [name for found in chosen for name in found.site.norms if name in found.tail]
     return names + inside
+
+
+def unsaved_outside(model: nn.Module, targets: Collection[str], saved: Collection[str]) -> dict[str, list[Tensor]]:
+    """Return the parameters of a base model that an adapter reads or feeds, and neither freezes as backbone nor saves.
+
+    Args:
+        model: The base model, wrapped or not.
+        targets: Names of the exits that are adapted.
+        saved: Names of the modules that the adapter saves.
+
+    Returns:
+        Name of the maximal module without such an exit -> its parameters, of a bare parameter its own.
+    """
+    present = find_exits(model)
+    chosen = [found for found in present if found.target in targets]
+    methods = {found.name for found in chosen if found.family.methods}  # whose bare parameters are of the stream
+    skipped = [*saved, *(name for found in present for name in found.site.unused)]
+    groups: dict[str, list[Tensor]] = {}
+    for prefix, module in base_modules(model):
+        if any(prefix == name or prefix.startswith(f"{name}.") for name in skipped):
+            continue
+        if prefix in methods or any(found.contains(prefix) for found in chosen):
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            parts = child(prefix, key).split(".")
+            names = (".".join(parts[: i + 1]) for i in range(len(parts)))
+            name = next(name for name in names if not any(found.is_within(name) for found in chosen))
+            groups.setdefault(name, []).append(parameter)
+    return groups
 
 
 def learns(module: nn.Module | None) -> bool:

@@ -45,6 +45,7 @@ _MAPPING: dict[str, Any] = {
     "folders": list[str] | None,
     "commits": dict[str, str] | None,
     "backbone": dict[str, str] | None,
+    "outside": dict[str, dict[str, str]] | None,
     "base_config": str | None,
     "weights": str | None,
     "reads": dict[str, Any] | None,

@@ -22,7 +22,7 @@ from e3va_peft.exits import find_exits
 from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.hooks import FrozenGuard, FrozenOutput, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
-from e3va_peft.refusals import backbone_fingerprint, check_backbone
+from e3va_peft.refusals import backbone_fingerprint, check_backbone, check_outside, outside_fingerprints
 from e3va_peft.resolve import resolve
 from e3va_peft.saved import SavedModule, shared_tensors
 
@@ -159,6 +159,7 @@ class E3VAModel(BaseTuner):
         if isinstance(model, PeftModel):  # it is being saved, perhaps to be uploaded: PEFT has no hook for the card
             model._upload_modified_files = KeepCard(model)  # type: ignore[assignment]
         config.base.backbone = backbone_fingerprint(model, adapter_name)
+        config.base.outside = outside_fingerprints(model, config)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -181,7 +182,8 @@ class E3VAModel(BaseTuner):
 
         Raises:
             ValueError: The file lacks weights of the adapter, has others besides, or has them in other sizes; they
-                are not finite, or not those that were saved; or the adapter was trained on other frozen weights.
+                are not finite, or not those that were saved; or the adapter was trained on other frozen weights, or
+                beside another head that it does not bring.
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         containers = (*E3VALayer.adapter_layer_names, "modules_to_save")
@@ -195,7 +197,7 @@ class E3VAModel(BaseTuner):
         vars(model.get_base_model() if isinstance(model, PeftModel) else model).pop(_LOADER, None)
         saved = config.auto_mapping or {}
         # once: what is loaded under this name later, a checkpoint, is not what this config was saved with
-        checksum, backbone = saved.pop("weights", None), saved.pop("backbone", None)
+        checksum, backbone, outside = (saved.pop(name, None) for name in ("weights", "backbone", "outside"))
         if checksum is not None and checksum != tensors_checksum(mapped.values()):
             raise ValueError(
                 f"the adapter's weights are not those that were saved: their SHA-256 is not {str(checksum)[:12]}, as "
@@ -205,6 +207,7 @@ class E3VAModel(BaseTuner):
         _warn_of_other_reading(saved.pop("reads", None) or {}, config)
         if backbone is not None:
             check_backbone(backbone, model, adapter_name, config.base_model_name_or_path or "its base")
+        check_outside(outside or {}, model, config, to_train=not config.inference_mode)
         return mapped
 
 

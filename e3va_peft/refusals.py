@@ -14,8 +14,17 @@ from torch import Tensor, nn
 
 from e3va_peft.backbones import child
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import CONTAINERS, Exit, base_modules, find_exits, frozen_weights, layers_of, learns
-from e3va_peft.fingerprint import are_plain, checksum, described
+from e3va_peft.exits import (
+    CONTAINERS,
+    Exit,
+    base_modules,
+    find_exits,
+    frozen_weights,
+    layers_of,
+    learns,
+    unsaved_outside,
+)
+from e3va_peft.fingerprint import are_plain, checksum, described, tensors_checksum
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
 from e3va_peft.layer import AdaptedMethod, has_units
@@ -216,6 +225,25 @@ def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] 
     return described(sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest(), tensors)
 
 
+def outside_fingerprints(model: nn.Module, config: E3VAConfig) -> dict[str, dict[str, str]]:
+    """Note the parameters beside the backbone that an adapter neither brings nor trains, such as a head.
+
+    Args:
+        model: The adapted model.
+        config: The adapter's.
+
+    Returns:
+        Module -> see `fingerprint.described`; without those that are not all at hand as plain tensors.
+    """
+    if will_be_sharded() or has_units(model):
+        return {}
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    found = unsaved_outside(base, config.target_modules or (), config.modules_to_save or ())
+    return {
+        name: described(tensors_checksum(tensors), tensors) for name, tensors in found.items() if are_plain(tensors)
+    }
+
+
 def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
     """Note the frozen parameters below the adapter of another of PEFT's methods, such as LoRA.
 
@@ -256,6 +284,41 @@ def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str
     check_fingerprint(saved, backbone_fingerprint(model, adapter_name), name, place)
 
 
+def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig, to_train: bool = False) -> None:
+    """Refuse a model whose head, or what else the adapter does not bring, is another than it was trained with.
+
+    It is a warning where transformers has another version, which may have given weights another layout. What cannot be
+    compared, or is not in this model at all, passes.
+
+    Args:
+        saved: What `outside_fingerprints` noted when the adapter was saved.
+        model: The model that it is loaded into.
+        config: The adapter's, as it is loaded.
+        to_train: It may well get another head then: a warning.
+
+    Raises:
+        ValueError: Some module beside the backbone has other values.
+    """
+    found = outside_fingerprints(model, config) if saved else {}
+    other = [name for name in saved if name in found and _are_other(saved[name], found[name])]
+    if not other:
+        return
+    known, now = saved[other[0]], found[other[0]]
+    message = (
+        f"the adapter does not bring {other}, because its modules_to_save leaves them out, and was trained beside "
+        f"other values of them: {other[0]} had the SHA-256 {str(known.get('checksum'))[:_SHOWN]} (transformers "
+        f"{known.get('transformers')}), and has {now['checksum'][:_SHOWN]} (transformers {now['transformers']}). "
+        "Perhaps they are random, because the base model has no weights for them."
+    )
+    if to_train or known.get("transformers") != now["transformers"]:
+        warnings.warn(message, stacklevel=2)
+        return
+    raise ValueError(
+        f"{message} Load them into the model first, or train with them in modules_to_save. If these are meant, remove "
+        "outside from auto_mapping in its adapter_config.json."
+    )
+
+
 def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None, name: str, place: str) -> None:
     """Refuse an adapter whose frozen weights were others.
 
@@ -271,7 +334,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None,
     Raises:
         ValueError: The frozen weights are others.
     """
-    if found is None or saved.get("dtype") != found["dtype"] or saved.get("checksum") == found["checksum"]:
+    if found is None or not _are_other(saved, found):
         return
     message = (
         f"the adapter was trained on the backbone weights {str(saved.get('checksum'))[:_SHOWN]} of {name!r} (SHA-256, "
@@ -282,3 +345,8 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None,
         warnings.warn(f"{message} If only the versions differ, save it again with this one.", stacklevel=2)
         return
     raise ValueError(f"{message} Load it onto the base that it was trained on. If this one is meant, remove {place}.")
+
+
+def _are_other(saved: Mapping[str, Any], found: Mapping[str, str]) -> bool:
+    """Whether weights are known to be others than those that were noted."""
+    return saved.get("dtype") == found["dtype"] and saved.get("checksum") != found["checksum"]

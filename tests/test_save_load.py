@@ -387,6 +387,30 @@ def test_a_file_that_is_not_all_of_an_adapter_and_nothing_else_is_refused(load, 
         load(adapter, base)
 
 
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_a_head_that_the_adapter_does_not_bring_must_be_the_one_that_it_was_trained_beside(load, pretrained, tmp_path):
+    base, other = (
+        SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
+        for _ in range(2)
+    )
+    config = E3VAConfig(r=4, modules_to_save=["swin.layernorm"])
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"\['classifier('|\.bias')"):
+        load(tmp_path, copy.deepcopy(other))
+    other.classifier.load_state_dict(base.classifier.state_dict())
+    other.swin.layernorm.bias.data += 1  # which the adapter brings
+    PeftModel.from_pretrained(other, tmp_path)
+
+
+def test_another_head_under_an_adapter_that_is_trained_further_is_a_warning(pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(pretrained)
+    get_peft_model(copy.deepcopy(base), E3VAConfig(r=4, modules_to_save=[])).save_pretrained(tmp_path)
+    assert list(note(tmp_path)["outside"]) == ["classifier", "swin.layernorm"]
+    base.classifier.bias.data += 1
+    with pytest.warns(UserWarning, match=r"does not bring \['classifier'\]"):
+        PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 MALFORMED = {
     "adapter_config.json": [

@@ -28,7 +28,7 @@ from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason
 from e3va_peft.files import write_whole
 from e3va_peft.methods import METHODS
-from e3va_peft.refusals import base_fingerprint, check_backbone, check_fingerprint
+from e3va_peft.refusals import base_fingerprint, check_backbone, check_fingerprint, check_outside
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.folder import ADAPTER, DRAFT, METRICS, MODEL, checkpoints, place, remove_replaced
 
@@ -108,6 +108,7 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
             backbone = (config.auto_mapping or {}).get("backbone")
             if backbone is not None:
                 check_backbone(backbone, model, str(model.active_adapter), name)
+            check_outside((config.auto_mapping or {}).get("outside") or {}, model, model.peft_config["default"])
             return
         base = _manifest(folder).get("base")
         if base is not None:
