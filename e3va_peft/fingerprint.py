@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+KINDS: dict[str, torch.dtype | None] = {"checksum": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Kinds of checksum: of weights as they are, and rounded as they are where a model is loaded in half precision."""
 
-def checksum(tensors: Iterable[tuple[str, Tensor]]) -> str:
+_ROUNDED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def checksum(tensors: Iterable[tuple[str, Tensor]], kind: str = "checksum") -> str:
     """SHA-256 of weights, by name."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(name.encode())
-        digest.update(_digest(tensor))
+        digest.update(_digest(_round(tensor, kind)))
     return digest.hexdigest()
 
 
-def tensors_checksum(tensors: Iterable[Tensor]) -> str:
+def tensors_checksum(tensors: Iterable[Tensor], kind: str = "checksum") -> str:
     """SHA-256 of tensors in any order and under any names, which PEFT's loaders change."""
-    return hashlib.sha256(b"".join(sorted(map(_digest, tensors)))).hexdigest()
+    return hashlib.sha256(b"".join(sorted(_digest(_round(tensor, kind)) for tensor in tensors))).hexdigest()
 
 
 def content_checksum(content: Any) -> str:
@@ -40,18 +45,45 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
     )
 
 
-def described(checksum: str, tensors: Iterable[Tensor]) -> dict[str, str]:
-    """Note with a checksum what has to be the same for checksums to be compared.
+def described(
+    sum_of: Callable[[str], str], tensors: Collection[Tensor], saved: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Note the checksums of weights, and with them what decides whether they can be compared.
 
     Args:
-        checksum: Of the tensors.
+        sum_of: Kind of checksum -> that of the weights.
         tensors: The weights.
+        saved: An earlier note that it is compared with, for which one checksum is enough; none where the weights were
+            rounded in another way than these.
 
     Returns:
-        `checksum`, `dtype` and the version of `transformers`, which decides how weights are named and laid out.
+        A checksum for each of `KINDS`; `dtype`; and the version of `transformers`, which decides how weights are named
+        and laid out.
     """
-    dtypes = sorted({str(tensor.dtype) for tensor in tensors})
-    return {"checksum": checksum, "dtype": " ".join(dtypes), "transformers": transformers.__version__}
+    dtypes = {tensor.dtype for tensor in tensors}
+    kinds = list(KINDS) if saved is None else _kinds_to_compare(dtypes, saved)
+    note = {"dtype": " ".join(sorted(map(str, dtypes))), "transformers": transformers.__version__}
+    return {kind: sum_of(kind) for kind in kinds} | note
+
+
+def _kinds_to_compare(now: set[torch.dtype], saved: Mapping[str, Any]) -> list[str]:
+    """Return the kind of checksum in which two dtypes of the same weights agree, or nothing.
+
+    Rounded to bf16 weights are the same whether they were in fp32 or in bf16 before, and so it is with fp16. What was
+    rounded to one of them is not known in the other.
+    """
+    names = {str(dtype) for dtype in now}
+    before = set(str(saved.get("dtype")).split())
+    if names == before:
+        return ["checksum"]
+    halves = [kind for kind, dtype in KINDS.items() if str(dtype) in names | before]
+    rounded = names ^ before <= {str(dtype) for dtype in _ROUNDED} and len(halves) < 2
+    return [kind for kind in halves or ["bfloat16"] if rounded and kind in saved]
+
+
+def _round(tensor: Tensor, kind: str) -> Tensor:
+    dtype = KINDS[kind]
+    return tensor.detach().to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from peft import PeftModel
@@ -24,7 +25,7 @@ from e3va_peft.exits import (
     learns,
     unsaved_outside,
 )
-from e3va_peft.fingerprint import are_plain, checksum, described, tensors_checksum
+from e3va_peft.fingerprint import KINDS, are_plain, checksum, described, tensors_checksum
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
 from e3va_peft.layer import AdaptedMethod, has_units
@@ -204,12 +205,15 @@ def check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> Non
                 )
 
 
-def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] | None:
+def backbone_fingerprint(
+    model: nn.Module, adapter_name: str, saved: Mapping[str, Any] | None = None
+) -> dict[str, str] | None:
     """Note the frozen weights that an adapter reads.
 
     Args:
         model: The adapted model.
         adapter_name: The adapter.
+        saved: See `fingerprint.described`.
 
     Returns:
         See `fingerprint.described`; None where the weights are not all at hand as plain tensors.
@@ -221,16 +225,23 @@ def backbone_fingerprint(model: nn.Module, adapter_name: str) -> dict[str, str] 
     tensors = [tensor for part in parts for _, tensor in part]
     if not are_plain(tensors):
         return None
-    sums = [_remembered(layer, part) for layer, part in zip(layers, parts, strict=True)]
-    return described(sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest(), tensors)
+
+    def sum_of(kind: str) -> str:
+        sums = [_remembered(layer, part, kind) for layer, part in zip(layers, parts, strict=True)]
+        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    return described(sum_of, tensors, saved)
 
 
-def outside_fingerprints(model: nn.Module, config: E3VAConfig) -> dict[str, dict[str, str]]:
+def outside_fingerprints(
+    model: nn.Module, config: E3VAConfig, saved: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, str]]:
     """Note the parameters beside the backbone that an adapter neither brings nor trains, such as a head.
 
     Args:
         model: The adapted model.
         config: The adapter's.
+        saved: An earlier result that it is compared with.
 
     Returns:
         Module -> see `fingerprint.described`; without those that are not all at hand as plain tensors.
@@ -240,12 +251,18 @@ def outside_fingerprints(model: nn.Module, config: E3VAConfig) -> dict[str, dict
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = unsaved_outside(base, config.target_modules or (), config.modules_to_save or ())
     return {
-        name: described(tensors_checksum(tensors), tensors) for name, tensors in found.items() if are_plain(tensors)
+        name: described(partial(tensors_checksum, tensors), tensors, None if saved is None else saved[name])
+        for name, tensors in found.items()
+        if are_plain(tensors) and (saved is None or name in saved)
     }
 
 
-def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
+def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -> dict[str, str] | None:
     """Note the frozen parameters below the adapter of another of PEFT's methods, such as LoRA.
+
+    Args:
+        model: The adapted model.
+        saved: See `fingerprint.described`.
 
     Returns:
         See `backbone_fingerprint`.
@@ -259,16 +276,21 @@ def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
         if not name.startswith(unused) and not any(part in name for part in own)
     ]
     tensors = [parameter for _, parameter in frozen]
-    return described(_remembered(base, frozen), tensors) if are_plain(tensors) and not will_be_sharded() else None
+    if will_be_sharded() or not are_plain(tensors):
+        return None
+    return described(partial(_remembered, base, frozen), tensors, saved)
 
 
-def _remembered(layer: nn.Module, weights: Sequence[tuple[str, Tensor]]) -> str:
-    """Return the checksum of a module's frozen weights, computed again only where one moved or was written."""
+def _remembered(layer: nn.Module, weights: Sequence[tuple[str, Tensor]], kind: str) -> str:
+    """Return a checksum of a module's frozen weights, computed again only where one moved or was written."""
     state = tuple((tensor.data_ptr(), None if tensor.is_inference() else tensor._version) for _, tensor in weights)
     known: Any = layer.__dict__.get("_fingerprint")
     if known is None or known[0] != state or any(version is None for _, version in state):
-        known = layer.__dict__["_fingerprint"] = (state, checksum(weights))
-    return str(known[1])
+        known = layer.__dict__["_fingerprint"] = (state, {})
+    sums: dict[str, str] = known[1]
+    if kind not in sums:
+        sums[kind] = checksum(weights, kind)
+    return sums[kind]
 
 
 def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str, name: str) -> None:
@@ -281,7 +303,7 @@ def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str
         name: What its base was called.
     """
     place = "backbone from auto_mapping in its adapter_config.json"
-    check_fingerprint(saved, backbone_fingerprint(model, adapter_name), name, place)
+    check_fingerprint(saved, backbone_fingerprint(model, adapter_name, saved), name, place)
 
 
 def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig, to_train: bool = False) -> None:
@@ -299,16 +321,17 @@ def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig
     Raises:
         ValueError: Some module beside the backbone has other values.
     """
-    found = outside_fingerprints(model, config) if saved else {}
-    other = [name for name in saved if name in found and _are_other(saved[name], found[name])]
+    found = outside_fingerprints(model, config, saved) if saved else {}
+    other = {name: sums for name, now in found.items() if (sums := _other_sums(saved[name], now))}
     if not other:
         return
-    known, now = saved[other[0]], found[other[0]]
+    first, (before, after) = next(iter(other.items()))
+    known, now = saved[first], found[first]
     message = (
-        f"the adapter does not bring {other}, because its modules_to_save leaves them out, and was trained beside "
-        f"other values of them: {other[0]} had the SHA-256 {str(known.get('checksum'))[:_SHOWN]} (transformers "
-        f"{known.get('transformers')}), and has {now['checksum'][:_SHOWN]} (transformers {now['transformers']}). "
-        "Perhaps they are random, because the base model has no weights for them."
+        f"the adapter does not bring {list(other)}, because its modules_to_save leaves them out, and was trained "
+        f"beside other values of them: {first} had the SHA-256 {before} (transformers {known.get('transformers')}), "
+        f"and has {after} (transformers {now['transformers']}). Perhaps they are random, because the base model has "
+        "no weights for them."
     )
     if to_train or known.get("transformers") != now["transformers"]:
         warnings.warn(message, stacklevel=2)
@@ -322,24 +345,34 @@ def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig
 def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None, name: str, place: str) -> None:
     """Refuse an adapter whose frozen weights were others.
 
-    Weights of another dtype cannot be compared. Where transformers has another version, which may have given the same
-    weights other names, it is a warning.
+    Weights in fp32 on one side and rounded on the other are compared as they are rounded. Where they were rounded in
+    two ways they cannot be, and where transformers has another version it may have given the same weights other names:
+    these are warnings.
 
     Args:
         saved: What was noted when the adapter was saved.
-        found: The same of the model that it is loaded into.
+        found: The same of the model that it is loaded into, to be compared with `saved`.
         name: What its base was called.
         place: What to remove from which file if the model is meant.
 
     Raises:
         ValueError: The frozen weights are others.
     """
-    if found is None or not _are_other(saved, found):
+    if found is None:
+        return
+    if found.keys().isdisjoint(KINDS) and KINDS.keys() <= saved.keys():  # which one of an early version has not
+        warnings.warn(
+            f"the adapter was trained on weights of {name!r} in {saved.get('dtype')}, and this model has them in "
+            f"{found['dtype']}: whether they are the same cannot be told. Load the base in the former to compare.",
+            stacklevel=2,
+        )
+    sums = _other_sums(saved, found)
+    if sums is None:
         return
     message = (
-        f"the adapter was trained on the backbone weights {str(saved.get('checksum'))[:_SHOWN]} of {name!r} (SHA-256, "
-        f"transformers {saved.get('transformers')}), and this model has {found['checksum'][:_SHOWN]} "
-        f"(transformers {found['transformers']}): it would read other features than it learned from."
+        f"the adapter was trained on the backbone weights {sums[0]} of {name!r} (SHA-256, transformers "
+        f"{saved.get('transformers')}), and this model has {sums[1]} (transformers {found['transformers']}): it would "
+        "read other features than it learned from."
     )
     if saved.get("transformers") != found["transformers"]:
         warnings.warn(f"{message} If only the versions differ, save it again with this one.", stacklevel=2)
@@ -347,6 +380,7 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None,
     raise ValueError(f"{message} Load it onto the base that it was trained on. If this one is meant, remove {place}.")
 
 
-def _are_other(saved: Mapping[str, Any], found: Mapping[str, str]) -> bool:
-    """Whether weights are known to be others than those that were noted."""
-    return saved.get("dtype") == found["dtype"] and saved.get("checksum") != found["checksum"]
+def _other_sums(saved: Mapping[str, Any], found: Mapping[str, str]) -> tuple[str, str] | None:
+    """Return the beginnings of both checksums where weights are known to be others than those that were noted."""
+    sums = [(str(saved.get(kind))[:_SHOWN], found[kind][:_SHOWN]) for kind in KINDS if kind in found]
+    return next(((before, after) for before, after in sums if before != after), None)

@@ -649,6 +649,39 @@ def test_other_weights_under_another_version_of_transformers_are_a_warning(adapt
         e3va_peft.load_adapter(adapter)
 
 
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weights_that_loading_rounds_are_compared_as_they_are_rounded(saved, pretrained, tmp_path):
+    base = SwinForImageClassification.from_pretrained(pretrained, dtype=saved)
+    get_peft_model(base, E3VAConfig(r=4, modules_to_save=[])).save_pretrained(tmp_path / "adapter")
+    others = [dtype for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16) if dtype != saved]
+    for dtype in others:
+        if {saved, dtype} == {torch.bfloat16, torch.float16}:
+            with pytest.warns(UserWarning, match=f"pretrained' in {saved}, .* has them in {dtype}"):
+                e3va_peft.load_adapter(tmp_path / "adapter", dtype=dtype)
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            e3va_peft.load_adapter(tmp_path / "adapter", dtype=dtype)
+    edit(pretrained, nudge)
+    with pytest.raises(ValueError, match=r"backbone weights [0-9a-f]{12} of .*, and this model has"):
+        e3va_peft.load_adapter(tmp_path / "adapter", dtype=others[1])
+    edit(pretrained, lambda weights: weights["classifier.bias"].add_(1))
+    note(tmp_path / "adapter", backbone=None)
+    with pytest.raises(ValueError, match=r"does not bring \['classifier'\]"):
+        e3va_peft.load_adapter(tmp_path / "adapter", dtype=others[1])
+
+
+def test_the_note_of_an_early_adapter_is_compared_in_its_own_dtype_alone(adapter, pretrained):
+    known = note(adapter)["backbone"]
+    note(adapter, backbone={name: known[name] for name in ("checksum", "dtype", "transformers")})
+    edit(pretrained, nudge)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        e3va_peft.load_adapter(adapter, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="backbone weights"):
+        e3va_peft.load_adapter(adapter)
+
+
 def test_a_head_of_other_weights_and_a_base_in_another_precision_are_no_other_backbone(adapter, pretrained):
     edit(pretrained, lambda weights: weights.update({"classifier.bias": torch.full((5,), 9.0)}))
     model, _ = e3va_peft.load_adapter(adapter, dtype=torch.bfloat16)

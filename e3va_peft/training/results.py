@@ -112,7 +112,7 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
             return
         base = _manifest(folder).get("base")
         if base is not None:
-            check_fingerprint(base, base_fingerprint(model), name, f"base from {MANIFEST} beside it")
+            check_fingerprint(base, base_fingerprint(model, base), name, f"base from {MANIFEST} beside it")
     except ValueError as error:
         raise UserError(f"{folder}: {error}") from None
 
