@@ -24,7 +24,7 @@ from e3va_peft.hooks import FrozenGuard, FrozenOutput, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.refusals import backbone_fingerprint, check_backbone, check_outside, outside_fingerprints
 from e3va_peft.resolve import resolve
-from e3va_peft.saved import SavedModule, shared_tensors
+from e3va_peft.saved import SavedModule, shared_tensors, will_be_sharded
 
 
 class E3VAModel(BaseTuner):
@@ -57,6 +57,8 @@ class E3VAModel(BaseTuner):
                     model, name, adapter_name, adapter_name in self.active_adapters, config.inference_mode
                 )
         _ignore_input_gradients(model)
+        if will_be_sharded():  # a sharded model cannot be asked any more
+            note_base(model, self.peft_config[adapter_name], adapter_name)
         if not is_new and hasattr(model, _LOADER):
             setattr(model, _LOADER, _CheckedLoader(model, adapter_name))
 
@@ -158,8 +160,7 @@ class E3VAModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         if isinstance(model, PeftModel):  # it is being saved, perhaps to be uploaded: PEFT has no hook for the card
             model._upload_modified_files = KeepCard(model)  # type: ignore[assignment]
-        config.base.backbone = backbone_fingerprint(model, adapter_name)
-        config.base.outside = outside_fingerprints(model, config)
+        note_base(model, config, adapter_name)
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     @classmethod
@@ -209,6 +210,12 @@ class E3VAModel(BaseTuner):
             check_backbone(backbone, model, adapter_name, config.base_model_name_or_path or "its base")
         check_outside(outside or {}, model, config, to_train=not config.inference_mode)
         return mapped
+
+
+def note_base(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+    """Note the weights that an adapter's config will name when it is saved; once sharded, those of before stay."""
+    config.base.backbone = backbone_fingerprint(model, adapter_name) or config.base.backbone
+    config.base.outside |= outside_fingerprints(model, config)
 
 
 def _warn_of_other_reading(saved: Mapping[str, Any], config: PeftConfig) -> None:

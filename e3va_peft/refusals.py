@@ -219,7 +219,7 @@ def backbone_fingerprint(
         See `fingerprint.described`; None where the weights are not all at hand as plain tensors.
     """
     layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
-    if will_be_sharded() or has_units(model):
+    if has_units(model):
         return None
     parts = [frozen_weights(model, layer) for layer in layers]
     tensors = [tensor for part in parts for _, tensor in part]
@@ -246,7 +246,7 @@ def outside_fingerprints(
     Returns:
         Module -> see `fingerprint.described`; without those that are not all at hand as plain tensors.
     """
-    if will_be_sharded() or has_units(model):
+    if has_units(model):
         return {}
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     found = unsaved_outside(base, config.target_modules or (), config.modules_to_save or ())
@@ -303,7 +303,8 @@ def check_backbone(saved: Mapping[str, Any], model: nn.Module, adapter_name: str
         name: What its base was called.
     """
     place = "backbone from auto_mapping in its adapter_config.json"
-    check_fingerprint(saved, backbone_fingerprint(model, adapter_name, saved), name, place)
+    if not will_be_sharded():  # then processes may have no weights yet
+        check_fingerprint(saved, backbone_fingerprint(model, adapter_name, saved), name, place)
 
 
 def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig, to_train: bool = False) -> None:
@@ -321,7 +322,9 @@ def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig
     Raises:
         ValueError: Some module beside the backbone has other values.
     """
-    found = outside_fingerprints(model, config, saved) if saved else {}
+    if not saved or will_be_sharded():  # then processes may have no weights yet
+        return
+    found = outside_fingerprints(model, config, saved)
     other = {name: sums for name, now in found.items() if (sums := _other_sums(saved[name], now))}
     if not other:
         return

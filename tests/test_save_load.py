@@ -671,6 +671,16 @@ def test_weights_that_loading_rounds_are_compared_as_they_are_rounded(saved, pre
         e3va_peft.load_adapter(tmp_path / "adapter", dtype=others[1])
 
 
+def test_a_base_that_is_sharded_later_is_noted_before(adapter, pretrained, tmp_path, monkeypatch):
+    base = SwinForImageClassification.from_pretrained(pretrained)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    model = get_peft_model(base, E3VAConfig(r=4, modules_to_save=[]))
+    monkeypatch.setattr("e3va_peft.refusals.are_plain", lambda tensors: False)  # as shards are not
+    model.save_pretrained(tmp_path / "sharded")
+    assert note(tmp_path / "sharded")["backbone"] == note(adapter)["backbone"]
+    assert list(note(tmp_path / "sharded")["outside"]) == ["classifier", "swin.layernorm"]
+
+
 def test_the_note_of_an_early_adapter_is_compared_in_its_own_dtype_alone(adapter, pretrained):
     known = note(adapter)["backbone"]
     note(adapter, backbone={name: known[name] for name in ("checksum", "dtype", "transformers")})

@@ -753,6 +753,9 @@ def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(
     root, _ = runs_of_two
     assert list((root / "sharded").glob("checkpoint-*/pytorch_model_fsdp.bin"))
     assert_resumed_as_whole(root, "sharded")
+    configs = [json.loads((root / name / "adapter/adapter_config.json").read_text()) for name in ("sharded", "whole")]
+    sharded, whole = (config["auto_mapping"]["backbone"] for config in configs)
+    assert sharded is not None and sharded == whole
     log = EventAccumulator(str(root / "sharded" / "logs" / "tensorboard")).Reload()
     names = log.Tags()["images"]
     assert len(names) == 4 and all({event.step for event in log.Images(name)} == {3, 6, 9} for name in names)
