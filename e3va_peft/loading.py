@@ -96,8 +96,8 @@ def load_adapter(
         OSError: The base model cannot be loaded.
         ValueError: A file of the adapter is malformed, describes what is too large to be meant, or is a link out of
             its folder; it is of another method, does not say what its base model is, was trained on another, or has
-            weights that are not all of its own or not those that were saved; or neither it nor the base model has the
-            weights of some module, or has them in its sizes.
+            weights that are not all of its own or not those that were saved; neither it nor the base model has the
+            weights of some module, or has them in its sizes; or a base model's weights are a pickle.
     """
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
@@ -318,7 +318,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
             )
     if name:
         revision = commits.get(name) or config.revision  # the weights that it was trained on, whatever came after
-        options = {"config": base_config, "revision": revision, "trust_remote_code": False} | kwargs
+        options = {"config": base_config, "revision": revision} | kwargs
         return _from_pretrained(source, model_class, name, options, saved)
     backbones = mapping.get("backbones") or {}
     model = model_class(base_config)
@@ -329,7 +329,7 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         bare = {"add_pooling_layer": False} if getattr(part, "pooler", part) is None else {}
         own = [name.removeprefix(f"{path}.") for name in saved if name.startswith(f"{path}.")]
         pinned = {"revision": commits[weights]} if weights in commits else {}
-        options = {"config": part.config, "trust_remote_code": False} | pinned | bare | kwargs
+        options = {"config": part.config} | pinned | bare | kwargs
         loaded = _from_pretrained(source, type(part), weights, options, own)
         setattr(model.get_submodule(parent), attribute, loaded)
     return model.eval()
@@ -376,7 +376,7 @@ def _refuse_lost(source: str, model: nn.Module, backbones: Mapping[str, str], sa
 
 
 @contextmanager
-def without_report() -> Iterator[None]:
+def _without_report() -> Iterator[None]:
     """Keep transformers' report of new heads to itself: who loads looks for what is missing by the loading info."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -386,14 +386,48 @@ def without_report() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
+def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options: Any) -> tuple[Any, dict[str, Any]]:
+    """Load a model by transformers from a folder or Hub id, of which pickles are not opened unless asked.
+
+    Args:
+        model_class: Class with `from_pretrained`.
+        place: Folder or Hub id.
+        options: For `from_pretrained`; `use_safetensors=False` asks for pickles.
+
+    Returns:
+        The model, with new weights where there are none or some of other sizes; and transformers' loading info.
+
+    Raises:
+        OSError: It cannot be loaded.
+        UserError: Its weights are a pickle.
+    """
+    defaults = {"use_safetensors": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    options = defaults | options | {"output_loading_info": True}
+    named = getattr(options.get("config"), "transformers_weights", None)
+    try:
+        if named is not None and options["use_safetensors"] and ".safetensors" not in str(named):
+            raise OSError(f"its config names {named}, not model.safetensors")
+        with _without_report():
+            model, report = model_class.from_pretrained(place, **options)
+    except OSError as error:
+        pickles = sorted(path.name for path in Path(place).glob("*model*.bin*"))
+        if "model.safetensors" not in str(error) or (os.path.isdir(place) and not pickles):
+            raise
+        what = f"its weights in {pickles[0]}, a pickle" if pickles else "no model.safetensors, perhaps a pickle"
+        raise UserError(
+            f"{str(place)!r}: has {what}, which can hold code and is not opened unasked. If you trust it, write it as "
+            f"safetensors and use that folder: {model_class.__name__}.from_pretrained({str(place)!r}, "
+            "use_safetensors=False).save_pretrained(FOLDER); its other files, such as the image processor's, go along."
+        ) from error
+    return model, report
+
+
 def _from_pretrained(
     source: str, model_class: Any, name: str, options: dict[str, Any], saved: Sequence[str]
 ) -> PreTrainedModel:
     """Load a base model, or its backbone, of which the adapter brings the modules `saved`; all else must be there."""
-    options = {"ignore_mismatched_sizes": True} | options | {"output_loading_info": True}
     try:
-        with without_report():
-            model, report = model_class.from_pretrained(name, **options)
+        model, report = from_safetensors(model_class, name, **options)
     except (OSError, HTTPError) as error:
         raise OSError(
             f"adapter={source!r}: its base model {name!r} cannot be loaded. If it is elsewhere now, set "

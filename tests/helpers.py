@@ -191,6 +191,14 @@ def lane_of(z: Tensor, module: nn.Module, tap_storage: str = "exact") -> Lane:
     return lane
 
 
+def pickle_weights(folder: Path) -> Path:
+    """Write a model's weights as transformers wrote them before there was safetensors."""
+    file = folder / "model.safetensors"
+    torch.save(load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    return folder
+
+
 class Stop(Exception):
     pass
 

@@ -34,8 +34,10 @@ from e3va_peft.training.export import export
 from e3va_peft.training.predict import evaluate, load_trained, predict, predict_together
 from e3va_peft.training.run import train
 from e3va_peft.training.sheet import write_sheet
+from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import find_config, find_processor
-from tests.inputs import segment
+from tests.helpers import pickle_weights
+from tests.inputs import classify, segment
 from tests.models import BY_NAME
 
 LABELS = {0: "ground", 1: "disc", 2: "edge"}
@@ -404,6 +406,16 @@ def test_code_beside_an_adapter_or_a_model_is_neither_run_nor_asked_about(adapte
         e3va_peft.load_adapter(tmp_path / "classifier")
     with pytest.raises(UserError, match=r"preprocessor_config\.json"):
         find_processor(str(tmp_path / "classifier-base"))
+
+
+def test_a_model_whose_weights_are_a_pickle_is_neither_loaded_nor_adapted(adapters, tmp_path, monkeypatch):
+    folder = pickle_weights(Path(shutil.copytree(adapters / "classifier-base", tmp_path / "base")))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it is opened"))
+    with pytest.raises(UserError, match=r"base': has .*pytorch_model\.bin.*save_pretrained"):
+        load_trained(str(folder))
+    config = parse_config(classify(tmp_path) | {"model": str(folder)})
+    with pytest.raises(UserError, match=r"base': has .*pytorch_model\.bin.*save_pretrained"):
+        task_of(config).build_model(["cat", "dog"])
 
 
 def test_the_code_of_a_model_that_transformers_does_not_know_is_not_run(hostile, tmp_path):

@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 import e3va_peft
 from e3va_peft import E3VAConfig
-from tests.helpers import assert_same, outputs
+from tests.helpers import assert_same, outputs, pickle_weights
 from tests.models import BY_NAME, STAGES, SWIN, Case, dinov2_config, every_model, registered, train_steps
 
 CLASSIFIERS = [
@@ -508,6 +508,18 @@ def test_weights_in_a_pickle_are_loaded_by_peft_alone(adapter, pretrained):
         e3va_peft.load_adapter(adapter)
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
     PeftModel.from_pretrained(base, adapter)
+
+
+def test_a_base_whose_weights_are_a_pickle_is_not_opened_unless_asked(adapter, pretrained):
+    expected, _ = e3va_peft.load_adapter(adapter)
+    pickle_weights(pretrained)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it is opened"))
+        with pytest.raises(ValueError, match=r"pretrained': has .*pytorch_model\.bin.*SwinForImage.*save_pretrained"):
+            e3va_peft.load_adapter(adapter)
+    asked, _ = e3va_peft.load_adapter(adapter, use_safetensors=False)
+    batch = BY_NAME["swin-classifier"].batch()
+    assert_same(outputs(asked, batch), outputs(expected, batch), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("given", [E3VAConfig(r=4), None], ids=["new", "from-the-file"])

@@ -35,7 +35,7 @@ from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import layers_of
 from e3va_peft.files import write_whole
-from e3va_peft.loading import load_adapter
+from e3va_peft.loading import from_safetensors, load_adapter
 from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
@@ -207,7 +207,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
 
 def _whole(cls: Any, folder: Path) -> Any:
     """Load a model of which every weight must be there."""
-    model, report = cls.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True)
+    model, report = from_safetensors(cls, folder)
     if any(f".{INSERTED}." in name for name in report["unexpected_keys"]):
         raise UserError(
             f"{folder}: holds modules that a method has put into the backbone, and the model by itself does not say "

@@ -24,7 +24,7 @@ from e3va_peft.cache.taking import RECORD
 from e3va_peft.card import PROCESSOR
 from e3va_peft.data.config import LabelKind
 from e3va_peft.errors import UserError, nearest, reason, refuse_no_path
-from e3va_peft.loading import without_report
+from e3va_peft.loading import from_safetensors
 from e3va_peft.training.config import RunConfig
 
 _KEPT = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor", "resample")
@@ -313,12 +313,10 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
         options: For `from_pretrained`.
 
     Raises:
-        UserError: There is no such model, or weights of its backbone are missing.
+        UserError: There is no such model, its weights are a pickle, or some of its backbone are missing.
     """
-    with _clear_errors(source), without_report():
-        model, report = cls.from_pretrained(
-            source, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
-        )
+    with _clear_errors(source):
+        model, report = from_safetensors(cls, source, **options)
     absent = absent_weights(report)
     setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]
