@@ -113,8 +113,11 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_pa
     # once more: nothing is trained, the step is measured again, and a report may hold fewer methods
     watched.clear()
     monkeypatch.setattr(module, "ROUNDS", 1)
+    kept = tmp_path / "out" / "runs" / "adapter-seed7" / "checkpoint-9"  # of a run that was finished before
+    kept.mkdir()
     again = compare(plan(tmp_path, methods="adapter", seeds="0,7"))
     assert not watched and again[0].scores == rows[2].scores and len(again[0].step_rounds) == 1
+    assert kept.is_dir()
     assert again[0].backbone_share is None
     assert len(json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]) == 1
     with pytest.raises(FileExistsError, match=r"(?s)learning_rate: 0.001.*0.1 .*--overwrite"):

@@ -161,9 +161,11 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         record = None if overwrite else finished(config)
         done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
         console.print(f"[bold][{number}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
-        records[name].append(record or train(config, overwrite))
-        for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
-            shutil.rmtree(path)
+        if record is None:
+            record = train(config, overwrite)
+            for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
+                shutil.rmtree(path)
+        records[name].append(record)
         gc.collect()  # the Trainer's cycles hold the model
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")
     steps = measure_steps(comparison, task, split, ROUNDS)
