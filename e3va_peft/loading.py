@@ -202,11 +202,11 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else f"{text[:80]}..."
 
 
-def _read_base_config(file: Path, model_class: Any) -> Any:
-    """Read `base_config.json`, and refuse sizes of which nobody trains a model.
+def read_model_config(file: Path) -> Any:
+    """Read a model's config, whoever may have written it, and refuse sizes of which nobody trains a model.
 
     Raises:
-        ValueError: It is not a config of this class, or describes too large a model.
+        ValueError: It is not a config, wants its author's code, or describes what is too large to be meant.
     """
     content = _read_json(file)
     attention = content.get("_attn_implementation", content.get("attn_implementation"))
@@ -225,7 +225,25 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
         if not -most <= value <= most:
             raise ValueError(f"{file}: {name}={_short(value)}: is more than {most}, too large to be meant.")
     try:
-        config = AutoConfig.for_model(**content)
+        return AutoConfig.for_model(**content)
+    except Exception as error:  # whatever transformers' classes do with what is not theirs
+        raise ValueError(
+            f"{file}: is no config of a model ({reason(error)}). Restore the file that was saved."
+        ) from None
+
+
+def refuse_unbuildable(file: Path, config: Any, model_class: Any) -> None:
+    """Build a model without its numbers, so that one that cannot be built, or is too large, is refused by its file.
+
+    Args:
+        file: Of the config.
+        config: The config, as `read_model_config` reads it.
+        model_class: Class of the model.
+
+    Raises:
+        ValueError: It is no config of this class, or describes too large a model.
+    """
+    try:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in model_class(config).parameters())
     except Exception as error:  # whatever transformers' classes do with what is not theirs
@@ -234,7 +252,6 @@ def _read_base_config(file: Path, model_class: Any) -> Any:
         ) from None
     if parameters > _MOST_PARAMETERS:
         raise ValueError(f"{file}: describes a model of {parameters:.1e} parameters, too large to be meant.")
-    return config
 
 
 def _refuse_edited(file: Path, saved: str | None) -> None:
@@ -306,7 +323,8 @@ def _build_base(source: str, folder: Path, config: E3VAConfig, kwargs: dict[str,
         raise FileNotFoundError(
             f"adapter={source!r}: has no {BASE_CONFIG}. It is written by save_pretrained of e3va_peft >= 0.1."
         )
-    base_config = _read_base_config(folder / BASE_CONFIG, model_class)
+    base_config = read_model_config(folder / BASE_CONFIG)
+    refuse_unbuildable(folder / BASE_CONFIG, base_config, model_class)
     _refuse_edited(folder / BASE_CONFIG, (config.auto_mapping or {}).get("base_config"))
     saved, name, mapping = config.modules_to_save or (), config.base_model_name_or_path, config.auto_mapping or {}
     commits = mapping.get("commits") or {}

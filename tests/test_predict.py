@@ -438,6 +438,27 @@ def test_an_architecture_that_is_no_model_with_a_head_is_refused_by_its_name(arc
         load_trained(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("attn_implementation", "kernels-community/x"),
+        ("id2label", 5),
+        ("dtype", "nope"),
+        ("hidden_act", "nope"),
+        ("depths", [20_000, 1]),
+        ("embed_dim", 500_000),
+        ("architectures", 5),
+        ("architectures", [[]]),
+    ],
+)
+def test_a_hostile_config_of_a_whole_model_is_refused_by_its_file(field, value, adapters, tmp_path):
+    folder = Path(shutil.copytree(adapters / "classifier-base", tmp_path / "model"))
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=r"config\.json: "):
+        load_trained(str(folder))
+
+
 def test_predictions_up_to_a_stop_are_kept_and_drawings_of_before_are_removed(
     adapters, pictures, tmp_path, monkeypatch
 ):

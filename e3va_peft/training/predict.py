@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, Mask2FormerForUniversalSegmentation, PreTrainedModel
+from transformers import AutoImageProcessor, Mask2FormerForUniversalSegmentation, PreTrainedModel
 
 from e3va_peft import detection
 from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
@@ -35,7 +35,7 @@ from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import layers_of
 from e3va_peft.files import write_whole
-from e3va_peft.loading import from_safetensors, load_adapter
+from e3va_peft.loading import from_safetensors, load_adapter, read_model_config, refuse_unbuildable
 from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
@@ -170,7 +170,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         refuse_other_files(folder)
     other = method is not None and saves == "adapter" and method.options is not E3VAConfig
     if folder is not None and config is not None and other:
-        base = task_of(config).build_model(_class_names(AutoConfig.from_pretrained(folder, trust_remote_code=False)))
+        base = task_of(config).build_model(_class_names(read_model_config(folder / "config.json")))
         with warnings.catch_warnings():  # as `norm_tuning` does
             warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)
             model = PeftModel(base, PeftConfig.from_pretrained(str(folder)))
@@ -186,12 +186,14 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
             f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
             + (" It holds images; the run comes first, then the images." if images else "")
         )
-    architecture_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    architecture = (architecture_config.architectures or [""])[0]
+    architecture_config = read_model_config(folder / "config.json")
+    names = architecture_config.architectures
+    architecture = names[0] if isinstance(names, list) and names else names
     name = architecture if isinstance(architecture, str) and architecture.endswith(_TRAINABLE) else ""
     cls: Any = getattr(detection, name, None) or getattr(transformers, name, None)
     if not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
         raise UserError(f"{folder / 'config.json'}: names the architecture {architecture!r}, which is not known here.")
+    refuse_unbuildable(folder / "config.json", architecture_config, cls)
     if config is not None and saves == "inserted":
         whole = adapt(cls(architecture_config), config.method)
         try:
@@ -202,12 +204,13 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
                 f"({reason(error)}). Restore the files that were saved together."
             ) from error
         return whole, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    return _whole(cls, folder), AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    model = _whole(cls, folder, architecture_config)
+    return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
-def _whole(cls: Any, folder: Path) -> Any:
+def _whole(cls: Any, folder: Path, config: Any) -> Any:
     """Load a model of which every weight must be there."""
-    model, report = from_safetensors(cls, folder)
+    model, report = from_safetensors(cls, folder, config=config)
     if any(f".{INSERTED}." in name for name in report["unexpected_keys"]):
         raise UserError(
             f"{folder}: holds modules that a method has put into the backbone, and the model by itself does not say "
