@@ -368,7 +368,8 @@ def open_app(
             raise UserError(f"adapters={','.join(more)}: a Space is written for one adapter. Leave --adapters out.")
         write_space(source, export)
         typer.echo(
-            f"{export}: a Space for {source}. Put it on the Hub: hf upload me/my-space {export} --repo-type space"
+            f"{export}: a Space for {source}. It installs e3va_peft from PyPI and runs once that is published there. "
+            f"Put it on the Hub: hf upload me/my-space {export} --repo-type space"
         )
 
 

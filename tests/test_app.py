@@ -249,7 +249,7 @@ def test_a_space_is_whole_and_its_app_opens_the_page(sources, tmp_path, monkeypa
     held = {"adapter_config.json": adapter / "adapter_config.json", "README.md": tmp_path / "README.md"}
     monkeypatch.setattr(app, "hf_hub_download", lambda source, name: str(held[name]))
     done = CliRunner().invoke(command, ["app", "me/my-adapter", "--export", str(tmp_path / "space")])
-    assert done.exit_code == 0 and "hf upload" in done.output, done.output
+    assert done.exit_code == 0 and "hf upload" in done.output and "PyPI" in done.output, done.output
     assert {file.name for file in (tmp_path / "space").iterdir()} == {"app.py", "requirements.txt", "README.md"}
     text = (tmp_path / "space" / "README.md").read_text()
     for line in ("sdk: gradio", f"sdk_version: {app.gr.__version__}", "license: cc-by-4.0", "- me/my-adapter"):
