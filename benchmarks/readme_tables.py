@@ -420,7 +420,8 @@ def when() -> str:
         {times["LoRA"]:.2f}, with checkpointing {times["LoRA + checkpointing"]:.2f}.""",
         f"""**The same images for many epochs or runs:** E3VA+ from a [cache](docs/cache.md):
         {tissue["e3va-plus-cached"]} on MRI tissue in LoRA's time, LoRA {tissue["lora"]}. From it plain E3VA (int8, two
-        taps a block) takes {cached("Swin-B"):.2f} of the head alone's step on Swin-B, {cached("ViT-B"):.2f} on ViT-B.""",
+        taps a block) takes {cached("Swin-B"):.2f} of the head alone's step on Swin-B, {cached("ViT-B"):.2f} on
+        ViT-B.""",
         f"""**Few epochs, a plain ViT:** LoRA or Mona, {tissue["lora"]} and {tissue["mona"]} on MRI tissue; E3VA+
         {tissue["e3va-plus"]}, full {tissue["full"]}.""",
         f"""**Few epochs, a Swin:** E3VA, last two stages live: {nuclei["e3va-8"]} on nuclei; LoRA {nuclei["lora"]},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -28,13 +29,13 @@ from tests.inputs import classify, save_swin, write
 ROOT = Path(__file__).parent.parent
 
 
-def read(path: Path) -> str:
-    """A page, with the files that it takes in."""
-    text = path.read_text(encoding="utf-8")
-    return re.sub(r'^--8<-- "(.+)"$', lambda match: read(ROOT / match[1]).strip(), text, flags=re.MULTILINE)
-
-
-PAGES = {path.name: read(path) for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))}
+FILES = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "tests" / "faults" / "README.md",
+    *(ROOT / "docs").glob("*.md"),
+]
+PAGES = {str(path.relative_to(ROOT)).removeprefix("docs/"): path.read_text(encoding="utf-8") for path in FILES}
 ELSEWHERE = {"objects.md"}  # the tests of detectors run it
 
 
@@ -113,9 +114,21 @@ def test_every_file_that_a_page_names_is_there():
     for page, text in PAGES.items():
         for name in re.findall(r"\b(?:benchmarks|examples|notebooks|e3va_peft)/[\w/-]*(?:\.\w+)?", text):
             assert (ROOT / name).exists(), f"{page}: {name}"
-    for target in re.findall(r"\]\(([^)#]+)|(?:src|srcset)=\"([^\"]+)", PAGES["README.md"]):
-        (target,) = filter(None, target)
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def test_a_recipe_is_shown_as_it_is():
+    recipe = ROOT / "e3va_peft" / "recipes" / "dinov2-image-folder.yaml"
+    assert recipe.read_text(encoding="utf-8") in blocks("train.md", "yaml")
+
+
+def test_links_lead_somewhere_on_github():
+    for path in FILES:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target in re.findall(r"\]\(([^)#]+)|(?:src|srcset)=\"([^\"]+)", text):
+            (target,) = filter(None, target)
+            found = Path(os.path.normpath(path.parent / target))  # as text: GitHub follows no symlink in a path
+            followed = [parent for parent in found.parents if parent.is_symlink()]
+            assert target.startswith("https://") or (found.exists() and not followed), f"{path.name}: {target}"
 
 
 def test_the_readme_is_short():
