@@ -21,6 +21,7 @@ from e3va_peft.data.images import open_image, open_label_map
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError
 from e3va_peft.training.run import verify
+from tests.inputs import save_shapes
 
 LABELS = ["wall", "sky", "tree"]
 ROTATED = 6  # EXIF: turn by 90 degrees clockwise to see it upright
@@ -585,6 +586,50 @@ def test_classes_that_never_occur_are_warned_of(tmp_path):
 def test_class_255_of_many_is_counted(tmp_path):
     split = single(replace(parquet(tmp_path, train=table([0, 255, 256])), labels=300))
     assert verify_split(split)[[0, 254, 255, 256]].tolist() == [1, 0, 1, 1]
+
+
+def classes_again(root: Path) -> tuple[Split, Split]:
+    for split, form, seeds in (("train", "png", (0, 1, 2)), ("test", "bmp", (5, 1, 2))):
+        for i, seed in enumerate(seeds):
+            place = root / split / ("cat" if i < 2 else "dog")
+            place.mkdir(parents=True, exist_ok=True)
+            picture(seed=seed).save(place / f"{split}{i}.{form}")
+    return loaded(DataConfig(source=str(root)))
+
+
+def masks_again(root: Path) -> tuple[Split, Split]:
+    config = mask_folder(root)
+    picture(seed=9).save(root / "images" / "validation" / "scene" / "0.jpg")
+    return loaded(config, "label-map")
+
+
+def tables_again(root: Path) -> tuple[Split, Split]:
+    root.mkdir()
+    images = [picture(seed=i) for i in (7, 1, 2)]
+    return loaded(parquet(root, train=table([0, 1, 0]), test=table([0, 1, 1], images=images)))
+
+
+def coco_again(root: Path) -> tuple[Split, Split]:
+    files = save_shapes(root) / "coco"
+    for i in (1, 2):
+        shutil.copy(files / "train" / f"train{i}.png", files / "val" / f"val{i}.png")
+    return loaded(DataConfig(images=f"{files}/{{split}}", annotations=f"{files}/{{split}}.json"), "boxes")
+
+
+@pytest.mark.parametrize("splits", [classes_again, masks_again, tables_again, coco_again])
+def test_images_that_are_in_both_splits_are_warned_of_whatever_their_names(splits, tmp_path):
+    train, evaluation = splits(tmp_path / "set")
+    said = StringIO()
+    verify((train, evaluation), Console(file=said, width=2000))
+    (warning,) = [line for line in said.getvalue().splitlines() if "images of" in line]
+    assert f": 2 of the 3 images of {evaluation.name} are images of {train.name}, too" in warning
+    assert f": {evaluation.where(1)} is {train.where(1)}. " in warning
+
+
+def test_an_image_that_is_twice_in_one_split_is_not_warned_of(tmp_path):
+    split, said = single(parquet(tmp_path, train=table([0, 1], images=[picture()] * 2))), StringIO()
+    verify((split, None), Console(file=said))
+    assert said.getvalue().strip() == ""
 
 
 def test_verify_reports_each_example(tmp_path):

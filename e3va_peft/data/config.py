@@ -57,7 +57,8 @@ class DataConfig:
         ignore_index: Value in label maps that no loss and no metric counts.
         train_samples: Train on that many examples, drawn with `training.seed`.
         eval_samples: Evaluate on that many examples.
-        verify: Decode every image and its labels once before training, so that a broken one stops no long run.
+        verify: Decode every image and its labels once before training, so that a broken one stops no long run, and
+            warn of images that are in both splits.
     """
 
     source: str | None = None

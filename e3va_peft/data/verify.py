@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
+from PIL import Image
 
 from e3va_peft.data.examples import Split
 from e3va_peft.data.records import Decoded, refuse_broken
@@ -24,6 +27,9 @@ _BOXES = {
     "voc": "xmin, ymin, xmax, ymax in pixels that count from 1",
 }
 
+Checked: TypeAlias = list[tuple[Split, np.ndarray]]
+"""Splits whose images were checked, and for each image 64 bits of its pixels' SHA-256, `(n,)` uint64."""
+
 
 @dataclass
 class _Seen:
@@ -38,6 +44,7 @@ class _Seen:
         objects: Number of annotated objects, dropped ones included.
         largest: Largest coordinate of a box in pixels.
         box_format: How the boxes were read.
+        images: 64 bits of the SHA-256 of each image's pixels.
     """
 
     counts: np.ndarray
@@ -46,6 +53,7 @@ class _Seen:
     dropped: list[str] = field(default_factory=list)
     clipped: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
     ignored: int = 0
     objects: int = 0
     largest: float = 0.0
@@ -54,7 +62,7 @@ class _Seen:
     def add(self, other: _Seen) -> None:
         """Add an example."""
         self.counts += other.counts
-        for name in ("errors", "blank", "dropped", "clipped", "outside"):
+        for name in ("errors", "blank", "dropped", "clipped", "outside", "images"):
             getattr(self, name).extend(getattr(other, name))
         self.ignored += other.ignored
         self.objects += other.objects
@@ -63,7 +71,10 @@ class _Seen:
 
 
 def verify_split(
-    split: Split, report: Callable[[], None] = lambda: None, note: Callable[[str], None] = lambda text: None
+    split: Split,
+    report: Callable[[], None] = lambda: None,
+    note: Callable[[str], None] = lambda text: None,
+    checked: Checked | None = None,
 ) -> np.ndarray:
     """Decode every example once and count how often each class occurs, `(K,)` int64.
 
@@ -74,6 +85,8 @@ def verify_split(
         split: The examples.
         report: Called after each example.
         note: Called with each finding that stops nothing.
+        checked: Splits that were checked before; an image that is in one of them, too, is a finding, whatever the
+            names of the two files. This split is added.
 
     Raises:
         UserError: Some examples are broken; the message names the first ten. Or most boxes cannot be what they are
@@ -94,8 +107,11 @@ def verify_split(
     refuse_broken(seen.errors, len(split), "examples")
     _refuse_other_boxes(seen, split.name)
     _refuse_single_class(seen, split)
-    for text in _notes(seen, split.name):
+    images = np.array(seen.images, dtype=np.uint64)
+    for text in (*_notes(seen, split.name), *_twins(split, images, checked or [])):
         note(text)
+    if checked is not None:
+        checked.append((split, images))
     return seen.counts
 
 
@@ -108,10 +124,10 @@ def usable_processors() -> int:
 def _look_at(split: Split, index: int) -> _Seen:
     """Decode an example and keep nothing of it but counts and names."""
     try:
-        found = split.read(index)[1]
+        image, found = split.read(index)
     except UserError as error:
         return _Seen(np.zeros(len(split.labels), dtype=np.int64), errors=[str(error)])
-    seen = _Seen(_count(split, found))
+    seen = _Seen(_count(split, found), images=[_digest(image)])
     if isinstance(found, np.ndarray):
         seen.ignored = int(found.size - seen.counts.sum())
         if not seen.counts.any():
@@ -122,6 +138,13 @@ def _look_at(split: Split, index: int) -> _Seen:
         seen.largest = found.objects.boxes.max(initial=0)
         seen.box_format = found.box_format
     return seen
+
+
+def _digest(image: Image.Image) -> int:
+    """64 bits of the SHA-256 of an image's pixels, which copies share, whatever their names, formats and tags."""
+    digest = hashlib.sha256(repr(image.size).encode())
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
 
 
 def _count(split: Split, label: int | np.ndarray | Decoded) -> np.ndarray:
@@ -177,6 +200,18 @@ def _notes(seen: _Seen, name: str) -> Iterable[str]:
             f"{len(seen.clipped)} of the {seen.objects} boxes of {name} are clipped, for they leave their image by "
             f"more than a pixel: {_few(seen.clipped)}"
         )
+
+
+def _twins(split: Split, images: np.ndarray, checked: Checked) -> Iterable[str]:
+    for other, known in checked:
+        both = np.isin(images, known)
+        if both.any():
+            index = int(np.argmax(both))
+            twin = int(np.argmax(known == images[index]))
+            yield (
+                f"{both.sum()} of the {len(split)} images of {split.name} are images of {other.name}, too, and what "
+                f"is trained on scores too well: {split.where(index)} is {other.where(twin)}. Remove them from one"
+            )
 
 
 def _few(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import Objects
-from e3va_peft.data.verify import missing_classes, verify_split
+from e3va_peft.data.verify import Checked, missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments
@@ -353,18 +353,19 @@ def _evaluate_at_end(trainer: VisionTrainer) -> None:
 
 
 def verify(splits: Sequence[Split | None], console: Console) -> None:
-    """Decode every example once and warn of objects without area, and of classes that never occur.
+    """Decode every example once and warn of objects without area, classes that never occur, and images in two splits.
 
     Raises:
         UserError: Some examples are broken.
     """
+    checked: Checked = []
     for split in splits:
         if split is None:
             continue
         notes: list[str] = []
         with progress.Progress(console=console, transient=True) as bars:
             task = bars.add_task(f"checking {escape(split.name)}", total=len(split))
-            counts = verify_split(split, partial(bars.advance, task), notes.append)
+            counts = verify_split(split, partial(bars.advance, task), notes.append, checked)
         for note in notes:
             console.print(f"[yellow]warning[/yellow]: {escape(note)}.")
         for name in missing_classes(counts, split.labels):
