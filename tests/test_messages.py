@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from transformers import DINOv3ViTConfig
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
@@ -42,6 +43,7 @@ def inputs(tmp_path_factory) -> Path:
     with zipfile.ZipFile(root / "photos.zip", "w") as archive:
         archive.write(red / "0.png")
     (root / "runs" / "there").mkdir(parents=True)
+    DINOv3ViTConfig().save_pretrained(root / "dinov3")
     return root
 
 
@@ -85,6 +87,10 @@ FIELDS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "rank": ({"method": {"name": "e3va", "rank": 8}}, ["method.rank", "called method.r."]),
     "masks": ({"data": {"images": "a", "labels_dir": "b"}}, ["data.labels_dir", "called data.masks."]),
     "model": ({"model": "swin"}, ["model='swin'", "no such folder (from ", "on the Hub it cannot be loaded"]),
+    "no-classifier": (
+        {"model": "dinov3"},
+        ["model='dinov3': is a dinov3_vit", "no image classifier", "facebook/dinov2-base", "another task"],
+    ),
     "voc-as-coco": (
         {"task": "object-detection", "data": {"images": "colors", "annotations": "colors/train"}},
         ["data.annotations='colors/train'", "is a folder", "source: 'colors'"],

@@ -15,13 +15,13 @@ from transformers import (
     Mask2FormerConfig,
     PreTrainedModel,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
 from e3va_peft.errors import UserError, nearest, one_of
 from e3va_peft.plan.boxes import labels_of
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks.base import find_config, name_classes
+from e3va_peft.training.tasks.classification import classifier_config
 from e3va_peft.training.tasks.detection import detector_class, detector_config
 from e3va_peft.training.tasks.mask2former import LONGEST
 from e3va_peft.training.tasks.segmentation import segmenter_config
@@ -123,16 +123,7 @@ def _config(found: Any, model: str, task: str, head: str | None) -> Any:
         )
     if task in DETECTION:
         return detector_config(found, model, task, head)
-    return segmenter_config(found, model) if task == "semantic-segmentation" else _classifier_config(found, model)
-
-
-def _classifier_config(found: Any, model: str) -> Any:
-    if type(found) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
-        raise UserError(
-            f"model={model!r}: is a {found.model_type}, which has no image classifier. Use Swin, ViT or DINOv2, e.g. "
-            "swin-b, or another task."
-        )
-    return found
+    return segmenter_config(found, model) if task == "semantic-segmentation" else classifier_config(found, model)
 
 
 def image_size_of(model: PreTrainedModel, task: str) -> int:

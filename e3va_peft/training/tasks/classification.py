@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
 
+from e3va_peft.errors import UserError
 from e3va_peft.training.metrics import accuracy_scores, confusion_matrix
 from e3va_peft.training.tasks.base import (
     Task,
@@ -36,7 +38,7 @@ class ImageClassification(Task):
 
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load a classifier; a new linear head where the pretrained one has other classes."""
-        config = self.load_config(labels)
+        config = classifier_config(self.load_config(labels), self.config.model)
         self.apply_options(config)
         return load_weights(
             AutoModelForImageClassification, self.config.model, new=("classifier", "cls_classifier"), config=config
@@ -86,6 +88,25 @@ class ImageClassification(Task):
         """Images by their true and their most probable class."""
         found = torch.tensor([int(logits.argmax()) for logits, _ in evidence])
         return confusion_matrix(found, torch.tensor([label for _, label in evidence]), num_labels, ignore_index=None)
+
+
+def classifier_config(found: Any, model: str) -> Any:
+    """Return a classifier's config as it is.
+
+    Args:
+        found: Config of the model.
+        model: Its name, for the error.
+
+    Raises:
+        UserError: Transformers has no classifier of that kind.
+    """
+    if type(found) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"model={model!r}: is a {found.model_type}, of which transformers has no image classifier. Use one of "
+            "DINOv2, ViT or Swin, e.g. facebook/dinov2-base, another task, or a head of your own over it, in Python "
+            "(E3VAConfig)."
+        )
+    return found
 
 
 def _augmented(transform: v2.Transform, image: Image.Image, label: int) -> dict[str, Tensor]:
