@@ -306,18 +306,15 @@ def predict(
             found = predict_together([source, *_separated(adapters)], images, output, **options)
         else:
             found = {output: run(source, images, output, **options)}
-        console = Console()
+        console = Console(soft_wrap=True)  # a path that is broken over two lines cannot be copied
         for folder, entries in found.items():
             for entry in entries[:20]:
                 console.print(f"{escape(entry['file'])}: {_in_a_line(entry)}")
-            console.print(
-                escape(
-                    f"{len(entries)} images: {folder / 'predictions.json'}, and to look at: {folder / 'index.html'}"
-                )
-            )
+            places = f"{folder / 'predictions.json'}, and to look at: {folder / 'index.html'}"
+            console.print(escape(f"{_images(len(entries))}: {places}"))
         broken = [entry for entry in next(iter(found.values())) if "error" in entry]
         if broken:
-            typer.secho(f"error: {len(broken)} images could not be read: {broken[0]['error']}", fg="red", err=True)
+            typer.secho(f"error: {_images(len(broken))} could not be read: {broken[0]['error']}", fg="red", err=True)
             raise typer.Exit(1)
 
 
@@ -379,12 +376,16 @@ def _separated(texts: Sequence[str]) -> list[str]:
     return [name for each in parts for name in each if name]
 
 
+def _images(count: int) -> str:
+    return "1 image" if count == 1 else f"{count} images"
+
+
 def _in_a_line(entry: dict[str, Any]) -> str:
     """Findings in an image: its best classes, the shares of its regions, or why it was not read."""
     from rich.markup import escape
 
     if "error" in entry:
-        return f"[red]{escape(entry['error'])}[/red]"
+        return f"[red]{escape(entry['error'].removeprefix(entry['file'] + ': '))}[/red]"
     if "shares" in entry:
         return escape(", ".join(f"{name} {100 * share:.1f} %" for name, share in entry["shares"].items()))
     if "objects" in entry:

@@ -161,9 +161,11 @@ def test_the_command_ends_with_an_error_where_an_image_is_broken_and_without_whe
     command = ["predict", str(adapters / "classifier"), str(pictures), "--output"]
     whole = CliRunner().invoke(app, [*command, str(tmp_path / "whole")])
     assert whole.exit_code == 0 and "4 images" in whole.output, whole.output
+    assert len(whole.stdout.splitlines()) == 4 + 1, "an image a line, however long its path"
     (pictures / "a.jpg").write_bytes(b"junk")
     broken = CliRunner().invoke(app, [*command, str(tmp_path / "broken")])
-    assert broken.exit_code == 1 and "1 images could not be read" in broken.output
+    assert broken.exit_code == 1 and "1 image could not be read" in broken.output
+    assert broken.stdout.count(f"{pictures / 'a.jpg'}: ") == 1, broken.stdout
     assert len(read(tmp_path / "broken")) == 4
 
 
@@ -190,6 +192,16 @@ def test_earlier_predictions_are_kept_unless_overwrite_is_said(adapters, picture
     assert (output / "predictions.json").read_bytes() == before
     predict(str(adapters / "segmenter"), [str(pictures)], output, overwrite=True)
     assert len(read(output)) == 4
+
+
+def test_a_wrong_run_is_named_before_earlier_predictions(pictures, tmp_path):
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / "predictions.json").write_text("[]")
+    for source, words in (("./run", r"run='\./run': no such"), (str(pictures), "is not a run.*comes first")):
+        with pytest.raises(UserError, match=words):
+            predict(source, [str(pictures)], tmp_path / "found")
+        with pytest.raises(UserError, match=words):
+            predict_together([source, str(tmp_path)], [str(pictures)], tmp_path)
 
 
 def test_the_label_maps_of_a_dataset_are_not_overwritten(adapters, pictures, tmp_path):
@@ -271,9 +283,11 @@ def test_adapters_hold_their_frozen_weights_once(adapters, pictures, tmp_path, m
     monkeypatch.setitem(
         predict_together.__globals__, "load_trained", lambda source: loaded.append(load_trained(source)) or loaded[-1]
     )
-    sources = [str(adapters / "classifier"), str(another(adapters, "classifier", tmp_path / "b")), "./no"]
-    with pytest.raises(UserError, match=r"\./no"):
-        predict_together(sources, [str(pictures)], tmp_path / "found")
+    (tmp_path / "no").mkdir()
+    (tmp_path / "no" / "adapter_config.json").write_text("{}")
+    sources = [adapters / "classifier", another(adapters, "classifier", tmp_path / "b"), tmp_path / "no"]
+    with pytest.raises(UserError, match="/no"):
+        predict_together([str(source) for source in sources], [str(pictures)], tmp_path / "found")
     first, second = ({name: p.data_ptr() for name, p in each.model.named_parameters()} for each in loaded)
     frozen = [name for name in first if "e3va_" not in name and "classifier" not in name and "layernorm" not in name]
     assert frozen and all(first[name] == second[name] for name in frozen)

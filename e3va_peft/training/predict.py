@@ -131,16 +131,9 @@ def load_trained(source: str) -> Trained:
     Raises:
         UserError: Nothing that can be loaded is there.
     """
-    refuse_no_path("run", source)
-    folder = Path(source).expanduser()
-    config = read_run(folder) if (folder / CONFIG).is_file() else None
-    if config is not None:
-        part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
-        if not part.is_dir():
-            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config resumes it.")
-        folder = part
+    folder, config = _locate(source)
     try:
-        model, processor = _load(folder if folder.is_dir() else None, source, config)
+        model, processor = _load(folder, source, config)
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -149,6 +142,31 @@ def load_trained(source: str) -> Trained:
         raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return Trained(model.to(device).eval(), processor, _class_names(_base(model).config), config, _name_of(source))
+
+
+def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
+    """Find what there is to load: its folder, None where it has to be on the Hub; and the run that it is of.
+
+    Raises:
+        UserError: Nothing that can be loaded is there.
+    """
+    refuse_no_path("run", source)
+    folder = Path(source).expanduser()
+    if (folder / CONFIG).is_file():
+        config = read_run(folder)
+        part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
+        if not part.is_dir():
+            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config resumes it.")
+        return part, config
+    if not folder.is_dir():
+        return None, None
+    if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
+        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in islice(folder.rglob("*"), _LOOKED_AT))
+        raise UserError(
+            f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
+            + (" It holds images; the run comes first, then the images." if images else "")
+        )
+    return folder, None
 
 
 def _base(model: Any) -> Any:
@@ -180,12 +198,6 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder is None or (folder / "adapter_config.json").is_file():
         return load_adapter(source if folder is None else folder)
-    if not (folder / "config.json").is_file():
-        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in islice(folder.rglob("*"), _LOOKED_AT))
-        raise UserError(
-            f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
-            + (" It holds images; the run comes first, then the images." if images else "")
-        )
     architecture_config = read_model_config(folder / "config.json")
     names = architecture_config.architectures
     architecture = names[0] if isinstance(names, list) and names else names
@@ -296,6 +308,7 @@ def predict(
         UserError: There are no images, or nothing that can be loaded.
     """
     files = _files(images)
+    _locate(source)  # what is there already is no matter to somebody who has named the wrong run
     _refuse_existing(output, overwrite)
     return _predict({output: load_trained(source)}, files, top, threshold)[output]
 
@@ -331,6 +344,8 @@ def predict_together(
     """
     files = _files(images)
     folders = _folders(sources, output)
+    for source in sources:
+        _locate(source)
     for folder in folders:
         _refuse_existing(folder, overwrite)
     trained = dict(zip(folders, load_together(sources), strict=True))
