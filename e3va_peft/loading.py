@@ -228,7 +228,7 @@ def read_model_config(file: Path) -> Any:
         return AutoConfig.for_model(**content)
     except Exception as error:  # whatever transformers' classes do with what is not theirs
         raise ValueError(
-            f"{file}: is no config of a model ({reason(error)}). Restore the file that was saved."
+            f"{file}: is not a config of a model ({reason(error)}). Restore the file that was saved."
         ) from None
 
 
@@ -241,7 +241,7 @@ def refuse_unbuildable(file: Path, config: Any, model_class: Any) -> None:
         model_class: Class of the model.
 
     Raises:
-        ValueError: It is no config of this class, or describes too large a model.
+        ValueError: It is not a config of this class, or describes too large a model.
     """
     try:
         with torch.device("meta"):
