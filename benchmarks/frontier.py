@@ -1,6 +1,6 @@
 """Draw what every method keeps for backward against what it takes, from `memory.json` and `speed.json`.
 
-    python benchmarks/frontier.py  # writes results/frontier.png
+    python benchmarks/frontier.py  # writes results/frontier.png, and frontier-more.png of further models
 
 One point a method: the share of the backbone's bytes that is kept, (method - head only) / (full - head only), and the
 time of the backbone part of a step as a multiple of head-only training's.
@@ -8,13 +8,13 @@ time of the backbone part of a step as a multiple of head-only training's.
 
 from __future__ import annotations
 
-from typing import Any
-
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from readme_tables import rows
 from record import RESULTS
+
+from e3va_peft.compare.plots import label
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers say the same.
 STYLES = {
@@ -51,40 +51,49 @@ def points() -> dict[str, dict[str, tuple[float, float]]]:
 
 
 def draw(axes: Axes, title: str, found: dict[str, tuple[float, float]]) -> None:
-    """Draw one backbone."""
-    axes.axhline(1, color="0.6", linestyle=":", linewidth=1)
-    axes.annotate("head only, nothing kept", (0.01, 1), xycoords=("axes fraction", "data"), fontsize=7, color="0.4",
-                  xytext=(0, 3), textcoords="offset points")  # fmt: skip
+    """Draw one backbone, but for the names of its points."""
+    axes.axhline(1, color="0.6", linestyle=":", linewidth=1, label="head only, nothing kept")
     for kind, (color, marker, size) in STYLES.items():
-        mine = {method: place for method, place in found.items() if kind_of(method) == kind}
-        axes.plot(
-            *zip(*mine.values(), strict=True), linestyle="", color=color, marker=marker, markersize=size, label=kind
-        )
-        for method, place in mine.items():
-            text: Any = method.removeprefix("E3VA, ").replace(" + checkpointing", " + ckpt")
-            below = place[1] < 1.3 and "live" not in method  # many are there
-            options: Any = {"rotation": -40, "va": "top", "xytext": (1, -5)} if below else {"xytext": (6, 1)}
-            axes.annotate(text, place, textcoords="offset points", fontsize=6.5, color=color, **options)
+        mine = [place for method, place in found.items() if kind_of(method) == kind]
+        if mine:
+            axes.plot(*zip(*mine, strict=True), linestyle="", color=color, marker=marker, markersize=size, label=kind)
     axes.set_xscale("log")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(title, fontsize=11)
     axes.set_xlabel("kept of the backbone's bytes, % (log)")
+    axes.set_ylabel("time of a step, head only = 1")
     axes.grid(color="0.92", which="both")
     axes.set_axisbelow(True)
-    axes.margins(0.15)
-    axes.set_ylim(bottom=0.4)
+    axes.margins(x=0.16)
+    axes.set_ylim(0, 1.25 * max(time for _, time in found.values()))  # the legend is on top
+
+
+def name_points(axes: Axes, found: dict[str, tuple[float, float]]) -> None:
+    """Write the names of the points of a backbone, those to the right first."""
+    points = [
+        (method.removeprefix("E3VA, ").replace(" + checkpointing", " + ckpt"), *place, STYLES[kind_of(method)][0])
+        for method, place in found.items()
+    ]
+    label(axes, sorted(points, key=lambda point: -point[1]))
+
+
+def picture(recorded: dict[str, dict[str, tuple[float, float]]]) -> Figure:
+    """Draw backbones, one below the other, as wide as a page."""
+    figure = Figure(figsize=(9, 5.4 * len(recorded)), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(len(recorded), 1, squeeze=False)[:, 0]
+    for axes, (title, found) in zip(grid, recorded.items(), strict=True):
+        draw(axes, title, found)
+    grid[0].legend(frameon=False, fontsize=9, ncols=2, loc="upper right")
+    for axes, found in zip(grid, recorded.values(), strict=True):
+        name_points(axes, found)
+    return figure
 
 
 def main() -> None:
-    """Draw the picture."""
-    recorded = points()
-    figure = Figure(figsize=(5.4 * len(recorded), 5), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(1, len(recorded), squeeze=False)[0]
-    for axes, (title, found) in zip(grid, recorded.items(), strict=True):
-        draw(axes, title, found)
-    grid[0].set_ylabel("time of a step, head only = 1")
-    grid[0].legend(frameon=False, fontsize=8)
-    figure.savefig(RESULTS / "frontier.png")
+    """Draw the pictures."""
+    first, *more = points().items()
+    picture(dict([first])).savefig(RESULTS / "frontier.png")
+    picture(dict(more)).savefig(RESULTS / "frontier-more.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from e3va_peft.data.formats import load_splits
@@ -33,6 +35,34 @@ def test_the_check_of_a_gpu_rehearses_on_the_cpu_and_says_so(tmp_path):
         assert all(row["counted"] and row["allocated"] is row["reserved"] is None for row in steps)
     assert all(row["predicted"] for row in steps)
     assert (tmp_path / "gpu.md").read_text() in (tmp_path / "said").read_text()
+
+
+def test_scores_are_drawn_over_a_tenth_at_least_and_named_inside_the_frame():
+    plots = runpy.run_path(str(BENCHMARKS / "accuracy" / "plots.py"))
+    for task in ("tissue", "nuclei"):
+        found = plots["protocol"](task)
+        for axes in plots["draw"](task, found).axes:
+            low, high = axes.get_ylim()
+            assert low < min(row["mean"] for row in found) and max(row["mean"] for row in found) < high
+            assert high - low >= 0.099
+            _assert_readable(axes, len(found))
+
+
+def test_the_names_on_the_frontier_lie_side_by_side_inside_the_frame(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    frontier = runpy.run_path(str(BENCHMARKS / "frontier.py"))
+    recorded = frontier["points"]()
+    for axes, found in zip(frontier["picture"](recorded).axes, recorded.values(), strict=True):
+        _assert_readable(axes, len(found))
+
+
+def _assert_readable(axes: Axes, count: int) -> None:
+    """No name lies on another one or leaves the frame."""
+    boxes = [text.get_window_extent() for text in axes.texts if text.get_text()]
+    frame = axes.get_window_extent()
+    assert len(boxes) == count
+    assert all(frame.contains(*box.min) and frame.contains(*box.max) for box in boxes)
+    assert not any(Bbox.intersection(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_nuclei_as_they_are_published_become_what_the_recipes_read(tmp_path, monkeypatch):

@@ -272,7 +272,7 @@ def test_labels_of_a_crowded_plot_lie_side_by_side(tmp_path, monkeypatch):
 
 def test_a_small_gain_looks_small(tmp_path, monkeypatch):
     seen: list[tuple[float, float]] = []
-    monkeypatch.setattr(plots, "_label", lambda axes, points: seen.append(axes.get_ylim()))
+    monkeypatch.setattr(plots, "label", lambda axes, points: seen.append(axes.get_ylim()))
     draw_tradeoff([("lora", 0.226, None), ("e3va", 0.219, None)], [1, 2], tmp_path / "plot.png", "MiB", "mean_iou")
     low, high = seen[0]
     assert low < 0.219 < 0.226 < high and high - low >= 0.099

@@ -46,24 +46,37 @@ def draw_tradeoff(
         color, marker, size = _STYLES.get(name, _OTHERS)
         axes.errorbar(x, mean, deviation, fmt=marker, color=color, markersize=size, capsize=3, elinewidth=1)
     axes.set_xlim(0, 1.12 * max(costs))
+    widen(axes)
+    colors = [_STYLES.get(name, _OTHERS)[0] for name, _, _ in places]
+    label(axes, [(name, x, mean, color) for (name, mean, _), x, color in zip(places, costs, colors, strict=True)])
+    save_figure(figure, path)
+
+
+def widen(axes: Axes) -> None:
+    """Let the axis of a metric span at least 0.1, around what is drawn."""
     axes.margins(y=0.12)
     low, high = axes.get_ylim()
     spare = max(0.0, _SPAN - (high - low)) / 2
     axes.set_ylim(low - spare, high + spare)
-    _label(axes, [(name, x, mean) for (name, mean, _), x in zip(places, costs, strict=True)])
-    save_figure(figure, path)
 
 
-def _label(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None:
-    """Write each point's name where it covers neither a marker nor another name, near before far."""
+def label(axes: Axes, points: Sequence[tuple[str, float, float, str]], size: float = 9) -> None:
+    """Write each point's name where it covers neither a marker, another name nor the legend, near before far.
+
+    Args:
+        axes: Where the points are drawn. Their limits, and the layout of the figure, are fixed from here on.
+        points: Name, x, y and colour of each.
+        size: Of the letters, in points.
+    """
     figure: Any = axes.figure
     figure.draw_without_rendering()  # fixes the axes, on which positions in pixels depend
     figure.set_layout_engine("none")
-    centres = [axes.transData.transform((x, y)) for _, x, y in points]
+    centres = [axes.transData.transform((x, y)) for _, x, y, _ in points]
     taken = [Bbox.from_extents(x - 12, y - 12, x + 12, y + 12) for x, y in centres]
-    for name, x, y in points:
-        color = _STYLES.get(name, _OTHERS)[0]
-        text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=9, color=color)
+    if (legend := axes.get_legend()) is not None:
+        taken.append(legend.get_window_extent())
+    for name, x, y, color in points:
+        text = axes.annotate(name, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=size, color=color)
         choices = [
             (_place(text, dx * distance, dy * distance), (dx * distance, dy * distance))
             for distance in _DISTANCES
