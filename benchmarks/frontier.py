@@ -11,6 +11,7 @@ from __future__ import annotations
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from readme_tables import rows
 from record import RESULTS
 
@@ -74,6 +75,8 @@ def name_points(axes: Axes, found: dict[str, tuple[float, float]]) -> None:
         for method, place in found.items()
     ]
     label(axes, sorted(points, key=lambda point: -point[1]))
+    for text in axes.texts:
+        text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over the line of head only
 
 
 def picture(recorded: dict[str, dict[str, tuple[float, float]]]) -> Figure:
