@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import EpsImagePlugin, Image
 from rich.console import Console
@@ -298,6 +299,37 @@ def test_a_missing_folder_is_named_with_the_place_it_was_looked_for(tmp_path):
     for field in ("images", "masks"):
         refused(replace(config, **{field: "nowhere"}), f"data.{field}='nowhere'", "no such folder", kind="label-map")
     refused(replace(config, labels="nowhere.txt"), "data.labels='nowhere.txt'", "no such file", kind="label-map")
+
+
+@pytest.mark.parametrize("field", ["source", "images", "masks", "annotations", "labels"])
+def test_a_path_that_is_too_long_for_one_is_named(field):
+    with pytest.raises(UserError, match=rf"data\.{field}='a+\.\.\.': has 5000 letters"):
+        DataConfig(**{field: "a" * 5000})
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "{root}/outside.png"])
+def test_a_metadata_file_names_images_of_its_folder_alone(name, tmp_path):
+    name = name.format(root=tmp_path)
+    picture().save(tmp_path / "outside.png")
+    (tmp_path / "photos").mkdir()
+    picture().save(tmp_path / "photos" / "a.png")
+    (tmp_path / "photos" / "metadata.csv").write_text(f"file_name,label\na.png,cat\n{name},dog\n")
+    refused(DataConfig(source=str(tmp_path / "photos")), "data.source=", "photos", name)
+
+
+def test_a_table_holds_its_images_or_names_files_beside_it(tmp_path):
+    inside, elsewhere = tmp_path / "tables" / "deep" / "a.png", tmp_path / "outside.png"
+    inside.parent.mkdir(parents=True)
+    picture(seed=1).save(inside)
+    picture().save(elsewhere)
+    whole, *named = of(picture()), *({"path": str(path), "bytes": None} for path in (inside, elsewhere))
+    configs = [DataConfig(source=str(tmp_path / name)) for name in ("tables", "tables/train.parquet")]
+    file = tmp_path / "tables" / "train.parquet"
+    pq.write_table(table([0, 1], images=[whole, named[0]]).data.table, file)  # to_parquet would read the files
+    assert all(np.array_equal(single(config)[1][0], picture(seed=1)) for config in configs)
+    pq.write_table(table([0, 1, 1], images=[whole, *named]).data.table, file)
+    for config in configs:
+        refused(config, f"{config.source}, split 'train', row 2: has the image {str(elsewhere)!r}, a file outside of")
 
 
 def test_a_hub_id_without_network_is_explained():

@@ -184,6 +184,8 @@ def test_an_empty_mask_is_dropped_and_counted(empty, tmp_path):
         (changed("annotations", bbox=[9, 1, -4, 6]), ["annotation 1", "negative width"]),
         (changed("annotations", bbox=[9, 1, 4]), ["annotation 1", "four numbers"]),
         (changed("annotations", bbox=[9, 1, 4, float("nan")]), ["annotation 1", "four numbers"]),
+        (changed("annotations", bbox=[9, 1, float("inf"), 6]), ["annotation 1", "four numbers"]),
+        (changed("annotations", bbox=[-float("inf"), 1, 4, 6]), ["annotation 1", "four numbers"]),
         (changed("annotations", bbox=[9, 1, 4, 10**400]), ["annotation 1", "four numbers"]),
         (changed("annotations", segmentation=[[1, 2, 3, 4, 5, 6, 7]]), ["annotation 1", "polygon of 7"]),
         (changed("annotations", segmentation=None), ["annotation 1", "no segmentation"]),
@@ -289,8 +291,12 @@ def test_names_of_the_config_replace_those_of_the_file_in_the_order_of_its_ids(t
     assert split.labels == ("Katze", "Hund") and split[0][1].labels.tolist() == [1]
     with pytest.raises(UserError, match=r"data\.labels: .*3.*2"):
         coco(tmp_path, labels=["a", "b", "c"])
-    for labels in (["dog", "cat"], ["dog", "wolf"]):
-        with pytest.raises(UserError, match=r"0 'dog'.* 1"):
+    for labels, said in (
+        (["dog", "cat"], "0 'dog'.* 1"),
+        (["dog", "wolf"], "0 'dog'.* 1"),
+        (["bird", "cat"], "1 'cat'.* 0"),
+    ):
+        with pytest.raises(UserError, match=rf"data\.labels: calls class {said}"):
             coco(tmp_path, labels=labels)
 
 
@@ -466,6 +472,7 @@ def test_a_devkit_joins_its_years(tmp_path):
         ("<object>", ["a.xml", "XML"]),
         ("<object><name>dog</name></object>", ["a.xml", "object 1 of 1", "bndbox/xmin"]),
         (thing(box=("x", 1, 2, 3)), ["object 1 of 1", "xmin 'x'"]),
+        (thing(box=(1, 1, "inf", 3)), ["object 1 of 1", "xmax 'inf'"]),
         (thing(box=(9, 2, 3, 7)), ["object 1 of 1", "negative width"]),
         (thing(name=""), ["object 1 of 1", "no name"]),
         (thing(more="<difficult>hard</difficult>"), ["object 1 of 1", "'hard' for difficult"]),
@@ -485,6 +492,10 @@ def test_voc_that_does_not_match_its_folder_is_refused(tmp_path):
     (tmp_path / "Annotations" / "b.xml").write_text("<annotation></annotation>")
     with pytest.raises(UserError, match=r"1 of 2 .*JPEGImages.b"):
         load("boxes", source=str(tmp_path))
+    for name in ("a" * 5000, "../a"):
+        lists(tmp_path, train=f"a\n{name}")
+        with pytest.raises(UserError, match=rf"split 'train': 1 of 2 images .*{name[-4:]}.*ImageSets/Main"):
+            load("boxes", source=str(tmp_path))
 
 
 def test_voc_of_another_size_than_its_image_is_refused(tmp_path):

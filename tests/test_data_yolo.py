@@ -228,6 +228,7 @@ def test_label_studio_has_classes_and_no_yaml(tmp_path):
         ("0.5 0.5 0.5 0.1 0.1", ["class 0.5"]),
         ("dog 0.5 0.5 0.1 0.1", ["'dog'", "not a number"]),
         ("0 nan 0.5 0.1 0.1", ["'nan'", "not a number"]),
+        ("0 0.5 0.5 0.1 inf", ["'inf'", "not a number"]),
         ("0 0.5 0.5 0.1", ["4 numbers", "A box has 5"]),
         ("0 0.5 0.5 0.1 0.1 0.9", ["6 numbers"]),
         ("0 0.5 0.5 0.1 0.1 0.9 0.9 0.8", ["8 numbers"]),
@@ -275,6 +276,33 @@ def test_boxes_are_refused_where_masks_are_needed(labels, tmp_path):
 )
 def test_a_yaml_that_cannot_work_is_named(text, parts, tmp_path):
     refused(ultralytics(tmp_path, text=text), *parts)
+
+
+def test_a_list_may_name_images_of_its_data_set_alone_as_it_is_written_or_by_their_full_path(tmp_path):
+    config = ultralytics(tmp_path / "set", text="train: lists/train.txt\nnames: [cat, dog]")
+    (tmp_path / "set" / "lists").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    inside = tmp_path / "set" / "images" / "train" / "a.jpg"
+    for line in (inside, "../images/train/a.jpg", tmp_path / "link" / "images" / "train" / "a.jpg"):
+        (tmp_path / "set" / "lists" / "train.txt").write_text(f"{line}\n")
+        assert len(load_splits(config, "boxes")[0]) == 1
+    example(tmp_path, "other/images/b.jpg", BOX)
+    for line in (tmp_path / "other" / "images" / "b.jpg", "../../other/images/b.jpg"):
+        (tmp_path / "set" / "lists" / "train.txt").write_text(f"{inside}\n{line}\n")
+        refused(config, "train.txt: 1 of its 2 images lie outside of ", f": {line}. ", "path:")
+    described(tmp_path / "set", f"path: {tmp_path}\ntrain: set/lists/train.txt\nnames: [cat, dog]")
+    assert len(load_splits(config, "boxes")[0]) == 2
+
+
+def test_names_that_are_too_long_for_a_file_are_not_there(tmp_path):
+    long = "a" * 5000
+    config = ultralytics(tmp_path, text=f"path: {long}\ntrain: {long}\nnames: [cat, dog]")
+    refused(config, "data.yaml: has train: aaa", "which is not there")
+    described(tmp_path, "train: train.txt\nnames: [cat, dog]")
+    (tmp_path / "train.txt").write_text(f"images/train/a.jpg\n{long}\n")
+    refused(config, "train.txt: 1 of its 2 images are not there: aaa")
+    described(tmp_path, "train: /dev/null\nnames: [cat, dog]")
+    refused(config, "data.yaml: has train: /dev/null, which is not there")
 
 
 def test_images_of_a_list_that_are_not_there_are_named(tmp_path):

@@ -41,7 +41,7 @@ def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
     found = {
         name: _coco_split(annotations.replace("{split}", name), images.replace("{split}", name)) for name in names
     }
-    there = {name: paths for name, paths in found.items() if paths[0].is_file()}
+    there = {name: paths for name, paths in found.items() if os.path.isfile(paths[0])}
     if not there:
         raise UserError(
             f"data.annotations={annotations!r}: there is no such file for any of the splits {list(found)} (from "

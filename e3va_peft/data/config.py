@@ -1,10 +1,11 @@
 """Where the images and labels of a run are: the `data` section of its YAML file."""
 
+import errno
 import os  # no annotations from __future__: `check_fields` checks no types that are text
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from e3va_peft.errors import Rule, check_fields
+from e3va_peft.errors import Rule, UserError, check_fields
 
 LabelKind: TypeAlias = Literal["class", "label-map", "boxes", "instances"]
 """Labels of an image: its class, the class of each pixel, its objects' boxes, or these and their masks."""
@@ -87,6 +88,19 @@ class DataConfig:
             value = getattr(self, name)
             if isinstance(value, str):
                 setattr(self, name, os.path.expanduser(value))
+                _refuse_too_long(name, value)
+
+
+def _refuse_too_long(name: str, value: str) -> None:
+    try:
+        os.stat(os.path.expanduser(value))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # which pathlib raises wherever it is asked for such a file
+            raise UserError(
+                f"data.{name}={value[:40] + '...'!r}: has {len(value)} letters, too many for a path."
+            ) from None
+    except ValueError:  # a zero byte, which is in the name of no file
+        pass
 
 
 def source_of(config: DataConfig) -> str:

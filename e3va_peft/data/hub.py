@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
+from huggingface_hub.constants import HF_HUB_CACHE
 
-from e3va_peft.data.config import DataConfig
-from e3va_peft.data.images import IMAGE_SUFFIXES
+from e3va_peft.data.config import DataConfig, source_of
+from e3va_peft.data.images import IMAGE_SUFFIXES, outside
 from e3va_peft.data.splits import EVAL, TRAIN
 from e3va_peft.errors import UserError, reason, refuse_no_path
 
@@ -31,8 +32,14 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     """Load a Hub dataset, an image folder, parquet files or what `save_to_disk` wrote.
 
     Raises:
-        UserError: It is none of these, or not there.
+        UserError: It is none of these, or not there, or has images that are files elsewhere.
     """
+    found = _load(config)
+    _refuse_outside(config, found)
+    return found
+
+
+def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
     source = str(config.source)
     path = Path(source)
     try:
@@ -50,6 +57,8 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, UserError):
             raise
+        if isinstance(error, datasets.exceptions.DatasetGenerationError) and isinstance(error.__cause__, Exception):
+            error = error.__cause__  # which alone says what is wrong
         if path.is_dir():
             raise UserError(
                 f"data.source={source!r}: cannot be read ({reason(error)}). It holds {look(path)}. An image folder is "
@@ -64,6 +73,38 @@ def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
             f"Hub ({reason(error)}). Correct the path; or, for the Hub, the id, the network and, if it is private, "
             "`hf auth login`."
         ) from None
+
+
+def _refuse_outside(config: DataConfig, found: Mapping[str, datasets.Dataset]) -> None:
+    """Refuse a table that names files elsewhere as its images: whoever wrote it would choose what is trained on.
+
+    Raises:
+        UserError: An image is neither in the table, nor a file beside it, nor one that was downloaded or unpacked.
+    """
+    source, saved = Path(str(config.source)), datasets.config
+    beside = [source if source.is_dir() else source.parent] if source.exists() else []
+    caches = [saved.HF_DATASETS_CACHE, saved.DOWNLOADED_DATASETS_PATH, saved.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE]
+    for split, rows in found.items():
+        for name in (name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)):
+            paths = _paths(rows, name)
+            absent = (path for path in outside(filter(None, paths), [*beside, *caches]) if os.path.isfile(path))
+            if path := next(absent, None):
+                folder = f"the folder {beside[0]}" if beside else "what was downloaded"
+                raise UserError(
+                    f"{source_of(config)}, split {split!r}, row {paths.index(path)}: has the {name} {path!r}, a file "
+                    f"outside of {folder}. Move it there, or write the images themselves into the table."
+                )
+
+
+def _paths(rows: datasets.Dataset, name: str) -> list[str | None]:
+    """List the paths of a column's images whose bytes are not in the table; None for the others."""
+    return [
+        path if no_bytes else None
+        for part in rows.data.column(name).chunks
+        for path, no_bytes in zip(
+            part.field("path").to_pylist(), part.field("bytes").is_null().to_pylist(), strict=True
+        )
+    ]
 
 
 def _file_hint(path: Path) -> str:

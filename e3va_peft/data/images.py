@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterable
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,20 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+
+def outside(paths: Iterable[str], folders: Iterable[str | Path]) -> list[str]:
+    """List the paths that lie in none of some folders, neither as they are written nor with all links followed.
+
+    Links in the folders are the user's own, and so may lead out of them.
+    """
+    paths, folders = list(paths), list(folders)
+    places = dict.fromkeys(map(os.path.dirname, paths), False)  # one look for each, not for each of their files
+    for follow in (os.path.abspath, os.path.realpath):
+        within = [Path(follow(folder)) for folder in folders]
+        for place in (place for place, inside in places.items() if not inside):
+            places[place] = any(Path(follow(place)).is_relative_to(folder) for folder in within)
+    return [path for path in paths if not places[os.path.dirname(path)]]
 
 
 def open_image(item: dict[str, Any], where: str) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
@@ -74,7 +75,7 @@ def read_voc(
     for split, entries in chosen.items():
         refuse_empty(config, split, entries)
         paths = [folder / "Annotations" / f"{name}.xml" for folder, name in entries]
-        absent = [str(path) for path in paths if not path.is_file()]
+        absent = [str(path) for path in paths if not os.path.isfile(path)]  # which takes names too long for a file
         if absent:
             raise UserError(
                 f"{config.source}, split {split!r}: {len(absent)} of {len(paths)} images have no annotations: "

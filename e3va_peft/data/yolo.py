@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from e3va_peft.data.config import DataConfig, LabelKind
-from e3va_peft.data.images import IMAGE_SUFFIXES
+from e3va_peft.data.images import IMAGE_SUFFIXES, outside
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, finite_number, make_record, make_rows, refuse_broken, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
@@ -98,7 +98,7 @@ def _described(file: Path, config: DataConfig) -> dict[str, YoloSplit]:
     base, path = file.parent, content.get("path") or "."
     if not isinstance(path, str):
         raise UserError(f"{file}: has the path {path!r}. Write a folder, or leave it out.")
-    roots = tuple(dict.fromkeys(root for root in (base / path, base) if root.is_dir()))
+    roots = tuple(dict.fromkeys(root for root in (base / path, base) if os.path.isdir(root)))
     names = _names(content, file)
     keys = dict.fromkeys(key for key in (config.train_split, config.eval_split, *TRAIN, *EVAL) if key in content)
     entries = {str(key): _entry(content[key], str(key), file) for key in keys if content[key]}
@@ -150,14 +150,17 @@ def _images(split: YoloSplit, name: str) -> list[Path]:
 
 
 def _place(entry: str, roots: Sequence[Path]) -> Path | None:
-    """Find what an entry means. Roboflow writes ../train/images for what lies beside its data.yaml."""
+    """Find the folder or file that an entry means. Roboflow writes ../train/images for what lies beside data.yaml."""
     tails = (entry, entry.removeprefix("../"))
     places = (Path(os.path.normpath(root / tail)) for tail in tails for root in roots)
-    return next((place for place in places if place.exists()), None)
+    return next((place for place in places if os.path.isdir(place) or os.path.isfile(place)), None)
 
 
 def _listed(file: Path, roots: Sequence[Path]) -> list[Path]:
-    """Read a list of images, one a line. CVAT writes data/images/train/a.jpg for images/train/a.jpg."""
+    """Read a list of images, one a line. CVAT writes data/images/train/a.jpg for images/train/a.jpg.
+
+    A data.yaml may name folders wherever they are; its lists, images in these folders and beside the list alone.
+    """
     lines = [line.strip() for line in read_text(file).splitlines() if line.strip()]
     places = tuple(dict.fromkeys((file.parent, *roots)))
     found = {line: _place(line, places) or _place(line.removeprefix("data/"), places) for line in lines}
@@ -167,7 +170,15 @@ def _listed(file: Path, roots: Sequence[Path]) -> list[Path]:
             f"{file}: {len(absent)} of its {len(found)} images are not there: {shown(absent)}. They were looked for "
             f"in {', '.join(map(str, places))}. Add them, or remove them from the list."
         )
-    return [path for path in found.values() if path is not None]
+    images = [path for path in found.values() if path is not None]
+    elsewhere = set(outside(map(str, images), places))
+    if elsewhere:
+        lines = [line for line, path in found.items() if str(path) in elsewhere]
+        raise UserError(
+            f"{file}: {len(lines)} of its {len(found)} images lie outside of {' and '.join(map(str, places))}: "
+            f"{shown(lines)}. Move them there, or write path: into the data.yaml, a folder that holds them."
+        )
+    return images
 
 
 def _label_file(image: Path) -> Path:
