@@ -108,7 +108,7 @@ class BaseModel:
             adapter: The adapter's config as a dict.
         """
         if self.config is not None:
-            (folder / BASE_CONFIG).write_text(self._config_text())
+            (folder / BASE_CONFIG).write_text(self._config_text(), encoding="utf-8")
         _copy_processor(folder, [adapter.get("base_model_name_or_path"), *self.backbones.values()])
         _write_card(folder / "README.md", adapter, self)
 

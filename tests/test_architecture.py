@@ -57,7 +57,7 @@ TORCH_ONLY = {"storage", "frozen_pass", "fused", "highway", "recompute", "lane",
 def imports(path: Path) -> set[str]:
     """Modules a file imports when it runs, leaving out what is for the type checker only."""
     found: set[str] = set()
-    tree = ast.parse(path.read_text())
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     skipped = {
         id(node)
         for branch in ast.walk(tree)
@@ -280,11 +280,11 @@ def test_the_readme_and_the_pages_show_what_was_recorded(monkeypatch):
 
 def test_no_test_module_imports_from_another():
     for path in Path(__file__).parent.glob("*.py"):
-        found = re.findall(r"^\s*(?:from|import) tests\.(test_\w+)", path.read_text(), re.MULTILINE)
+        found = re.findall(r"^\s*(?:from|import) tests\.(test_\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert set(found) <= {path.stem}, path  # its own, in a process that it starts
 
 
 def test_contributing_shows_the_order_that_is_held():
-    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
     shown = text[text.index("a test holds this:") + len("a test holds this:") :].split("\n\n")[1]
     assert [set(step.split()) for step in shown.split(">")] == [names for names in ORDER if names - {"", "__main__"}]
