@@ -23,6 +23,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft import PeftConfig, PeftModel, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import nn
@@ -76,6 +77,9 @@ def load_adapter(
 ) -> tuple[PeftModel, Any]:
     """Rebuild base model, head and image processor from an adapter's folder or Hub repository alone.
 
+    Code beside a model is never run. A base model in a folder is found by its path, as `adapter_config.json` has it,
+    from the current folder on; an adapter from the Hub may name Hub ids alone.
+
     Args:
         adapter: Folder or Hub id of an adapter that `save_pretrained` or `push_to_hub` wrote.
         is_trainable: Load it to train on, not only to predict.
@@ -97,8 +101,14 @@ def load_adapter(
         ValueError: A file of the adapter is malformed, describes what is too large to be meant, or is a link out of
             its folder; it is of another method, does not say what its base model is, was trained on another, or has
             weights that are not all of its own or not those that were saved; neither it nor the base model has the
-            weights of some module, or has them in its sizes; or a base model's weights are a pickle.
+            weights of some module, or has them in its sizes; a base model's weights are a pickle; an adapter from the
+            Hub names a path; or `trust_remote_code` is asked for.
     """
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True: load_adapter builds classes of transformers and e3va_peft alone, and runs no "
+            "code beside a model. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
+        )
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
     folder = folder / subfolder
@@ -113,6 +123,8 @@ def load_adapter(
         )
     _refuse_links(folder)
     config = _read_adapter_config(source, folder)
+    if not os.path.isdir(source):
+        _refuse_paths(source, config)
     if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
         raise ValueError(
             f"adapter={source!r}: has its weights in {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}. If "
@@ -164,6 +176,23 @@ def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:
         raise ValueError(f"{file}: {error}") from None
     assert isinstance(found, E3VAConfig)
     return found
+
+
+def _refuse_paths(source: str, config: E3VAConfig) -> None:
+    """Refuse an adapter of the Hub that names a path: it would be whatever is there on this machine."""
+    mapping = config.auto_mapping or {}
+    for place in (config.base_model_name_or_path, *(mapping.get("backbones") or {}).values()):
+        try:
+            validate_repo_id(place or "none")
+            is_path = place in (mapping.get("folders") or ())
+        except HFValidationError:
+            is_path = True
+        if is_path:
+            raise ValueError(
+                f"adapter={source!r}: is on the Hub, and its base model {place!r} is a path, which is not followed "
+                f"from there. If you have that base, download the adapter (hf download {source} --local-dir FOLDER), "
+                "set base_model_name_or_path in its adapter_config.json to the base's folder or Hub id, and load that."
+            )
 
 
 def _check_types(file: Path, section: str, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from urllib.request import urlopen
 
 import datasets
 import pytest
-from huggingface_hub import HfApi, constants, upload_folder
+from huggingface_hub import HfApi, constants, snapshot_download, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import _http
 from peft import AutoPeftModel, PeftModel, get_peft_model
@@ -320,13 +320,18 @@ def test_a_base_model_that_is_gone_is_named_with_its_adapter(hub, pushed):
         load_adapter("me/adapter")
 
 
-def test_a_base_model_in_a_folder_of_another_machine_is_named(base_id, tmp_path):
-    folder = tmp_path / "elsewhere"
-    Swin.from_pretrained(base_id).save_pretrained(folder)
-    get_peft_model(Swin.from_pretrained(folder), E3VAConfig(r=4)).push_to_hub("me/adapter")
-    folder.rename(tmp_path / "gone")
-    with pytest.raises(OSError, match=f"'{folder}'.*base_model_name_or_path"):
+@pytest.mark.parametrize("name", ["{}/base", "../base", "base"])
+def test_a_path_that_an_adapter_on_the_hub_names_is_not_followed_before_it_is_downloaded(
+    name, base_id, tmp_path, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path if name == "base" else tmp_path / "here")
+    place = name.format(tmp_path)
+    Swin.from_pretrained(base_id).save_pretrained(place)
+    get_peft_model(Swin.from_pretrained(place), E3VAConfig(r=4)).push_to_hub("me/adapter")
+    with pytest.raises(ValueError, match=f"'{place}' is a path.*hf download me/adapter"):
         load_adapter("me/adapter")
+    load_adapter(snapshot_download("me/adapter"))
 
 
 # Cut

@@ -522,6 +522,12 @@ def test_a_base_whose_weights_are_a_pickle_is_not_opened_unless_asked(adapter, p
     assert_same(outputs(asked, batch), outputs(expected, batch), rtol=0, atol=0)
 
 
+def test_code_beside_a_model_cannot_be_asked_for(adapter):
+    with pytest.raises(ValueError, match=r"trust_remote_code=True: .*PeftModel\.from_pretrained"):
+        e3va_peft.load_adapter(adapter, trust_remote_code=True)
+    e3va_peft.load_adapter(adapter, trust_remote_code=False)
+
+
 @pytest.mark.parametrize("given", [E3VAConfig(r=4), None], ids=["new", "from-the-file"])
 def test_a_config_that_is_given_for_loading_is_the_adapters_own(given, adapter, pretrained):
     base = SwinForImageClassification.from_pretrained(pretrained, num_labels=3, ignore_mismatched_sizes=True)
