@@ -414,41 +414,44 @@ def export(source: Source, output: Annotated[Path, typer.Argument(help="File to 
         typer.echo(run(source, output))
 
 
+PlanConfig = Annotated[
+    str | None, typer.Argument(help="YAML file of a run, or the name of a recipe, for what the options leave open.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
+]
+Task = Annotated[str | None, typer.Option(help="Task of e3va train, by default image-classification.", metavar="NAME")]
+Head = Annotated[str | None, typer.Option(help="Head for a backbone alone, e.g. faster-rcnn.", metavar="NAME")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Side of the images in pixels. By default the model's own; a detector's 800.", metavar="PX"),
+]
+BatchSize = Annotated[int | None, typer.Option(help="Images per step, by default 8, of a detector 2.", metavar="N")]
+Precision = Annotated[
+    str | None, typer.Option(help="fp32, fp16 or bf16. By default the best of the card.", metavar="NAME")
+]
+Labels = Annotated[
+    int | None, typer.Option(help="Number of classes. By default 1000; of masks 150, of boxes 80.", metavar="K")
+]
+Memory = Annotated[str | None, typer.Option(help="Memory of the card, e.g. 8GiB, 11GB or 8192MiB.", metavar="SIZE")]
+Card = Annotated[
+    str | None, typer.Option(help="Name of the card, e.g. 'GTX 1080 Ti'. By default the one here.", metavar="NAME")
+]
+
+
 @app.command(cls=_Command)
 def plan(
-    config: Annotated[
-        str | None,
-        typer.Argument(help="YAML file of a run, or the name of a recipe, for what the options leave open."),
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="swin-t/s/b/l, vit-s/b/l, dinov2-s/b/l, a Hub id (only its config is read) or a folder."),
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Task of e3va train, by default image-classification.", metavar="NAME")
-    ] = None,
-    head: Annotated[
-        str | None, typer.Option(help="Head for a backbone alone, e.g. faster-rcnn.", metavar="NAME")
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(help="Side of the images in pixels. By default the model's own; a detector's 800.", metavar="PX"),
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per step, by default 8, of a detector 2.", metavar="N")
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, fp16 or bf16. By default the best of the card.", metavar="NAME")
-    ] = None,
-    labels: Annotated[
-        int | None, typer.Option(help="Number of classes. By default 1000; of masks 150, of boxes 80.", metavar="K")
-    ] = None,
-    memory: Annotated[
-        str | None, typer.Option(help="Memory of the card, e.g. 8GiB, 11GB or 8192MiB.", metavar="SIZE")
-    ] = None,
-    gpu: Annotated[
-        str | None, typer.Option(help="Name of the card, e.g. 'GTX 1080 Ti'. By default the one here.", metavar="NAME")
-    ] = None,
+    config: PlanConfig = None,
+    model: Model = None,
+    task: Task = None,
+    head: Head = None,
+    image_size: ImageSize = None,
+    batch_size: BatchSize = None,
+    precision: Precision = None,
+    labels: Labels = None,
+    memory: Memory = None,
+    gpu: Card = None,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the plan to.")] = None,
 ) -> None:
     """Predict whether a training step fits on your card, before anything is downloaded.

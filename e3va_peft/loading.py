@@ -112,15 +112,7 @@ def load_adapter(
     source = os.fspath(adapter)
     folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
     folder = folder / subfolder
-    if not (folder / CONFIG_NAME).is_file():
-        if (folder / "adapter" / CONFIG_NAME).is_file():
-            raise FileNotFoundError(
-                f"adapter={source!r}: is the folder of a run. Its adapter is {folder / 'adapter'}."
-            )
-        raise FileNotFoundError(
-            f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
-            'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
-        )
+    _refuse_no_adapter(source, subfolder, folder)
     _refuse_links(folder)
     config = _read_adapter_config(source, folder)
     if not os.path.isdir(source):
@@ -140,6 +132,22 @@ def load_adapter(
         ) from error
     model.train(is_trainable)
     return model, _load_processor(folder, config, token)
+
+
+def _refuse_no_adapter(source: str, subfolder: str, folder: Path) -> None:
+    """Refuse a folder without an adapter, and name the one inside where it is a run's.
+
+    Raises:
+        FileNotFoundError: There is no adapter's config.
+    """
+    if (folder / CONFIG_NAME).is_file():
+        return
+    if (folder / "adapter" / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"adapter={source!r}: is the folder of a run. Its adapter is {folder / 'adapter'}.")
+    raise FileNotFoundError(
+        f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
+        'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
+    )
 
 
 def _refuse_links(folder: Path) -> None:

@@ -101,6 +101,14 @@ def test_no_module_reads_or_writes_pickles():
         assert not found & {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve"}, path
 
 
+def test_a_function_fits_a_screen():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= 60, f"{path.name}: {node.name} has {lines} lines"
+
+
 def test_registration_is_a_real_member_of_the_enum():
     member = PeftType.E3VA
     assert isinstance(member, PeftType) and member.value == member.name == "E3VA"

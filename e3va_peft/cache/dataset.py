@@ -33,23 +33,11 @@ LOOKED_AT = 4  # examples that are made again to see whether a cache that exists
 
 
 def cached(
-    dataset: Dataset[Any],
-    model: nn.Module,
-    *,
-    views: int = 1,
-    storage: str = "int8",
-    folder: str | Path | None = None,
-    limit: int | str | None = None,
-    seed: int = 0,
-    batch_size: int = 8,
-    num_workers: int = 0,
-    image: str | None = None,
-    data_collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator,
-    autocast: torch.dtype | None = None,
-    key: str = "",
-    types: Sequence[type] = (),
-    one_size: bool = False,
-) -> Cached:
+    dataset: Dataset[Any], model: nn.Module, *, views: int = 1, folder: str | Path | None = None,
+    storage: str = "int8", limit: int | str | None = None, seed: int = 0, batch_size: int = 8, num_workers: int = 0,
+    image: str | None = None, data_collator: Callable[[list[Any]], Mapping[str, Any]] = default_data_collator,
+    autocast: torch.dtype | None = None, key: str = "", types: Sequence[type] = (), one_size: bool = False,
+) -> Cached:  # fmt: skip
     """Run the frozen backbone once over a dataset, and return the dataset with what highway and head read of it.
 
         train = cached(train, model, views=4, folder="cache/train")
@@ -61,15 +49,15 @@ def cached(
     Args:
         dataset: Examples are dictionaries that hold the image as the model takes it, (C, H, W), and labels: tensors,
             arrays, numbers, texts, and lists and dictionaries of them.
-        model: The adapted model, with one backbone. The records hold for every highway that reads the same taps in
-            the same way over the same weights: other ranks, seeds and learning rates need no new ones. A model without
-            a highway works too where its backbone is frozen but for its output norms (`method: head-only`): what the
-            frozen blocks say in eval mode is recorded, without dropout or drop-path.
+        model: The adapted model, with one backbone. The records serve every highway that reads the same taps in the
+            same way over the same weights, of any rank, seed and learning rate. A model without a highway works too
+            where its backbone is frozen but for its output norms (`method: head-only`): its frozen blocks are
+            recorded in eval mode, without dropout or drop-path.
         views: How often augmentation is drawn for each image.
         storage: *exact*: as the backbone computes it. *fp16*, *int8*, *int4*: rounded, see `cache.layout.Layout`.
-        folder: Where records are kept. One that holds records of the same model and dataset is used as it is, and
-            filled up where a run was stopped. "auto": one of its own below `$E3VA_CACHE`, or `~/.cache/e3va_peft`, for
-            each model and dataset. None: a temporary folder, gone with the process.
+        folder: Where records are kept. Those of the same model and dataset are used, and filled up where a run was
+            stopped. "auto": a folder for each model and dataset below `$E3VA_CACHE`, or `~/.cache/e3va_peft`. None: a
+            temporary folder, gone with the process.
         limit: Bytes that the records may have, 40 * 2**30 or "40GiB".
         seed: Of the augmentation.
         batch_size: Images that the backbone sees at once. Sizes that differ are not mixed.
@@ -86,19 +74,34 @@ def cached(
     Raises:
         UserError: The folder holds something else, or has no room; another run fills it; the images have changed; an
             argument is out of range. Nothing is overwritten.
-        ValueError: The model has several highways, or none and a backbone that is trained or not known; it has weights
-            without values (on meta); or the backbone's outputs do not split into images.
+        ValueError: The model has several highways, or none and a backbone that is trained or not known, or weights on
+            meta; or the backbone's outputs do not split into images.
     """
-    _check(dataset, views, storage, batch_size)
-    _refuse_meta(model)
+    _check(dataset, model, views, storage, batch_size)
     limit = None if limit is None else number_of_bytes("limit", limit)
     image = image or getattr(getattr(model, "base_model", model), "main_input_name", None) or "pixel_values"
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
+    found = _open(folder, key, source, taker, types, state)
+    if missing := found.store.missing():
+        _fill(found.store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
+    if one_size:
+        _refuse_several(found.store.sizes())
+    _refuse_changed(found.store, source, taker)
+    for size, number in found.store.sizes().items():
+        if not taker.knows(size):
+            taker.learn(source[number])
+    return found
+
+
+def _open(
+    folder: str | Path | None, key: str, source: Views, taker: Taker, types: Sequence[type], state: PartialState
+) -> Cached:
+    """Open the cache of a dataset and a model, filled or not; a temporary one goes with what is returned."""
     taker.learn(source[0])
-    identity = {
-        **taker.fingerprint(), "dataset": key, "images": len(dataset), "views": views, "seed": seed, "image": image,  # type: ignore[arg-type]
-    }  # fmt: skip
+    count = len(source.dataset)  # type: ignore[arg-type]
+    own = {"dataset": key, "images": count, "views": source.views, "seed": source.seed, "image": taker.image}
+    identity = {**taker.fingerprint(), **own}
     temporary = None
     if folder is None:
         if state.num_processes > 1:
@@ -107,17 +110,9 @@ def cached(
     folder = _own_folder(identity) if folder == "auto" else Path(folder).expanduser()
     with state.main_process_first():
         store = Store(folder, identity, len(source))
-    found = Cached(store, source, image, types)
+    found = Cached(store, source, taker.image, types)
     if temporary is not None:
         weakref.finalize(found, rmtree, temporary, ignore_errors=True)
-    if missing := store.missing():
-        _fill(store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
-    if one_size:
-        _refuse_several(store.sizes())
-    _refuse_changed(store, source, taker)
-    for size, number in store.sizes().items():
-        if not taker.knows(size):
-            taker.learn(source[number])
     return found
 
 
@@ -222,7 +217,7 @@ def _own_folder(identity: Mapping[str, Any]) -> Path:
     return cache_home() / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
+def _check(dataset: Any, model: nn.Module, views: int, storage: str, batch_size: int) -> None:
     if not hasattr(dataset, "__len__") or not len(dataset):
         raise UserError(f"dataset={type(dataset).__name__}: has no length, or is empty. A cache needs a known number.")
     if views < 1:
@@ -231,9 +226,6 @@ def _check(dataset: Any, views: int, storage: str, batch_size: int) -> None:
         raise UserError(f"storage={storage!r}: choose among {STORAGES}.")
     if batch_size < 1:
         raise UserError(f"batch_size={batch_size}: must be at least 1.")
-
-
-def _refuse_meta(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(

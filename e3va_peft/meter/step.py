@@ -118,13 +118,10 @@ def measure_step(
 
     Raises:
         TypeError: If `batch` is neither a mapping nor a tuple nor a tensor, or the loss is not a tensor.
-        ValueError: If `repeats` or `warmup` is below 1; `model` has no trainable parameter, or `optimizer` holds none
-            of them; the outputs hold no loss; or the loss is not one finite number that depends on a trainable
-            parameter.
+        ValueError: If `repeats` or `warmup` is below 1; `optimizer` holds no trainable parameter of `model`; the
+            outputs hold no loss; or the loss is not one finite number that depends on a trainable parameter.
     """
-    for name, value in (("repeats", repeats), ("warmup", warmup)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}: pass {name}=1 for the quickest measurement")
+    _check_counts(repeats=repeats, warmup=warmup)
     inputs = _arguments(batch)
     parameters = _parameters(model, optimizer)
     devices = _cuda_devices(parameters)
@@ -171,6 +168,12 @@ def _forward(
 def _bytes_on_cuda(leaves: Iterable[object]) -> int:
     storages = _storages(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cuda)
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def _check_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}: pass {name}=1 for the quickest measurement")
 
 
 def _arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -126,19 +126,11 @@ class Plan:
 
 
 def plan(
-    model: str,
-    *,
-    task: str = "image-classification",
-    image_size: int | None = None,
-    batch_size: int | None = None,
-    precision: str = "fp32",
-    num_labels: int | None = None,
-    memory: int | None = None,
-    autocast: Rules = "cuda",
-    progress: Callable[[str], object] = lambda name: None,
-    change: Callable[[Any], None] | None = None,
+    model: str, *, task: str = "image-classification", image_size: int | None = None, batch_size: int | None = None,
+    precision: str = "fp32", num_labels: int | None = None, memory: int | None = None, autocast: Rules = "cuda",
+    progress: Callable[[str], object] = lambda name: None, change: Callable[[Any], None] | None = None,
     head: str | None = None,
-) -> Plan:
+) -> Plan:  # fmt: skip
     """Predict the peak memory of a training step for every method, without allocating it or reading weights.
 
     The step is Trainer's: weights in fp32, forward under autocast for fp16 and bf16, fused AdamW, no gradients at the
@@ -170,25 +162,17 @@ def plan(
     num_labels = num_labels or CLASSES.get(task, 1)
     build = model_builder(model, task, num_labels, change, head)
     size = image_size
-    rows: list[MethodPlan] = []
-    refused: dict[str, str] = {}
 
     def fake_step(title: str, method: Mapping[str, Any]) -> FakeStep:
+        nonlocal size
         progress(title)
         with _explained(model, image_size):
-            return FakeStep(build, partial(adapt, method=method), task, size, PRECISIONS[precision], autocast)
+            step = FakeStep(build, partial(adapt, method=method), task, size, PRECISIONS[precision], autocast)
+        size = step.image_size
+        return step
 
     with _explained(model, image_size):
-        for title, method in settings().items():
-            try:
-                step = fake_step(title, method)
-            except UserError as error:
-                if not rows:  # nothing can be planned for this model
-                    raise
-                refused[title] = str(error)
-                continue
-            size = step.image_size
-            rows.append(_row(title, method, step, batch_size, memory))
+        rows, refused = _rows(fake_step, batch_size, memory)
         live = None if memory is None else most_live_blocks(fake_step, batch_size, memory)
         if live is not None:
             place = sum(row.method.startswith("E3VA") for row in rows)
@@ -198,6 +182,28 @@ def plan(
     assert size is not None  # every step says its size
     live_blocks = None if live is None else live[0]
     return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused, image)
+
+
+def _rows(
+    fake_step: Callable[[str, Mapping[str, Any]], FakeStep], batch_size: int, memory: int | None
+) -> tuple[list[MethodPlan], dict[str, str]]:
+    """Plan every method; of those that cannot adapt the model, by title, what they say.
+
+    Raises:
+        UserError: The first of them cannot: nothing can be planned for this model.
+    """
+    rows: list[MethodPlan] = []
+    refused: dict[str, str] = {}
+    for title, method in settings().items():
+        try:
+            step = fake_step(title, method)
+        except UserError as error:
+            if not rows:
+                raise
+            refused[title] = str(error)
+            continue
+        rows.append(_row(title, method, step, batch_size, memory))
+    return rows, refused
 
 
 def most_live_blocks(
