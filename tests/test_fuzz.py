@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import itertools
 import json
 import os
@@ -16,15 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from PIL import Image
 from transformers import SwinForImageClassification
 from typer.testing import CliRunner
 
 from e3va_peft import E3VAConfig, load_adapter
 from e3va_peft.cli import app
+from e3va_peft.data.config import LabelKind
 from e3va_peft.data.formats import load_splits
 from e3va_peft.data.verify import verify_split
 from e3va_peft.errors import UserError
@@ -42,7 +46,7 @@ fuzz = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 
-SECONDS, BYTES = 2, 2**30  # of a case: the processor's time of this thread, and growth of the process's peak
+SECONDS, BYTES = 2, 2**30  # of a case: the processors' time of all its threads, and growth of the process's peak
 
 
 def bounded(test: Callable[..., None]) -> Callable[..., None]:
@@ -51,9 +55,9 @@ def bounded(test: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(test)
     def measured(*args: Any, **kwargs: Any) -> None:
-        start, before = time.thread_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         test(*args, **kwargs)
-        seconds = time.thread_time() - start
+        seconds = time.process_time() - start
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         assert next(calls) == 0 or (seconds < SECONDS and grown < BYTES), (seconds, grown)
 
@@ -161,6 +165,121 @@ def test_any_annotation_file_is_read_or_refused(data, shapes, tmp_path):
         verify_split(load_splits(config.data, "instances")[0])
     except UserError as error:
         assert "objects.json" in str(error) or "data." in str(error), error
+
+
+def read_or_refused(values: dict[str, Any], kind: LabelKind, *named: str) -> None:
+    """Load and check a training split; an error is the user's to solve, and names one of these, or a field."""
+    task = "semantic-segmentation" if kind == "label-map" else "object-detection"
+    try:
+        config = parse_config({"task": task, "model": "m", "output": "o", "data": values})
+        verify_split(load_splits(config.data, kind)[0])
+    except UserError as error:
+        assert any(name in str(error) for name in (*named, "data.")), error
+
+
+LINES = st.lists(
+    st.text(max_size=12)
+    | st.sampled_from(["val0", "val0 1", "../val0", "/dev/zero", "a" * 5000, "\x00", "images/val/val0.png", "../.."]),
+    max_size=4,
+).map("\n".join)
+
+
+def rewrite(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8", errors="surrogatepass")
+
+
+@st.composite
+def cut(draw: st.DrawFn, text: str) -> str:
+    """A text, part of which is left out, or replaced."""
+    start, end = sorted(draw(st.tuples(*[st.integers(0, len(text))] * 2)))
+    odd = [
+        "nan",
+        "-inf",
+        "1e999",
+        "9" * 5000,
+        "<",
+        "&a;",
+        "<object>",
+        "<!DOCTYPE a [<!ENTITY b 'c'>]>",
+        "\x00",
+        "-1 ",
+        "0.5 ",
+    ]
+    return text[:start] + draw(st.sampled_from(odd) | st.text(max_size=9)) + text[end:]
+
+
+@fuzz
+@given(data=st.data())
+@bounded
+def test_any_pascal_voc_is_read_or_refused(data, shapes):
+    files = [shapes / "voc" / "ImageSets" / "Main" / "val.txt", shapes / "voc" / "Annotations" / "val0.xml"]
+    before = [file.read_text() for file in files]
+    try:
+        rewrite(files[0], data.draw(st.just(before[0]) | LINES))
+        rewrite(files[1], data.draw(cut(before[1])))
+        read_or_refused(
+            {"source": str(shapes / "voc"), "train_split": "val"}, "boxes", "val0.xml", "split 'val'", "val.txt"
+        )
+    finally:
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
+
+
+YAML = {"path": ".", "train": "images/val", "val": ["images/val"], "nc": 2, "names": {"0": "square", "1": "disc"}}
+
+
+@fuzz
+@given(data=st.data(), kind=st.sampled_from(["boxes", "instances"]))
+@bounded
+def test_any_yolo_is_read_or_refused(data, kind, shapes):
+    place = shapes / "yolo"
+    files = [place / "data.yaml", place / "list.txt", place / "labels" / "val" / "val0.txt"]
+    before = [file.read_text() if file.exists() else "" for file in files]
+    try:
+        rewrite(files[0], json.dumps(data.draw(st.just(YAML | {"train": "list.txt"}) | spoilt(YAML) | VALUES)))
+        rewrite(files[1], data.draw(LINES))
+        rewrite(files[2], data.draw(cut(before[2])))
+        read_or_refused({"source": str(place)}, kind, "data.yaml", "list.txt", "val0.txt", "split 'train'")
+    finally:
+        for file, text in zip(files, before, strict=True):
+            file.write_text(text)
+
+
+@fuzz
+@given(
+    values=st.lists(st.integers(0, 2**16), min_size=1, max_size=6),
+    mode=st.sampled_from(["1", "L", "P", "I;16", "I", "F", "LA", "RGB", "RGBA", "CMYK"]),
+    form=st.sampled_from(["PNG", "TIFF"]),
+    size=st.tuples(*[st.sampled_from([40, 44]) | st.integers(1, 50)] * 2),
+    damage=st.none() | st.tuples(st.floats(0, 1), st.integers(0, 255)),
+    fields=st.fixed_dictionaries(
+        {},
+        optional={
+            "labels": st.integers(1, 300) | VALUES,
+            "reduce_labels": st.booleans(),
+            "ignore_index": st.integers(0, 65535),
+        },
+    ),
+)
+@bounded
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_any_label_map_is_read_or_refused(values, mode, form, size, damage, fields, tmp_path):
+    places = [tmp_path / name for name in ("images", "masks")]
+    for place in places:
+        place.mkdir(exist_ok=True)
+    Image.new("RGB", (40, 44)).save(places[0] / "0.png")
+    depth = np.uint16 if mode == "I;16" else np.int32 if mode == "I" else np.uint8
+    pixels = Image.fromarray(np.resize(np.array(values).astype(depth), size[::-1]))
+    content = io.BytesIO()
+    image = pixels if mode in ("I;16", "I") else pixels.convert(mode)
+    image.save(content, "TIFF" if mode in ("I", "F", "CMYK") else form)
+    written = bytearray(content.getvalue())
+    if damage is not None:
+        written[min(int(damage[0] * len(written)), len(written) - 1)] = damage[1]
+    (places[1] / "0.png").write_bytes(written)
+    read_or_refused(
+        {"images": str(places[0]), "masks": str(places[1]), "labels": 3} | fields, "label-map", "0.png", "label maps"
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import datasets
-from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub import constants
 
 from e3va_peft.data.config import DataConfig, source_of
 from e3va_peft.data.images import IMAGE_SUFFIXES, outside
@@ -82,8 +82,9 @@ def _refuse_outside(config: DataConfig, found: Mapping[str, datasets.Dataset]) -
         UserError: An image is neither in the table, nor a file beside it, nor one that was downloaded or unpacked.
     """
     source, saved = Path(str(config.source)), datasets.config
+    caches = [saved.HF_DATASETS_CACHE, saved.DOWNLOADED_DATASETS_PATH, saved.EXTRACTED_DATASETS_PATH]
+    caches.append(constants.HF_HUB_CACHE)
     beside = [source if source.is_dir() else source.parent] if source.exists() else []
-    caches = [saved.HF_DATASETS_CACHE, saved.DOWNLOADED_DATASETS_PATH, saved.EXTRACTED_DATASETS_PATH, HF_HUB_CACHE]
     for split, rows in found.items():
         for name in (name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)):
             paths = _paths(rows, name)
