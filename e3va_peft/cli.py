@@ -159,21 +159,24 @@ def train(
 
     [bold]A config[/bold]
 
-        task: image-classification        # or semantic-segmentation, object-detection, instance-segmentation
-        model: facebook/dinov2-base       # Hub id or folder
-        data: {source: my-photos}         # my-photos/train/CLASS/*.jpg, my-photos/val/...; Hub id; parquet;
-                                          # objects: YOLO's data.yaml, Pascal VOC, exported COCO
-        method: e3va                      # or any other that e3va compare has
+        task: image-classification   # semantic-segmentation, object-detection,
+                                     # instance-segmentation
+        model: facebook/dinov2-base  # Hub id or folder
+        data: {source: my-photos}    # train/CLASS/*.jpg and val/CLASS/*.jpg in
+                                     # it; Hub id; parquet; objects: YOLO's
+                                     # data.yaml, Pascal VOC, exported COCO
+        method: e3va                 # or another that e3va compare has
         output: runs/first
-        training: {num_train_epochs: 10}  # any field of transformers.TrainingArguments
+        training: {num_train_epochs: 10}  # any of TrainingArguments
 
     [bold]Examples[/bold]
 
         e3va recipes dinov2-image-folder > my.yaml && e3va train my.yaml
-        e3va recipes nuclei-cascade-mask-rcnn-swin > my.yaml  # objects: head, data.images, data.annotations
+        e3va recipes nuclei-cascade-mask-rcnn-swin > my.yaml  # objects
         e3va train my.yaml --set method=lora --set output=runs/lora
-        e3va train my.yaml --set cache=true --set sweep.learning_rate=[1e-3,2e-3,4e-3]  # the backbone runs once
-        e3va train my.yaml --set training.bf16=true --set training.gradient_accumulation_steps=4
+        e3va train my.yaml --set cache=true  # the backbone runs once
+        e3va train my.yaml --set sweep.learning_rate=[1e-3,2e-3,4e-3]
+        e3va train my.yaml --set training.bf16=true
         accelerate launch --num_processes 2 -m e3va_peft train my.yaml
     """
     with _errors_in_plain_words():
