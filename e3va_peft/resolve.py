@@ -87,7 +87,8 @@ def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Ex
         raise ValueError(
             f"model={type(model).__name__}: holds no backbone that E3VA knows. Supported: "
             + "; ".join(f"{name} ({', '.join(classes)})" for name, classes in supported.items())
-            + ". Another one is a small declaration: see e3va_peft.register_backbone."
+            + f"; `e3va backbones` lists them. Use the nearest, e.g. {_nearest(model)}. Another one is a small "
+            "declaration: see e3va_peft.register_backbone."
         )
     if config.target_modules is not None:
         full = {found.target for found in exits}
@@ -112,6 +113,12 @@ def _targets(model: nn.Module, config: E3VAConfig, exits: list[Exit]) -> list[Ex
             )
         exits = kept
     return exits
+
+
+def _nearest(model: nn.Module) -> str:
+    """Return the Hub id of a model that works: a pyramid of stages for one, else a plain vision transformer."""
+    pyramid = hasattr(getattr(model, "config", None), "depths")
+    return "microsoft/swin-tiny-patch4-window7-224" if pyramid else "facebook/dinov2-base"
 
 
 def _names(patterns: list[str] | str, name: str, full: set[str]) -> bool:

@@ -120,6 +120,8 @@ def test_a_bare_root_is_refused_with_what_to_do_instead():
 def test_an_unknown_architecture_is_refused_with_what_is_supported():
     model = ResNetForImageClassification(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1]))
     refused(model, r"model=ResNetForImageClassification.*swin \(SwinEncoder\).*vit .*dinov2 .*register_backbone")
+    refused(model, "`e3va backbones` lists them. Use the nearest, e.g. microsoft/swin-tiny-patch4-window7-224")
+    refused(nn.Sequential(nn.Linear(2, 2)), "e.g. facebook/dinov2-base")
 
 
 def test_target_modules_that_are_no_exit_are_refused():

@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import e3va_command
 import e3va_peft
-from e3va_peft import registered_backbones
+from e3va_peft import cli, registered_backbones
 from e3va_peft.__main__ import main as run_command
 from e3va_peft.cli import app
 from e3va_peft.errors import UserError
@@ -474,11 +474,12 @@ def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch
     assert train(config)["resumed"]
 
 
-def test_a_run_without_an_evaluation_and_one_that_ends_in_its_warm_up_are_warned_of(tmp_path, capsys):
+def test_a_run_without_an_evaluation_one_that_ends_in_its_warm_up_and_an_uneven_size_are_warned_of(tmp_path, capsys):
     values = classify(tmp_path, num_train_epochs=1, warmup_steps=1000)
     shutil.rmtree(tmp_path / "colors" / "test")
-    train(parse_config(values))
+    train(parse_config(values | {"image_size": 33}))
     shown = capsys.readouterr().out
+    assert "image_size=33: is no multiple of 2" in shown and "nearest that is: 34." in shown
     assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
     assert "the warm-up takes 1000 steps and the training 3" in shown
 
@@ -848,6 +849,12 @@ def test_help_teaches_by_examples():
     for command in ("train", "compare", "eval", "predict", "recipes"):
         text = runner.invoke(app, [command, "--help"], env={"COLUMNS": "160"}).output
         assert f"e3va {command}" in text.split("Usage")[1].split("\n", 1)[1], text
+
+
+def test_the_help_of_train_breaks_no_line_of_its_config_and_examples_in_80_columns():
+    shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "80"}).output.splitlines()
+    written = [line.strip() for line in (cli.train.__doc__ or "").splitlines() if line.startswith(" " * 8)]
+    assert len(written) > 10 and set(written) <= {line.strip() for line in shown}
 
 
 def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):

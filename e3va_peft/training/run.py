@@ -141,6 +141,8 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     model, trained = trainer.model, trainer.get_num_trainable_parameters()  # before training may wrap the model
     check_disk(output, model)
     check_sizes(trainer)
+    if note := uneven_size(config.image_size, model):
+        console.print(f"[yellow]warning[/yellow]: {note}")
     console.print(_summary(config, trainer, trained))
     if checkpoint is not None:
         console.print(f"resuming from {escape(str(checkpoint))}")
@@ -237,6 +239,20 @@ def check_sizes(trainer: VisionTrainer) -> None:
                     f"{height} x {width} pixels ({reason(error)}). Leave it out, or set a larger one, e.g. 224."
                 ) from error
     model.train(training)
+
+
+def uneven_size(size: int | None, model: Any) -> str:
+    """Say that patches do not fill an image of a run's `image_size`, and the nearest size that they do; "" if so."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = getattr(base.config, "backbone_config", None) or base.config
+    patch = getattr(config, "patch_size", None)
+    if size is None or not isinstance(patch, int) or size % patch == 0:
+        return ""
+    near = max(1, (size + patch // 2) // patch) * patch
+    return (
+        f"image_size={size}: is no multiple of {patch}, the side of the model's patches, so the edge of each image "
+        f"is cut off or filled up. The nearest that is: {near}."
+    )
 
 
 def fill_cache(config: RunConfig, trainer: VisionTrainer, split: Split, eval_split: Split | None) -> float:
