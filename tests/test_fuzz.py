@@ -305,16 +305,24 @@ def test_any_adapter_is_loaded_or_refused(data, name, adapter):
         (adapter / name).write_text(before)
 
 
+COMMANDS = ["train", "eval", "predict", "recipes", "plan", "compare", "export", "app"]
 WORDS = st.sampled_from(
     ["train", "--set", "--output", "--overwrite", "--top", "x.yaml", "c.yaml", "training.lr=1", "a=b", "=", "-1",
-     "[/x]", "dinov2", "\u2028", "--adapters", "runs/x", "--data"]
+     "[/x]", "dinov2", "\u2028", "--adapters", "runs/x", "--data", "--methods", "model.onnx"]
 ) | st.text(st.characters(exclude_characters="/~."), max_size=8)  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def imported():
+    """Import what each command needs, which counts for none of its cases."""
+    for command in COMMANDS:
+        CliRunner().invoke(app, [command, "./nowhere"])
+
+
 @fuzz
-@given(words=st.lists(WORDS, max_size=5), command=st.sampled_from(["train", "eval", "predict", "recipes"]))
+@given(words=st.lists(WORDS, max_size=5), command=st.sampled_from(COMMANDS))
 @bounded
-def test_any_command_ends_with_what_is_wrong(words, command, tmp_path):
+def test_any_command_ends_with_what_is_wrong(words, command, imported, tmp_path):
     (tmp_path / "c.yaml").write_text(json.dumps(CONFIG | {"model": "./nowhere", "data": {"source": "./nowhere"}}))
     done = CliRunner().invoke(app, [command, *words])
     assert done.exception is None or isinstance(done.exception, SystemExit), (words, done.exception)
