@@ -101,8 +101,8 @@ def load_adapter(
         ValueError: A file of the adapter is malformed, describes what is too large to be meant, or is a link out of
             its folder; it is of another method, does not say what its base model is, was trained on another, or has
             weights that are not all of its own or not those that were saved; neither it nor the base model has the
-            weights of some module, or has them in its sizes; a base model's weights are a pickle; an adapter from the
-            Hub names a path; or `trust_remote_code` is asked for.
+            weights of some module in its sizes; weights are a pickle; an adapter from the Hub names a path; or
+            `trust_remote_code` is asked for.
     """
     if kwargs.pop("trust_remote_code", False):
         raise ValueError(
@@ -117,11 +117,7 @@ def load_adapter(
     config = _read_adapter_config(source, folder)
     if not os.path.isdir(source):
         _refuse_paths(source, config)
-    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
-        raise ValueError(
-            f"adapter={source!r}: has its weights in {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}. If "
-            "you trust it, load it with peft.PeftModel.from_pretrained and save it again."
-        )
+    _refuse_pickle(source, folder)
     base = _build_base(source, folder, config, {"token": token} | kwargs)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
@@ -132,6 +128,14 @@ def load_adapter(
         ) from error
     model.train(is_trainable)
     return model, _load_processor(folder, config, token)
+
+
+def _refuse_pickle(source: str, folder: Path) -> None:
+    if (folder / WEIGHTS_NAME).is_file() and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"adapter={source!r}: has its weights in {WEIGHTS_NAME}, a pickle, and no {SAFETENSORS_WEIGHTS_NAME}. If "
+            "you trust it, load it with peft.PeftModel.from_pretrained and save it again."
+        )
 
 
 def _refuse_no_adapter(source: str, subfolder: str, folder: Path) -> None:
