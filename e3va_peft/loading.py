@@ -110,13 +110,11 @@ def load_adapter(
             "code beside a model. Build the base yourself, then peft.PeftModel.from_pretrained(base, adapter)."
         )
     source = os.fspath(adapter)
-    folder = Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)
-    folder = folder / subfolder
+    folder = (Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)) / subfolder
     _refuse_no_adapter(source, subfolder, folder)
     _refuse_links(folder)
     config = _read_adapter_config(source, folder)
-    if not os.path.isdir(source):
-        _refuse_paths(source, config)
+    _refuse_paths(source, config)
     _refuse_pickle(source, folder)
     base = _build_base(source, folder, config, {"token": token} | kwargs)
     try:
@@ -192,6 +190,8 @@ def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:
 
 def _refuse_paths(source: str, config: E3VAConfig) -> None:
     """Refuse an adapter of the Hub that names a path: it would be whatever is there on this machine."""
+    if os.path.isdir(source):  # whose files are the user's own
+        return
     mapping = config.auto_mapping or {}
     for place in (config.base_model_name_or_path, *(mapping.get("backbones") or {}).values()):
         try:
@@ -470,7 +470,8 @@ def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options:
             model, report = model_class.from_pretrained(place, **options)
     except OSError as error:
         pickles = sorted(path.name for path in Path(place).glob("*model*.bin*"))
-        if "model.safetensors" not in str(error) or (os.path.isdir(place) and not pickles):
+        absent = "model.safetensors" in str(error) and not _is_refusal(error)
+        if not absent or (os.path.isdir(place) and not pickles):
             raise
         what = f"its weights in {pickles[0]}, a pickle" if pickles else "no model.safetensors, perhaps a pickle"
         raise UserError(
@@ -479,6 +480,15 @@ def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options:
             "use_safetensors=False).save_pretrained(FOLDER); its other files, such as the image processor's, go along."
         ) from error
     return model, report
+
+
+def _is_refusal(error: BaseException | None) -> bool:
+    """Whether an error began as a refusal of the Hub's, which transformers takes for a file that is not there."""
+    while error is not None:
+        if getattr(getattr(error, "response", None), "status_code", 404) != 404:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _from_pretrained(

@@ -131,11 +131,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         refuse_other_training(checkpoint, trained_on(rows, arguments), state.num_processes)
     hub = check_hub(config, arguments) if state.is_main_process else None
     if hub is not None and Path(config.model).exists():
-        place = escape(str(Path(config.model)))
-        console.print(
-            f"[yellow]warning[/yellow]: the adapter that is pushed to {hub} names its base model, {place}, a folder "
-            "that nobody else has."
-        )
+        _warn_of_folder(config, hub, console)
     trainer = _build_trainer(config, task, arguments, *splits)
     trainer.rows = rows
     model, trained = trainer.model, trainer.get_num_trainable_parameters()  # before training may wrap the model
@@ -171,6 +167,14 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
     return record
+
+
+def _warn_of_folder(config: RunConfig, hub: str, console: Console) -> None:
+    place = escape(str(Path(config.model)))
+    console.print(
+        f"[yellow]warning[/yellow]: the adapter that is pushed to {hub} names its base model, {place}, a folder that "
+        "nobody else has."
+    )
 
 
 def _build_trainer(
