@@ -457,7 +457,7 @@ def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options:
         The model, with new weights where there are none or some of other sizes; and transformers' loading info.
 
     Raises:
-        OSError: It cannot be loaded.
+        OSError: It cannot be loaded; or the Hub has no safetensors of it.
         UserError: Its weights are a pickle.
     """
     defaults = {"use_safetensors": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
@@ -474,11 +474,12 @@ def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options:
         if not absent or (os.path.isdir(place) and not pickles):
             raise
         what = f"its weights in {pickles[0]}, a pickle" if pickles else "no model.safetensors, perhaps a pickle"
-        raise UserError(
+        message = (
             f"{str(place)!r}: has {what}, which can hold code and is not opened unasked. If you trust it, write it as "
             f"safetensors and use that folder: {model_class.__name__}.from_pretrained({str(place)!r}, "
             "use_safetensors=False).save_pretrained(FOLDER); its other files, such as the image processor's, go along."
-        ) from error
+        )
+        raise (UserError(message) if pickles else OSError(message)) from None
     return model, report
 
 
