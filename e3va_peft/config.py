@@ -3,6 +3,7 @@
 import re  # no annotations from __future__: `check_fields` checks no types that are text
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ _EXITS: Rule = (
     "of the backbone: leave it out, and the exit is found by itself.",
 )
 _MOST = 10**6
+RELEASE = ".".join(metadata.version("e3va_peft").split(".")[:2])
 PLUS: dict[str, Any] = {"taps": ("stream",), "r": 64, "bottleneck_ratio": 1, "tap_storage": "int4"}
 _NOT_GIVEN: Any = object()  # unlike None, which is a choice
 _FLAG: Rule = (lambda _: True, "must be True or False.")
@@ -186,6 +188,10 @@ class E3VAConfig(PeftConfig):
         """
         return cls(**PLUS | options)
 
+    def reading(self) -> dict[str, Any]:
+        """What decides how an adapter reads the frozen pass: these fields, and the release of this package."""
+        return {name: getattr(self, name) for name in _READING} | {"e3va_peft": RELEASE}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save `adapter_config.json`; where the adapter is in a model, let that write what travels with it.
 
@@ -197,7 +203,7 @@ class E3VAConfig(PeftConfig):
             # PEFT passes the mapping, and has just written the weights; transformers does neither
             file = Path(save_directory) / SAFETENSORS_WEIGHTS_NAME
             written = "auto_mapping_dict" in kwargs and file.is_file()
-            own: dict[str, Any] = {"reads": {name: getattr(self, name) for name in _READING}}
+            own: dict[str, Any] = {"reads": self.reading()}
             if written:
                 own["weights"] = tensors_checksum(load_file(file).values())
             kwargs["auto_mapping_dict"] = (kwargs.get("auto_mapping_dict") or {}) | self.base.mapping() | own

@@ -218,9 +218,9 @@ def note_base(model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
     config.base.outside |= outside_fingerprints(model, config)
 
 
-def _warn_of_other_reading(saved: Mapping[str, Any], config: PeftConfig) -> None:
+def _warn_of_other_reading(saved: Mapping[str, Any], config: E3VAConfig) -> None:
     """Warn of an adapter that reads the frozen pass in another way than it was trained to."""
-    now = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(config).items()}
+    now = {name: list(value) if isinstance(value, tuple) else value for name, value in config.reading().items()}
     other = [
         f"{name}={value!r} then, {now.get(name)!r} now"
         for name, value in saved.items()

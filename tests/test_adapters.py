@@ -11,7 +11,7 @@ from torch import nn
 
 from e3va_peft import E3VAConfig, E3VALayer
 from tests.helpers import SAME_BACKBONE, assert_same, base_outputs, outputs, ways
-from tests.models import BY_NAME, every_model, every_model_but, train_steps
+from tests.models import BY_NAME, every_family, every_model, every_model_but, train_steps
 
 
 def layer_of(model: nn.Module) -> E3VALayer:
@@ -221,11 +221,19 @@ def test_unload_keeps_trained_heads_and_norms_as_peft_does():
         assert not torch.equal(weight, getattr(case.base(), norm).layernorm.weight)
 
 
+def comes_back(case, name, folder):
+    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name=name).eval()
+    model.save_pretrained(folder)
+    for other in (name, "default"):
+        again = PeftModel.from_pretrained(case.base(), folder / name, adapter_name=other).eval()
+        assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["swin", "encoder", "classifier", "stages", "weight", "u1", "layernorm", "e3va"])
 def test_an_adapter_that_is_named_like_a_part_of_the_model_comes_back(name, tmp_path):
-    case = BY_NAME["swin-classifier"]
-    model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name=name).eval()
-    model.save_pretrained(tmp_path)
-    for other in (name, "default"):
-        again = PeftModel.from_pretrained(case.base(), tmp_path / name, adapter_name=other).eval()
-        assert_same(outputs(again, case.batch()), outputs(model, case.batch()), rtol=0, atol=0)
+    comes_back(BY_NAME["swin-classifier"], name, tmp_path)
+
+
+@every_family
+def test_an_adapter_that_is_named_like_the_first_module_comes_back(case, tmp_path):
+    comes_back(case, next(name for name, _ in case.base().named_children()), tmp_path)

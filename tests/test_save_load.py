@@ -33,6 +33,7 @@ from transformers.utils import logging
 
 import e3va_peft
 from e3va_peft import E3VAConfig
+from e3va_peft.config import RELEASE
 from tests.helpers import assert_same, outputs, pickle_weights
 from tests.models import BY_NAME, STAGES, SWIN, Case, dinov2_config, every_model, registered, train_steps
 
@@ -641,6 +642,15 @@ def test_an_adapter_that_reads_in_another_way_than_it_was_trained_to_warns_of_bo
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         PeftModel.from_pretrained(case.base(), tmp_path)
+
+
+def test_an_adapter_of_another_release_is_loaded_with_a_warning_that_names_both(adapter, pretrained):
+    file = adapter / "adapter_config.json"
+    content = json.loads(file.read_text())
+    content["auto_mapping"]["reads"]["e3va_peft"] = "9.9"
+    file.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=rf"e3va_peft='9\.9' then, '{re.escape(RELEASE)}' now"):
+        e3va_peft.load_adapter(adapter)
 
 
 def nudge(weights):
