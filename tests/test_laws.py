@@ -39,6 +39,7 @@ from tests.models import (
     BY_NAME,
     DETECTORS,
     Case,
+    every_family,
     every_model,
     every_model_but,
     every_model_that,
@@ -375,7 +376,15 @@ def test_bf16_autocast_trains_on_the_cpu(case, way):
     ids=[*WAYS, "live-kept", "plus", "block-int8"],
 )
 def test_a_base_of_any_precision_learns_as_in_fp32_with_autocast_and_without(way, storage):
-    case = BY_NAME["swin-classifier"]
+    learns_as_in_fp32(BY_NAME["swin-classifier"], way, storage)
+
+
+@every_family
+def test_a_bf16_base_of_every_family_learns_as_in_fp32(case):
+    learns_as_in_fp32(case, {}, torch.bfloat16)
+
+
+def learns_as_in_fp32(case, way, storage):
     half = torch.bfloat16 if storage == torch.float32 else storage  # PyTorch's layer norms take one of the two
     curves = []
     for dtype, autocast in ((torch.float32, False), (storage, False), (storage, True)):
