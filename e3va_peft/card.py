@@ -197,6 +197,28 @@ def _write_card(path: Path, adapter: Mapping[str, Any], base: BaseModel) -> None
     ).save(path)
 
 
+def write_card_of_run(path: Path, record: Mapping[str, Any]) -> None:
+    """Write the card of an adapter of another method that `e3va train` saved, instead of PEFT's empty template.
+
+    Args:
+        path: The card that PEFT wrote, whose metadata is kept.
+        record: What `metrics.json` says of the run.
+    """
+    base = Path(record["model"]).name if Path(record["model"]).exists() else record["model"]
+    scores = [f"| {name.removeprefix('eval_')} | {value:.4g} |" for name, value in record["metrics"].items()]
+    lines = [
+        f"# {record['method']} adapter for {base}",
+        f"Trained on {base} for {record['task']} by `e3va train`, {record['steps']} steps. Labels and image processor "
+        "are beside it.",
+        *(["\n".join(["| score | |", "| --- | ---: |", *scores])] if scores else []),
+        "```python\nfrom e3va_peft.training.predict import load_trained\n\n"
+        'trained = load_trained("folder of the run")  # trained.model, trained.processor, trained.labels\n```',
+    ]
+    card = ModelCard.load(path, ignore_metadata_errors=True)
+    card.text = "\n\n".join(["", *lines, ""])
+    card.save(path)
+
+
 def _results(task: str, metrics: Mapping[str, float]) -> list[EvalResult]:
     """Metrics as the Hub renders them; it takes no nan."""
     return [

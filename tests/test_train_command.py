@@ -82,6 +82,10 @@ def test_every_method_learns_and_is_scored_again_from_its_folder(task, method, t
     assert labels == (("green", "red") if task is classify else ("ground", "disc"))
     folder = tmp_path / "run" / ("adapter" if METHODS[method].saves == "adapter" else "model")
     assert (folder / "preprocessor_config.json").is_file()
+    if METHODS[method].saves == "adapter":
+        card = (folder / "README.md").read_text()
+        assert "More Information Needed" not in card and f"{record['metrics'][name]:.4g}" in card
+        assert ("load_adapter(" if method.startswith("e3va") else f"# {method} adapter for ") in card
 
 
 def test_curves_are_drawn_after_each_evaluation_and_at_the_end(tmp_path, monkeypatch, curves):

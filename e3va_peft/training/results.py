@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainingArguments
 
-from e3va_peft.card import record_metrics
+from e3va_peft.card import record_metrics, write_card_of_run
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason
 from e3va_peft.files import write_whole
@@ -287,6 +287,8 @@ def save_results(
     # under its own key names where a method has put modules in: transformers' older ones know none of these
     own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
     model.save_pretrained(str(draft), state_dict=weights, **own)
+    if adapter and not isinstance(model.peft_config["default"], E3VAConfig):
+        write_card_of_run(draft / "README.md", record)
     write_manifest(draft, model)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
     write_whole(output / METRICS, json.dumps(plain(record), indent=2) + "\n")
