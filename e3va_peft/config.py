@@ -12,6 +12,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 
 from e3va_peft.errors import Rule, check_fields
+from e3va_peft.files import refuse_links
 from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.registration import peft_type  # the type exists before a config is unpickled
 from e3va_peft.storage import NORMS, TAP_STORAGES
@@ -187,6 +188,26 @@ class E3VAConfig(PeftConfig):
             options: More fields, or other values of those that it sets.
         """
         return cls(**PLUS | options)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "E3VAConfig":
+        """Read `adapter_config.json`, as PEFT's loaders do before they open the weights.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of the adapter.
+            subfolder: Folder within.
+            kwargs: PEFT's own.
+
+        Raises:
+            ValueError: A file of the folder is a link out of it.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        if folder.is_dir():
+            refuse_links(folder)
+        config: E3VAConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        return config
 
     def reading(self) -> dict[str, Any]:
         """What decides how an adapter reads the frozen pass: these fields, and the release of this package."""

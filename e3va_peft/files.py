@@ -59,3 +59,20 @@ def number_of_bytes(name: str, value: int | str) -> int:
 def cache_home() -> Path:
     """Return the folder of what is kept between runs and can be made again: $E3VA_CACHE, or ~/.cache/e3va_peft."""
     return Path(os.environ.get("E3VA_CACHE") or "~/.cache/e3va_peft").expanduser()
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse an adapter whose files are links to elsewhere; in the Hub's cache they are links into its blobs.
+
+    Raises:
+        ValueError: One is; the message names it and where it leads.
+    """
+    root = folder.resolve()
+    allowed = [root, *(path.parents[1] / "blobs" for path in (root, *root.parents) if path.parent.name == "snapshots")]
+    for file in sorted(folder.iterdir()):
+        target = file.resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{file}: is a link to {target}, outside of the adapter's folder, and is not followed. Copy the file "
+                "there, if it is the adapter's."
+            )

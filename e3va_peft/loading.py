@@ -34,6 +34,7 @@ from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import everything_outside, find_exits
+from e3va_peft.files import refuse_links
 from e3va_peft.fingerprint import content_checksum
 
 _ALLOWED = ("transformers", "e3va_peft")
@@ -112,7 +113,7 @@ def load_adapter(
     source = os.fspath(adapter)
     folder = (Path(source) if os.path.isdir(source) else _download(source, revision, subfolder, token)) / subfolder
     _refuse_no_adapter(source, subfolder, folder)
-    _refuse_links(folder)
+    refuse_links(folder)
     config = _read_adapter_config(source, folder)
     _refuse_paths(source, config)
     _refuse_pickle(source, folder)
@@ -150,19 +151,6 @@ def _refuse_no_adapter(source: str, subfolder: str, folder: Path) -> None:
         f"adapter={source!r}, subfolder={subfolder!r}: has no {CONFIG_NAME}. Name the folder or repository that "
         'save_pretrained or push_to_hub wrote; adapters not named "default" are in a subfolder of their name.'
     )
-
-
-def _refuse_links(folder: Path) -> None:
-    """Refuse an adapter whose files are links to elsewhere; in the Hub's cache they are links into its blobs."""
-    root = folder.resolve()
-    allowed = [root, *(path.parents[1] / "blobs" for path in (root, *root.parents) if path.parent.name == "snapshots")]
-    for file in sorted(folder.iterdir()):
-        target = file.resolve()
-        if not any(target.is_relative_to(place) for place in allowed):
-            raise ValueError(
-                f"{file}: is a link to {target}, outside of the adapter's folder, and is not followed. Copy the file "
-                "there, if it is the adapter's."
-            )
 
 
 def _read_adapter_config(source: str, folder: Path) -> E3VAConfig:

@@ -31,7 +31,8 @@ from tests.models import CASES
 PACKAGE = Path(e3va_peft.__file__).parent
 ORDER = [
     {"storage", "registration", "frozen_pass", "saved", "errors", "fingerprint"},
-    {"config", "fused", "files"},
+    {"fused", "files"},
+    {"config"},
     {"highway", "backbones"},
     {"card", "recompute", "recorder"},
     {"lane", "hooks", "replay"},
