@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
 from e3va_peft.errors import UserError, nearest, one_of
 from e3va_peft.plan.boxes import labels_of
 from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.config import HEADS
+from e3va_peft.training.config import HEADS, OBJECT_TASKS
 from e3va_peft.training.tasks.base import find_config, name_classes
 from e3va_peft.training.tasks.classification import classifier_config
 from e3va_peft.training.tasks.detection import detector_class, detector_config
@@ -29,7 +30,6 @@ from e3va_peft.training.tasks.segmentation import segmenter_config
 CLASSES = {  # of ImageNet, ADE20K and COCO
     "image-classification": 1000, "semantic-segmentation": 150, "object-detection": 80, "instance-segmentation": 80,
 }  # fmt: skip
-DETECTION = ("object-detection", "instance-segmentation")
 
 
 def _swin(width: int, deep: int) -> dict[str, Any]:
@@ -99,19 +99,14 @@ def model_builder(
     if change is not None:
         change(config)
     name_classes(config, [str(i) for i in range(num_labels)])
-    if task in DETECTION:
+    if task in OBJECT_TASKS:
         make: Any = detector_class(config)
     elif task == "semantic-segmentation":
-        make = AutoModelForSemanticSegmentation.from_config
+        make = partial(AutoModelForSemanticSegmentation.from_config, dtype=torch.float32)
     else:
-        make = AutoModelForImageClassification.from_config
-
-    def build() -> PreTrainedModel:
-        # fp32 whatever the config says of its file: Trainer's mixed precision keeps the weights in fp32
-        built: nn.Module = make(config) if task in DETECTION else make(config, dtype=torch.float32)
-        return allow_single_values(built)
-
-    return build
+        make = partial(AutoModelForImageClassification.from_config, dtype=torch.float32)
+    # fp32 whatever the config says of its file: Trainer's mixed precision keeps the weights in fp32
+    return lambda: allow_single_values(make(config))
 
 
 def _config(found: Any, model: str, task: str, head: str | None) -> Any:
@@ -121,7 +116,7 @@ def _config(found: Any, model: str, task: str, head: str | None) -> Any:
             f"model={model!r}: a Mask2Former cannot be planned, because its loss asks the values of its masks which "
             "belong to which object. Measure a step: e3va compare."
         )
-    if task in DETECTION:
+    if task in OBJECT_TASKS:
         return detector_config(found, model, task, head)
     return segmenter_config(found, model) if task == "semantic-segmentation" else classifier_config(found, model)
 
@@ -131,7 +126,7 @@ def image_size_of(model: PreTrainedModel, task: str) -> int:
 
     As `e3va train` has it: 512 for a segmenter, as on ADE20K, 800 for a detector, as on COCO.
     """
-    if task in DETECTION:
+    if task in OBJECT_TASKS:
         return 800
     size = 512 if task == "semantic-segmentation" else getattr(model.config, "image_size", 224)
     return int(size[0] if isinstance(size, list | tuple) else size)
@@ -139,7 +134,7 @@ def image_size_of(model: PreTrainedModel, task: str) -> int:
 
 def make_batch(task: str, batch_size: int, size: int) -> dict[str, Any]:
     """Make a batch of square images and labels, on the device of the context; of a detector as wide as may be."""
-    if task in DETECTION:
+    if task in OBJECT_TASKS:
         width = round(size * LONGEST)
         labels = labels_of(batch_size, size, width, masks=task == "instance-segmentation")
         return {"pixel_values": torch.empty(batch_size, 3, size, width), "labels": labels}

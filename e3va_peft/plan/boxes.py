@@ -28,11 +28,10 @@ OBJECTS = 20  # in an image; one of COCO has 7 on average
 
 def labels_of(batch_size: int, height: int, width: int, masks: bool) -> list[dict[str, Tensor]]:
     """Make labels as a detector takes them, on the device of the context."""
-    shapes = {"class_labels": (OBJECTS,), "boxes": (OBJECTS, 4)}
+    label = {"class_labels": torch.zeros(OBJECTS, dtype=torch.long), "boxes": torch.zeros(OBJECTS, 4)}
     if masks:
-        shapes["masks"] = (OBJECTS, height, width)
-    dtypes = {"class_labels": torch.long, "boxes": torch.float, "masks": torch.uint8}
-    return [{name: torch.zeros(shapes[name], dtype=dtypes[name]) for name in shapes} for _ in range(batch_size)]
+        label["masks"] = torch.zeros(OBJECTS, height, width, dtype=torch.uint8)
+    return [{name: tensor.clone() for name, tensor in label.items()} for _ in range(batch_size)]
 
 
 def bound(model: nn.Module) -> None:

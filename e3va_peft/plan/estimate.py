@@ -29,10 +29,11 @@ from e3va_peft.errors import UserError, one_of, reason
 from e3va_peft.layer import E3VALayer
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
-from e3va_peft.plan.blueprint import CLASSES, DETECTION, give_fake_memory, image_size_of, make_batch, model_builder
+from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
 from e3va_peft.plan.boxes import bound
 from e3va_peft.plan.gpus import GIB
 from e3va_peft.plan.reading import CachedImage, Flops, cached_image
+from e3va_peft.training.config import OBJECT_TASKS
 from e3va_peft.training.tasks.base import extras_at
 
 Rules = Literal["cuda", "cpu"]
@@ -157,7 +158,7 @@ def plan(
     Raises:
         UserError: An argument cannot work; the message names it, its value and the remedy.
     """
-    batch_size = (2 if task in DETECTION else 8) if batch_size is None else batch_size
+    batch_size = (2 if task in OBJECT_TASKS else 8) if batch_size is None else batch_size
     _check(batch_size, image_size, num_labels, precision)
     num_labels = num_labels or CLASSES.get(task, 1)
     build = model_builder(model, task, num_labels, change, head)
@@ -178,7 +179,7 @@ def plan(
             place = sum(row.method.startswith("E3VA") for row in rows)
             rows.insert(place, _row(*_live(live[0]), live[1], batch_size, memory))
         # of a detector's images no two are of a size
-        image = None if task in DETECTION else cached_image(fake_step("a cached image", {"name": "e3va"}))
+        image = None if task in OBJECT_TASKS else cached_image(fake_step("a cached image", {"name": "e3va"}))
     assert size is not None  # every step says its size
     live_blocks = None if live is None else live[0]
     return Plan(model, task, size, batch_size, precision, num_labels, memory, rows, live_blocks, refused, image)
@@ -340,7 +341,7 @@ class FakeStep:
         self.mode = FakeTensorMode()
         with self.mode:
             give_fake_memory(self.model, "cpu").train()
-            if task in DETECTION:
+            if task in OBJECT_TASKS:
                 bound(self.model)
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trace = cache(self._trace)

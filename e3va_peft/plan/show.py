@@ -11,12 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from e3va_peft.files import number_of_bytes
-from e3va_peft.plan.blueprint import DETECTION
 from e3va_peft.plan.boxes import OBJECTS
 from e3va_peft.plan.estimate import MethodPlan, Plan, plan
 from e3va_peft.plan.gpus import GIB, Card, Stack, find_card, software_stack, this_card
 from e3va_peft.plan.reading import CachedImage
-from e3va_peft.training.config import RunConfig
+from e3va_peft.training.config import OBJECT_TASKS, RunConfig
 from e3va_peft.training.tasks import task_of
 
 _PARTS = ("weights", "grads", "AdamW", "activ.")  # of a peak
@@ -99,7 +98,7 @@ def plan_table(plan: Plan, brief: bool = False) -> Table:
     times = plan.times()
     if times:
         caption += "\ntime: an estimate, matmuls and convolutions of a step, head only = 1"
-    if plan.task in DETECTION:
+    if plan.task in OBJECT_TASKS:
         caption += f"\nan estimate from above: the most boxes that are sampled, {OBJECTS} objects an image"
     if plan.refused:
         caption += f"\ncannot adapt this model: {', '.join(plan.refused)}"

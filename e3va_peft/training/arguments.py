@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from e3va_peft.card import record_metrics
+from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, one_of
 from e3va_peft.methods import METHODS
 from e3va_peft.training.config import RECIPE_EPOCHS, RunConfig
@@ -62,7 +63,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     defaults: dict[str, Any] = {
         "learning_rate": METHODS[config.method_name].learning_rate,
         # other methods may train a backbone, of which a head does not read everything
-        "ddp_find_unused_parameters": False if config.method_name.startswith("e3va") else None,
+        "ddp_find_unused_parameters": False if METHODS[config.method_name].options is E3VAConfig else None,
         "logging_steps": 0.01,
         "disable_tqdm": not sys.stderr.isatty(),
         "batch_eval_metrics": True,  # batches are not kept: `Task.add` keeps what scores need

@@ -276,10 +276,11 @@ def save_results(
         The model's folder.
     """
     adapter = isinstance(model, PeftModel)
+    highway = adapter and isinstance(model.peft_config["default"], E3VAConfig)
     draft = output / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     processor.save_pretrained(draft)
-    if adapter and isinstance(model.peft_config["default"], E3VAConfig):
+    if highway:
         model.peft_config["default"].base.metrics.clear()  # what single evaluations gave
         record_metrics(model, record["metrics"])
     elif adapter:
@@ -287,7 +288,7 @@ def save_results(
     # under its own key names where a method has put modules in: transformers' older ones know none of these
     own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
     model.save_pretrained(str(draft), state_dict=weights, **own)
-    if adapter and not isinstance(model.peft_config["default"], E3VAConfig):
+    if adapter and not highway:
         write_card_of_run(draft / "README.md", record)
     write_manifest(draft, model)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
