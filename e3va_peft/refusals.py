@@ -265,7 +265,7 @@ def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -
         saved: See `fingerprint.described`.
 
     Returns:
-        See `backbone_fingerprint`.
+        See `backbone_fingerprint`; once the model is sharded, what was noted before.
     """
     base = model.get_base_model()
     unused = tuple(f"{name}." for found in find_exits(base) for name in found.site.unused)
@@ -276,9 +276,13 @@ def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -
         if not name.startswith(unused) and not any(part in name for part in own)
     ]
     tensors = [parameter for _, parameter in frozen]
-    if will_be_sharded() or not are_plain(tensors):
-        return None
-    return described(partial(_remembered, base, frozen), tensors, saved)
+    if not are_plain(tensors):
+        before: dict[str, str] | None = base.__dict__.get("_noted_base")
+        return before
+    note = described(partial(_remembered, base, frozen), tensors, saved)
+    if saved is None:
+        base.__dict__["_noted_base"] = note
+    return note
 
 
 def _remembered(layer: nn.Module, weights: Sequence[tuple[str, Tensor]], kind: str) -> str:

@@ -683,6 +683,7 @@ def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> 
         patch.setattr(_TensorBoard, "show", lambda *args: 1 / 0)  # the first process alone fails: both must go on
         values = classify(Path(folder), "sharded-head", **half, num_train_epochs=2, report_to="tensorboard")
         train(parse_config(values | {"method": "head-only"}))
+        train(parse_config(classify(Path(folder), "sharded-lora", **half, num_train_epochs=1) | {"method": "lora"}))
 
 
 def let_runs_shard(trainer: VisionTrainer, **options: Any) -> None:
@@ -761,6 +762,8 @@ def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(
     configs = [json.loads((root / name / "adapter/adapter_config.json").read_text()) for name in ("sharded", "whole")]
     sharded, whole = (config["auto_mapping"]["backbone"] for config in configs)
     assert sharded is not None and sharded == whole
+    manifest = json.loads((root / "sharded-lora" / "adapter" / MANIFEST).read_text())
+    assert manifest["base"]["checksum"] and manifest["base"]["dtype"] == "torch.float32"
     log = EventAccumulator(str(root / "sharded" / "logs" / "tensorboard")).Reload()
     names = log.Tags()["images"]
     assert len(names) == 4 and all({event.step for event in log.Images(name)} == {3, 6, 9} for name in names)

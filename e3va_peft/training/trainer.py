@@ -37,6 +37,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, Ev
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError
 from e3va_peft.model import note_base
+from e3va_peft.refusals import base_fingerprint
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import best_entry, draw_curves
 from e3va_peft.training.results import refuse_other_base, trained_on, write_manifest
@@ -74,9 +75,11 @@ class VisionTrainer(Trainer):
         super().__init__(compute_metrics=self._score, **kwargs)
         if self.is_fsdp_enabled:
             _refuse_sharding(self.accelerator.state.fsdp_plugin)
-            for name, config in getattr(self.model, "peft_config", {}).items():
-                if isinstance(config, E3VAConfig):  # noted now: a sharded model cannot be asked any more
+            for name, config in getattr(self.model, "peft_config", {}).items():  # later it cannot be asked any more
+                if isinstance(config, E3VAConfig):
                     note_base(self.model, config, name)
+                else:
+                    base_fingerprint(self.model)
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
         # loss by it, and would neither divide by the accumulation steps nor average over processes.
         self.model_accepts_loss_kwargs = False
