@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 KINDS: dict[str, torch.dtype | None] = {"checksum": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Kinds of checksum: of weights as they are, and rounded as they are where a model is loaded in half precision."""
+
+VECTORS = "vectors"
+"""Where a note has the checksums of norms and biases alone, which a quantised model shares with one that is not."""
 
 _ROUNDED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -43,6 +46,31 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
         type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and not hasattr(tensor, "ds_numel")
         for tensor in found
     )
+
+
+def noted(
+    sum_of: Callable[[str], str], weights: Sequence[tuple[str, Tensor]], saved: Mapping[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Note weights that may be quantised: of those the vectors, norms and biases, which stay as they were.
+
+    Args:
+        sum_of: Kind of checksum -> that of all weights.
+        weights: Name, tensor.
+        saved: See `described`.
+
+    Returns:
+        See `described`, and beside it the same of the vectors alone, as "vectors"; where quantised weights are on one
+        side, or on both, "vectors" only. None where the weights are not at hand, or nothing can be compared.
+    """
+    tensors = [tensor for _, tensor in weights]
+    vectors = [(name, tensor) for name, tensor in weights if isinstance(tensor, nn.Parameter) and tensor.dim() == 1]
+    note: dict[str, Any] = {}
+    if are_plain(tensors) and (saved is None or "dtype" in saved):
+        note = dict(described(sum_of, tensors, saved))
+    known = None if saved is None else saved.get(VECTORS)
+    if are_plain(tensor for _, tensor in vectors) and (saved is None or (known is not None and not note)):
+        note[VECTORS] = described(lambda kind: checksum(vectors, kind), [tensor for _, tensor in vectors], known)
+    return note or None
 
 
 def described(

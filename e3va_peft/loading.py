@@ -46,7 +46,7 @@ _MAPPING: dict[str, Any] = {
     "metrics": dict[str, int | float] | None,
     "folders": list[str] | None,
     "commits": dict[str, str] | None,
-    "backbone": dict[str, str] | None,
+    "backbone": dict[str, str | dict[str, str]] | None,
     "outside": dict[str, dict[str, str]] | None,
     "base_config": str | None,
     "weights": str | None,

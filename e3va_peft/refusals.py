@@ -25,7 +25,7 @@ from e3va_peft.exits import (
     learns,
     unsaved_outside,
 )
-from e3va_peft.fingerprint import KINDS, are_plain, checksum, described, tensors_checksum
+from e3va_peft.fingerprint import KINDS, VECTORS, are_plain, checksum, described, noted, tensors_checksum
 from e3va_peft.fused import wraps_quantized
 from e3va_peft.hooks import is_offloaded
 from e3va_peft.layer import AdaptedMethod, has_units
@@ -207,7 +207,7 @@ def check_suffixes(model: nn.Module, exits: list[Exit], names: list[str]) -> Non
 
 def backbone_fingerprint(
     model: nn.Module, adapter_name: str, saved: Mapping[str, Any] | None = None
-) -> dict[str, str] | None:
+) -> dict[str, Any] | None:
     """Note the frozen weights that an adapter reads.
 
     Args:
@@ -216,21 +216,18 @@ def backbone_fingerprint(
         saved: See `fingerprint.described`.
 
     Returns:
-        See `fingerprint.described`; None where the weights are not all at hand as plain tensors.
+        See `fingerprint.noted`.
     """
     layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
     if has_units(model):
         return None
     parts = [frozen_weights(model, layer) for layer in layers]
-    tensors = [tensor for part in parts for _, tensor in part]
-    if not are_plain(tensors):
-        return None
 
     def sum_of(kind: str) -> str:
         sums = [_remembered(layer, part, kind) for layer, part in zip(layers, parts, strict=True)]
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
-    return described(sum_of, tensors, saved)
+    return noted(sum_of, [pair for part in parts for pair in part], saved)
 
 
 def outside_fingerprints(
@@ -257,7 +254,7 @@ def outside_fingerprints(
     }
 
 
-def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -> dict[str, str] | None:
+def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -> dict[str, Any] | None:
     """Note the frozen parameters below the adapter of another of PEFT's methods, such as LoRA.
 
     Args:
@@ -275,13 +272,9 @@ def base_fingerprint(model: PeftModel, saved: Mapping[str, Any] | None = None) -
         for name, parameter in base.named_parameters()
         if not name.startswith(unused) and not any(part in name for part in own)
     ]
-    tensors = [parameter for _, parameter in frozen]
-    if not are_plain(tensors):
-        before: dict[str, str] | None = base.__dict__.get("_noted_base")
-        return before
-    note = described(partial(_remembered, base, frozen), tensors, saved)
+    note = noted(partial(_remembered, base, frozen), frozen, saved)
     if saved is None:
-        base.__dict__["_noted_base"] = note
+        note = base.__dict__["_noted_base"] = note or base.__dict__.get("_noted_base")
     return note
 
 
@@ -349,12 +342,12 @@ def check_outside(saved: Mapping[str, Any], model: nn.Module, config: E3VAConfig
     )
 
 
-def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None, name: str, place: str) -> None:
+def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, Any] | None, name: str, place: str) -> None:
     """Refuse an adapter whose frozen weights were others.
 
-    Weights in fp32 on one side and rounded on the other are compared as they are rounded. Where they were rounded in
-    two ways they cannot be, and where transformers has another version it may have given the same weights other names:
-    these are warnings.
+    Weights in fp32 on one side and rounded on the other are compared as they are rounded, and quantised ones by norms
+    and biases, which are not. Where they were rounded in two ways they cannot be, and where transformers has another
+    version it may have given the same weights other names: these are warnings.
 
     Args:
         saved: What was noted when the adapter was saved.
@@ -367,6 +360,8 @@ def check_fingerprint(saved: Mapping[str, Any], found: Mapping[str, str] | None,
     """
     if found is None:
         return
+    if "dtype" not in found:  # quantised weights on one side
+        saved, found = saved[VECTORS], found[VECTORS]
     if found.keys().isdisjoint(KINDS) and KINDS.keys() <= saved.keys():  # which one of an early version has not
         warnings.warn(
             f"the adapter was trained on weights of {name!r} in {saved.get('dtype')}, and this model has them in "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -138,6 +139,21 @@ def test_load_adapter_quantises_the_base_when_asked(method, load, tmp_path):
     plain, _ = e3va_peft.load_adapter(tmp_path)  # needs neither library
     assert not quantized_names(plain)
     assert_same(outputs(plain, case.batch()), outputs(model, case.batch()), rtol=0.5, atol=0.5)
+
+
+@pytest.mark.parametrize(("before", "now"), [("int8", None), (None, "4-bit"), ("int8", "4-bit")])
+def test_a_quantised_base_of_other_weights_is_known_by_its_norms_and_biases(before, now, load, tmp_path):
+    case = BY_NAME["swin-classifier"]
+    config = {name: METHODS[name](HEAD) for name in (before, now) if name}
+    get_peft_model(load(case, config.get(before)), E3VAConfig(r=4)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        PeftModel.from_pretrained(load(case, config.get(now)), tmp_path)
+    other = load(case, config.get(now))
+    with torch.no_grad():
+        next(p for name, p in other.named_parameters() if "layernorm_before.bias" in name).add_(1)
+    with pytest.raises(ValueError, match="trained on the backbone weights"):
+        PeftModel.from_pretrained(other, tmp_path)
 
 
 def test_a_base_that_is_stored_quantised_is_rebuilt_as_it_is(load, tmp_path):

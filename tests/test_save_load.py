@@ -705,7 +705,8 @@ def test_a_base_that_is_sharded_later_is_noted_before(adapter, pretrained, tmp_p
     base = SwinForImageClassification.from_pretrained(pretrained)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     model = get_peft_model(base, E3VAConfig(r=4, modules_to_save=[]))
-    monkeypatch.setattr("e3va_peft.refusals.are_plain", lambda tensors: False)  # as shards are not
+    for module in ("refusals", "fingerprint"):
+        monkeypatch.setattr(f"e3va_peft.{module}.are_plain", lambda tensors: False)  # as shards are not
     model.save_pretrained(tmp_path / "sharded")
     assert note(tmp_path / "sharded")["backbone"] == note(adapter)["backbone"]
     assert list(note(tmp_path / "sharded")["outside"]) == ["classifier", "swin.layernorm"]
