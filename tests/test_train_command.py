@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForImageClassification, Trainer, trainer_utils
+from transformers.utils import is_accelerate_available
 from typer.testing import CliRunner
 
 import e3va_command
@@ -673,6 +674,10 @@ def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> 
         config = parse_config(classify(Path(folder), "sharded", **half, report_to="tensorboard"))
         build = "create_accelerator_and_postprocess"
         patch.setattr(VisionTrainer, build, partialmethod(let_runs_shard, state_dict_type="SHARDED_STATE_DICT"))
+        if not is_accelerate_available("1.15.0"):
+            with pytest.raises(UserError, match=r"FSDP: accelerate 1\.\d.* pip install -U 'accelerate>=1\.15'"):
+                train(config)
+            return
         with pytest.raises(UserError, match=r"saves SHARDED_STATE_DICT.*--fsdp_state_dict_type FULL_STATE_DICT"):
             train(config)
         patch.setattr(VisionTrainer, build, let_runs_shard)
@@ -755,6 +760,7 @@ def test_two_processes_end_what_one_began(runs_of_two):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not is_accelerate_available("1.15.0"), reason="is refused, as `be_one_of_two` sees")
 def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(runs_of_two):
     root, _ = runs_of_two
     assert list((root / "sharded").glob("checkpoint-*/pytorch_model_fsdp.bin"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import accelerate
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, rotate_checkpoints
+from transformers.utils import is_accelerate_available
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError
@@ -222,11 +224,16 @@ class VisionTrainer(Trainer):
 
 
 def _refuse_sharding(plugin: Any) -> None:
-    """Refuse FSDP of version 1, and checkpoints of shards, which hold no adapter.
+    """Refuse FSDP of version 1, checkpoints of shards, which hold no adapter, and an Accelerate that cannot load them.
 
     Raises:
         UserError: It is so.
     """
+    if not is_accelerate_available("1.15.0"):  # up to 1.8 processes wait for each other, up to 1.14 no adapter is read
+        raise UserError(
+            f"FSDP: accelerate {accelerate.__version__} does not load checkpoints of an adapter. Update it: "
+            "pip install -U 'accelerate>=1.15', or train without FSDP."
+        )
     state = plugin.state_dict_type.name
     if plugin.fsdp_version != 2 or state != "FULL_STATE_DICT":
         raise UserError(
