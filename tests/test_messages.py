@@ -33,6 +33,8 @@ def inputs(tmp_path_factory) -> Path:
     shutil.copytree(red, root / "flat")
     shutil.copytree(red, root / "one" / "train" / "red")
     shutil.copytree(red, root / "one-unsplit" / "red")
+    for split, name in (("train", "red"), ("train", "green"), ("val", "Red")):
+        shutil.copytree(red, root / "spelt" / split / name)
     for split in ("train", "val"):
         shutil.copytree(red, root / "flat-splits" / split)
     (root / "table").mkdir()
@@ -59,6 +61,7 @@ DATA = {
     "csv": ("labels.csv", ["data.source='labels.csv'", "is a list", "metadata.csv", "file_name"]),
     "folder-with-csv": ("table", ["holds no image", "labels.csv", "metadata.csv"]),
     "flat-with-csv": ("flat-with-table", ["in it directly", "labels.csv", "metadata.csv"]),
+    "two-spellings": ("spelt", ["spelt: has ", "the classes 'Red' and 'red'", "data.labels"]),
     "zip": ("photos.zip", ["is an archive", "Unpack it"]),
 }
 

@@ -769,6 +769,16 @@ def test_the_contact_sheet_counts_objects_and_says_which_colour_a_class_has(tmp_
     entries = [{"file": "a.png", "objects": objects}, *({"file": f"{name}/b.png", "objects": []} for name in "xy")]
     write_sheet(tmp_path / "index.html", entries, ["cell", "<i>", "none"], "run")
     page, (first, second, _) = Links(tmp_path / "index.html"), palette(3).tolist()
-    assert page.text[-9:] == ["a.png", "cell", "2", "<i>", "1", "x/b.png", "nothing found", "y/b.png", "nothing found"]
+    assert page.text[-9:] == [
+        "a.png",
+        "cell",
+        "2",
+        "<i>",
+        "1",
+        "x/b.png",
+        "nothing above the threshold",
+        "y/b.png",
+        "nothing above the threshold",
+    ]
     source = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert f"rgb{tuple(first)}" in source and f"rgb{tuple(second)}" in source and "none" not in page.text

@@ -482,8 +482,12 @@ def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch
 def test_a_run_without_an_evaluation_one_that_ends_in_its_warm_up_and_an_uneven_size_are_warned_of(tmp_path, capsys):
     values = classify(tmp_path, num_train_epochs=1, warmup_steps=1000)
     shutil.rmtree(tmp_path / "colors" / "test")
+    (tmp_path / "colors" / "val").mkdir()
+    (tmp_path / "model" / "preprocessor_config.json").unlink(missing_ok=True)
     train(parse_config(values | {"image_size": 33}))
     shown = capsys.readouterr().out
+    assert f"{tmp_path}/colors/val has no image" in shown
+    assert "has no preprocessor_config.json: images are normalised by the mean [0.485, 0.456, 0.406]" in shown
     assert "image_size=33: is no multiple of 2" in shown and "nearest that is: 34." in shown
     assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
     assert "the warm-up takes 1000 steps and the training 3" in shown

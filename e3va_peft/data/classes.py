@@ -9,7 +9,7 @@ import datasets
 
 from e3va_peft.data.config import DataConfig, LabelKind, source_of
 from e3va_peft.data.hub import column, two_columns, undecoded
-from e3va_peft.data.names import class_id, class_names, names_of, own_names, refuse_names
+from e3va_peft.data.names import class_id, class_names, names_of, own_names, refuse_alike, refuse_names
 from e3va_peft.data.splits import refuse_empty
 from e3va_peft.errors import UserError
 
@@ -53,6 +53,8 @@ def _labels(config: DataConfig, rows: datasets.Dataset) -> list[str]:
     if labels is None:
         raise UserError(f"data.label_column: holds {feature}, no class ids or names. Name another, or clean it.")
     refuse_names(labels, 2)
+    if config.labels is None:
+        refuse_alike(labels, source_of(config))
     return labels
 
 

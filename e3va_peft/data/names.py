@@ -92,6 +92,18 @@ def refuse_names(labels: Sequence[str], least: int) -> None:
         raise UserError(f"data.labels={list(labels)!r}: must be {number} or more names, all different.")
 
 
+def refuse_alike(labels: Iterable[str], source: str) -> None:
+    """Raise a UserError where names that were found, such as those of folders, differ in capitals or spaces alone."""
+    seen: dict[str, str] = {}
+    for name in labels:
+        other = seen.setdefault("".join(name.casefold().split()), name)
+        if other != name:
+            raise UserError(
+                f"{source}: has the classes {other!r} and {name!r}, perhaps one in two spellings. Give both the same "
+                "name, or data.labels with both if they are two."
+            )
+
+
 def class_id(value: Any, own: Sequence[str] | None, labels: Mapping[str, int], where: str) -> int:
     """Find the id of a class that a dataset gives by number or name.
 

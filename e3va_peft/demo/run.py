@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassJaccardIndex
 from transformers import Dinov2Backbone, Dinov2Config, Trainer, set_seed
+from transformers.trainer_callback import PrinterCallback
 from transformers.utils import logging
 
 from e3va_peft import cached, record_metrics
@@ -118,7 +119,9 @@ def train(
     )
     start = time.perf_counter()
     dataset = cached(slices, model, storage="exact") if cache else slices
-    Trainer(model, arguments, train_dataset=dataset).train()
+    trainer = Trainer(model, arguments, train_dataset=dataset)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return model, time.perf_counter() - start
 
 

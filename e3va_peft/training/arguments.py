@@ -73,11 +73,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         **_schedule_defaults(given, task.main_metric, has_eval),
         **task.default_training,
     }
-    if given.get("bf16") and not (given.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()):
-        raise UserError(
-            "training.bf16=True: there is no GPU here that has bf16. Set training.bf16: false; or, to train on the "
-            "CPU in bf16, training.use_cpu: true beside it."
-        )
+    check_precision(given)
     try:
         arguments = training_arguments(config.output, **(defaults | given | own))
     except (ImportError, OSError, TypeError, ValueError) as error:
@@ -100,6 +96,19 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
     if arguments.fp16 and arguments.device.type == "cpu":
         raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
     return arguments
+
+
+def check_precision(given: Mapping[str, Any]) -> None:
+    """Refuse a precision that this machine has not, which needs no data and no model to say.
+
+    Raises:
+        UserError: It is bf16 without a GPU for it, and the CPU is not asked for.
+    """
+    if given.get("bf16") and not (given.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()):
+        raise UserError(
+            "training.bf16=True: there is no GPU here that has bf16. Set training.bf16: false; or, to train on the "
+            "CPU in bf16, training.use_cpu: true beside it."
+        )
 
 
 def _schedule_defaults(given: Mapping[str, Any], main_metric: str, has_eval: bool) -> dict[str, Any]:

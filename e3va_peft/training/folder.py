@@ -180,7 +180,8 @@ def _differences(before: Any, after: Any, name: str = "") -> list[str]:
             for key in keys
             for line in _differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
         ]
-    return [] if before == after else [f"{name}: {before!r} there, {after!r} now"]
+    there, now = ("not set" if value is None else repr(value) for value in (before, after))
+    return [] if before == after else [f"{name}: {there} there, {now} now"]
 
 
 @contextmanager

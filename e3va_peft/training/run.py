@@ -26,14 +26,16 @@ from torch import nn
 from transformers import TrainingArguments, set_seed
 
 from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
+from e3va_peft.card import PROCESSOR
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import Objects
+from e3va_peft.data.splits import EVAL
 from e3va_peft.data.verify import Checked, missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.methods import METHODS, adapt, refuse_lost
-from e3va_peft.training.arguments import MetricsToCard, build_arguments
+from e3va_peft.training.arguments import MetricsToCard, build_arguments, check_precision
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.confusion import write_confusion
 from e3va_peft.training.folder import (
@@ -58,7 +60,7 @@ from e3va_peft.training.results import (
 )
 from e3va_peft.training.scores import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
-from e3va_peft.training.tasks.base import new_parameters
+from e3va_peft.training.tasks.base import find_processor, new_parameters
 from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer
 
 _EPOCHS = 2**31  # more than a run has
@@ -113,15 +115,13 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     """Train in a folder that is this run's alone. See `train`."""
     output, task = Path(config.output), task_of(config)
     console = Console(quiet=not state.is_main_process, highlight=False, soft_wrap=True)
+    check_precision(config.training)
     with state.main_process_first():  # it puts broken ones aside before the others look
         checkpoint = None if overwrite else last_checkpoint(output, console)
     with state.main_process_first():
         splits = load_splits(config.data, task.label_kind, config.seed)
     if splits[1] is None:
-        console.print(
-            "[yellow]warning[/yellow]: there is nothing to evaluate on, so nothing will say how good the model is. "
-            "Set data.eval_split, or data.eval_fraction to set some aside."
-        )
+        _warn_of_no_scores(config, console)
     if config.data.verify and checkpoint is None and state.is_main_process:
         verify(splits, console)
     state.wait_for_everyone()
@@ -139,6 +139,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     check_sizes(trainer)
     if note := uneven_size(config.image_size, model):
         console.print(f"[yellow]warning[/yellow]: {note}")
+    _warn_of_guessed_values(config, trainer.processor, console)
     console.print(_summary(config, trainer, trained))
     if checkpoint is not None:
         console.print(f"resuming from {escape(str(checkpoint))}")
@@ -175,6 +176,27 @@ def _warn_of_folder(config: RunConfig, hub: str, console: Console) -> None:
         f"[yellow]warning[/yellow]: the adapter that is pushed to {hub} names its base model, {place}, a folder that "
         "nobody else has."
     )
+
+
+def _warn_of_no_scores(config: RunConfig, console: Console) -> None:
+    source = Path(config.data.source or "")
+    empty = next((source / name for name in EVAL if config.data.source and (source / name).is_dir()), None)
+    console.print(
+        "[yellow]warning[/yellow]: there is nothing to evaluate on, so nothing will say how good the model is. "
+        + ("" if empty is None else f"{escape(str(empty))} has no image. ")
+        + "Set data.eval_split, or data.eval_fraction to set some aside."
+    )
+
+
+def _warn_of_guessed_values(config: RunConfig, processor: Any, console: Console) -> None:
+    """Say how images are normalised where neither the model nor the config does."""
+    if "image_mean" not in config.processor and find_processor(config.model) is None:
+        mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
+        console.print(
+            f"[yellow]warning[/yellow]: {escape(config.model)} has no {PROCESSOR}: images are normalised by the mean "
+            f"{mean} and std {std}. If its weights want others, set them: processor: {{image_mean: {mean}, "
+            f"image_std: {std}}}."
+        )
 
 
 def _build_trainer(

@@ -67,4 +67,6 @@ def _found(entry: Mapping[str, Any]) -> list[tuple[str, str]]:
         most = sorted(entry["shares"].items(), key=lambda item: -item[1])[:_SHOWN]
         return [(name, f"{100 * share:.0f} %") for name, share in most]
     counts = Counter(found["label"] for found in entry.get("objects", ())).most_common()
-    return [(name, str(count)) for name, count in counts] or ([("nothing found", "")] if "objects" in entry else [])
+    return [(name, str(count)) for name, count in counts] or (
+        [("nothing above the threshold", "")] if "objects" in entry else []
+    )
