@@ -20,8 +20,8 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 jinja2.Template.__new__ = staticmethod(cache(jinja2.Template.__new__))
 
 CORE = {
-    "adapters", "architecture", "check", "counts", "golden", "highway", "laws", "live_blocks", "recompute", "refusals",
-    "saved", "storage",
+    "adapters", "architecture", "counts", "golden", "highway", "laws", "live_blocks", "recompute", "refusals", "saved",
+    "storage",
 }  # fmt: skip
 CORE_MODELS = {
     "swin-classifier", "swin-early-maps", "vit-classifier", "dinov2-classifier", "convnext-classifier", "timm-swin",
