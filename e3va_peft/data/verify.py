@@ -79,7 +79,8 @@ def verify_split(
     """Decode every example once and count how often each class occurs, `(K,)` int64.
 
     Counted are images, pixels, or objects that are neither difficult nor a crowd. At most `_THREADS` examples are in
-    memory at a time, whatever the number of processors.
+    memory at a time, whatever the number of processors: with label maps 24 bytes a pixel each, 1.1 GiB for eight
+    of 2500 x 2500 pixels.
 
     Args:
         split: The examples.
