@@ -343,6 +343,16 @@ def test_the_documented_python_goes_from_a_coco_file_to_masks(root, tmp_path, mo
     assert names["found"]["masks"].shape == (len(names["found"]["scores"]), *names["sizes"][0])
 
 
+@pytest.mark.parametrize("box", [(0, 0, 90, 60), (740, 0, 799, 60), (740, 390, 799, 399), (-60, 380, 5, 450)], ids=str)
+def test_a_name_is_whole_where_its_box_touches_the_edge_of_the_picture(box):
+    def letters(box: tuple[int, ...]) -> int:
+        found = Detections(np.array([box], dtype=float), np.array([0.5]), np.array([1]))
+        drawn = draw_objects(Image.new("RGB", (800, 400), (127, 127, 127)), found, ["cell", "nucleus"])
+        return int((np.asarray(drawn).max(-1) < 60).sum())  # black on the plate's colour
+
+    assert letters(box) == pytest.approx(letters((200, 200, 360, 320)), rel=0.15) and letters(box) > 100
+
+
 def test_drawings_mark_masks_and_boxes_and_leave_an_empty_image_alone():
     image = Image.new("RGB", (30, 20))
     mask = np.zeros((1, 20, 30), dtype=bool)
