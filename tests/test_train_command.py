@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import os
 import re
@@ -658,6 +659,9 @@ def test_two_processes_give_the_curve_and_the_adapter_of_one_from_images_and_fro
         assert [len(shown.Images(name)) for name in shown.Tags()["images"]] == [3] * 4
 
 
+FSDP = pytest.mark.skipif(not is_accelerate_available("1.15.0"), reason="is refused, as `be_one_of_two` sees")
+
+
 def be_one_of_two(rank: int, folder: str, port: int, names: tuple[str, ...]) -> None:
     """Run in a process of its own: score runs, train one that is cut off, end one that was, and train sharded."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
@@ -764,7 +768,7 @@ def test_two_processes_end_what_one_began(runs_of_two):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not is_accelerate_available("1.15.0"), reason="is refused, as `be_one_of_two` sees")
+@FSDP
 def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(runs_of_two):
     root, _ = runs_of_two
     assert list((root / "sharded").glob("checkpoint-*/pytorch_model_fsdp.bin"))
@@ -780,6 +784,7 @@ def test_two_processes_that_shard_train_resume_and_save_as_one_and_log_pictures(
 
 
 @pytest.mark.slow
+@FSDP
 def test_a_whole_model_that_two_processes_shard_is_saved_although_pictures_fail(runs_of_two):
     root, _ = runs_of_two
     train(parse_config(classify(root, "whole-head", num_train_epochs=2) | {"method": "head-only"}))
@@ -870,7 +875,7 @@ def test_help_teaches_by_examples():
 
 def test_the_help_of_train_breaks_no_line_of_its_config_and_examples_in_80_columns():
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "80"}).output.splitlines()
-    written = [line.strip() for line in (cli.train.__doc__ or "").splitlines() if line.startswith(" " * 8)]
+    written = [line.strip() for line in (inspect.getdoc(cli.train) or "").splitlines() if line.startswith(" " * 4)]
     assert len(written) > 10 and set(written) <= {line.strip() for line in shown}
 
 
