@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,16 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_pa
 
 
 @pytest.mark.slow
+def test_times_of_a_busy_machine_are_warned_of(tmp_path, watched, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_UNEVEN", 1.0)
+    compare(plan(tmp_path))
+    shown = capsys.readouterr().out
+    assert re.search(r"warning: a step of \S+ took between \d+ and \d+ ms: something else runs", shown)
+    monkeypatch.setattr(module, "_UNEVEN", 1e9)
+    compare(plan(tmp_path))
+    assert "something else runs" not in capsys.readouterr().out
+
+
 def test_with_a_cache_methods_that_leave_the_backbone_read_it_and_all_see_the_same_views(tmp_path, watched):
     options = ["augment=true", "cache.views=2", f"cache.folder={tmp_path / 'frozen'}"]
     found = compare(plan(tmp_path, methods="full,head-only,e3va,bitfit", overrides=options))

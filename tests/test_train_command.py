@@ -473,6 +473,14 @@ def test_ctrl_c_in_an_evaluation_stops_behind_it(tmp_path, monkeypatch):
     assert run_module.last_checkpoint(tmp_path / "run", run_module.Console()).name == "checkpoint-3"
 
 
+def test_a_loss_that_rose_and_stayed_there_is_warned_of(tmp_path, capsys):
+    train(parse_config(classify(tmp_path, learning_rate=100, num_train_epochs=3)))
+    shown = capsys.readouterr().out
+    assert "warning: the loss rose from" in shown and "Lower training.learning_rate, 100 now." in shown
+    train(parse_config(classify(tmp_path, "good", num_train_epochs=3)))
+    assert "the loss rose" not in capsys.readouterr().out
+
+
 def test_metrics_that_a_power_cut_left_empty_finish_no_run(tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path, num_train_epochs=2))
     train_until(4, config, monkeypatch)

@@ -162,8 +162,9 @@ def markdown(rows: Sequence[Row], config: RunConfig) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *body]
     first = rows[0]
     seeds = f"{len(first.seeds)} seeds, ± one standard deviation" if len(first.seeds) > 1 else "one seed"
+    epochs = "1 epoch" if first.epochs == 1 else f"{first.epochs:g} epochs"
     notes = (
-        f"{config.task}, {config.model}: {first.epochs:g} epochs ({first.steps} steps), {seeds}. Same head, data "
+        f"{config.task}, {config.model}: {epochs} ({first.steps} steps), {seeds}. Same head, data "
         "order and epochs for all; parameters include the head. *Kept for backward* and *peak*: bytes of one training "
         "step, counted from its tensors. *Backbone share*: (method - head only) / (full - head only) of what is kept."
     )

@@ -29,6 +29,7 @@ from e3va_peft.training.run import read_cache, train, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
+_UNEVEN = 2.0  # how far apart rounds may lie on a quiet machine
 RUNS = "runs"
 CACHED = ", from the cache"
 
@@ -170,8 +171,19 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")
     steps = measure_steps(comparison, task, split, ROUNDS)
     rows = _rows(comparison, task.main_metric, records, steps)
+    _warn_of_a_busy_machine(rows, console)
     write_report(comparison.output, rows, comparison.config, console)
     return rows
+
+
+def _warn_of_a_busy_machine(rows: Sequence[Row], console: Console) -> None:
+    row = max(rows, key=lambda each: max(each.step_rounds) / min(each.step_rounds))
+    least, most = (1000 * pick(row.step_rounds) for pick in (min, max))
+    if most > _UNEVEN * least:
+        console.print(
+            f"[yellow]warning[/yellow]: a step of {row.method} took between {least:.0f} and {most:.0f} ms: something "
+            "else runs on this machine, and times say little. The same command measures them again and trains nothing."
+        )
 
 
 def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int) -> dict[str, list[StepReport]]:

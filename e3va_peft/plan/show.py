@@ -36,6 +36,8 @@ def show_plan(model: str, gpu: str | None, memory: str | None, precision: str | 
     stack = software_stack(card.capability) if card is not None else None
     precision = precision or (stack.precision if stack is not None else "fp32")
     console = Console()
+    if not console.is_terminal:
+        Console(stderr=True).print("predicting a step of each method takes a minute or two")
     with console.status("building the model") as status:
         found = plan(
             model,

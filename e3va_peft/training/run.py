@@ -106,6 +106,9 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         return _train(config, overwrite, state)
 
 
+_GUESSED: set[str] = set()  # models that this process has warned of: a comparison trains one many times
+
+
 def process(config: RunConfig) -> PartialState:
     """Return this process as TrainingArguments will set it up: without accelerators a launcher's meet by gloo."""
     return PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
@@ -159,15 +162,27 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
                 places = (output / CONFUSION, output / CONFUSION_PICTURE)
                 write_confusion(trainer.confusion, splits[0].labels, *places)
             folder = save_results(output, model, trainer.processor, record, console, weights)
-        if trainer.eval_dataset is not None:
-            if trainer.state.best_global_step and trainer.args.load_best_model_at_end:
-                console.print(f"the best, of step {trainer.state.best_global_step}, is what is saved:")
-            console.print(metrics_table(trainer.scores, splits[0].labels))
+        _print_scores(trainer, splits[0].labels, console)
         console.print(escape(f"saved: {folder}, {output / METRICS}, {output / CURVES}; {_costs(record)}"))
         if hub is not None:
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
     return record
+
+
+def _print_scores(trainer: VisionTrainer, labels: Sequence[str], console: Console) -> None:
+    """Print what was reached, and a warning where the training went astray."""
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    later = statistics.median(losses[len(losses) // 2 :] or [0.0])
+    if len(losses) > 1 and later > 2 * losses[0]:
+        console.print(
+            f"[yellow]warning[/yellow]: the loss rose from {losses[0]:.4g} to about {later:.4g}: nothing good was "
+            f"learned. Lower training.learning_rate, {trainer.args.learning_rate:g} now."
+        )
+    if trainer.eval_dataset is not None:
+        if trainer.state.best_global_step and trainer.args.load_best_model_at_end:
+            console.print(f"the best, of step {trainer.state.best_global_step}, is what is saved:")
+        console.print(metrics_table(trainer.scores, labels))
 
 
 def _warn_of_folder(config: RunConfig, hub: str, console: Console) -> None:
@@ -190,7 +205,8 @@ def _warn_of_no_scores(config: RunConfig, console: Console) -> None:
 
 def _warn_of_guessed_values(config: RunConfig, processor: Any, console: Console) -> None:
     """Say how images are normalised where neither the model nor the config does."""
-    if "image_mean" not in config.processor and find_processor(config.model) is None:
+    if "image_mean" not in config.processor and config.model not in _GUESSED and find_processor(config.model) is None:
+        _GUESSED.add(config.model)
         mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
         console.print(
             f"[yellow]warning[/yellow]: {escape(config.model)} has no {PROCESSOR}: images are normalised by the mean "
