@@ -904,6 +904,7 @@ class Interrupt:
         if name == "torch":
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what it runs in the background
 sys.meta_path.insert(0, Interrupt())
 sys.argv = ["e3va", "recipes"]
 import e3va_command
