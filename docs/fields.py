@@ -17,4 +17,5 @@ class FieldHelp(griffe.Extension):
             if isinstance(entry, ast.keyword) and entry.arg == "metadata":
                 text = ast.literal_eval(entry.value)["help"]
                 attr.docstring = griffe.Docstring(text, parent=attr, lineno=node.lineno)
-                attr.value = next((k.value for k in getattr(attr.value, "arguments", ()) if k.name == "default"), None)
+                given = {k.name: k.value for k in getattr(attr.value, "arguments", ())}
+                attr.value = given.get("default", "None" if "default_factory" in given else None)
