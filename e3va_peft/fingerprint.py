@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,14 +63,17 @@ def noted(
         See `described`, and beside it the same of the vectors alone, as "vectors"; where quantised weights are on one
         side, or on both, "vectors" only. None where the weights are not at hand, or nothing can be compared.
     """
-    tensors = [tensor for _, tensor in weights]
-    vectors = [(name, tensor) for name, tensor in weights if isinstance(tensor, nn.Parameter) and tensor.dim() == 1]
     note: dict[str, Any] = {}
+    tensors = [tensor for _, tensor in weights]
     if are_plain(tensors) and (saved is None or "dtype" in saved):
-        note = dict(described(sum_of, tensors, saved))
+        note |= described(sum_of, tensors, saved)
+        if saved is not None:
+            return note
+    vectors = [(name, tensor) for name, tensor in weights if isinstance(tensor, nn.Parameter) and tensor.dim() == 1]
+    tensors = [tensor for _, tensor in vectors]
     known = None if saved is None else saved.get(VECTORS)
-    if are_plain(tensor for _, tensor in vectors) and (saved is None or (known is not None and not note)):
-        note[VECTORS] = described(lambda kind: checksum(vectors, kind), [tensor for _, tensor in vectors], known)
+    if are_plain(tensors) and (saved is None or isinstance(known, Mapping)):
+        note[VECTORS] = described(partial(checksum, vectors), tensors, known)
     return note or None
 
 

@@ -127,7 +127,6 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_pa
     assert list(watched) == ["adapter-seed0"]
 
 
-@pytest.mark.slow
 def test_times_of_a_busy_machine_are_warned_of(tmp_path, watched, monkeypatch, capsys):
     monkeypatch.setattr(module, "_UNEVEN", 1.0)
     compare(plan(tmp_path))
@@ -138,6 +137,7 @@ def test_times_of_a_busy_machine_are_warned_of(tmp_path, watched, monkeypatch, c
     assert "something else runs" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_with_a_cache_methods_that_leave_the_backbone_read_it_and_all_see_the_same_views(tmp_path, watched):
     options = ["augment=true", "cache.views=2", f"cache.folder={tmp_path / 'frozen'}"]
     found = compare(plan(tmp_path, methods="full,head-only,e3va,bitfit", overrides=options))

@@ -602,8 +602,8 @@ FEW = {
 }  # fmt: skip
 LEARNERS = {
     "retinanet": (retinanet, 100, 3e-3, {"fpn_channels": 48, "anchor_scales": [4, 6]}),
-    "mask_rcnn": (mask_rcnn, 140, 6e-3, FEW | {"fpn_channels": 32, "box_batch_size_per_image": 32}),
-    "cascade": (cascade, 140, 8e-3, FEW | {"fpn_channels": 24, "box_batch_size_per_image": 12}),
+    "mask_rcnn": (mask_rcnn, 180, 6e-3, FEW | {"fpn_channels": 32, "box_batch_size_per_image": 32}),
+    "cascade": (cascade, 200, 6e-3, FEW | {"fpn_channels": 24, "box_batch_size_per_image": 12}),
 }
 
 
@@ -617,7 +617,7 @@ def test_a_detector_that_e3va_trains_learns_pictures_by_heart_and_finds_them_in_
     pixels, labels = pictures(2)
     losses = learn(model, {"pixel_values": pixels, "labels": labels}, steps, lr)
     assert losses[-1] < losses[0] / 2
-    for right, below, least in ((0, 0, 0.8), (20, 8, 0.5)):  # in padding a box is found as well, not as exactly
+    for right, below, least in ((0, 0, 0.9), (20, 8, 0.6)):  # in padding a box is found as well, not as exactly
         padded, mask = (nn.functional.pad(x, (0, right, 0, below)) for x in (pixels, torch.ones_like(pixels[:, 0])))
         outputs = detect(model, pixel_values=padded, pixel_mask=mask)
         found = detections(outputs, DetectionImageProcessor(), [(SIZE, SIZE)] * len(labels), threshold=0.05)

@@ -93,8 +93,6 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
             f"patience={config.patience}: counts evaluations, and there are none. Set data.eval_split or "
             "data.eval_fraction, and training.eval_strategy: epoch."
         )
-    if arguments.fp16 and arguments.device.type == "cpu":
-        raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
     return arguments
 
 
@@ -102,8 +100,10 @@ def check_precision(given: Mapping[str, Any]) -> None:
     """Refuse a precision that this machine has not, which needs no data and no model to say.
 
     Raises:
-        UserError: It is bf16 without a GPU for it, and the CPU is not asked for.
+        UserError: It is fp16 on the CPU; or bf16 without a GPU for it, and the CPU is not asked for.
     """
+    if given.get("fp16") and (given.get("use_cpu") or not torch.accelerator.is_available()):
+        raise UserError("training.fp16=True: needs a GPU, and this runs on the CPU. Use bf16: true, or neither.")
     if given.get("bf16") and not (given.get("use_cpu") or is_torch_bf16_gpu_available() or is_torch_xla_available()):
         raise UserError(
             "training.bf16=True: there is no GPU here that has bf16. Set training.bf16: false; or, to train on the "

@@ -180,8 +180,10 @@ def _differences(before: Any, after: Any, name: str = "") -> list[str]:
             for key in keys
             for line in _differences(before.get(key), after.get(key), f"{name}.{key}" if name else key)
         ]
+    if before == after:
+        return []
     there, now = ("not set" if value is None else repr(value) for value in (before, after))
-    return [] if before == after else [f"{name}: {there} there, {now} now"]
+    return [f"{name}: {there} there, {now} now"]
 
 
 @contextmanager

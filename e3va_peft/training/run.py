@@ -60,10 +60,11 @@ from e3va_peft.training.results import (
 )
 from e3va_peft.training.scores import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
-from e3va_peft.training.tasks.base import find_processor, new_parameters
+from e3va_peft.training.tasks.base import new_parameters
 from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer
 
 _EPOCHS = 2**31  # more than a run has
+_GUESSED: set[str] = set()  # models that this process has warned of: a comparison trains one many times
 
 
 class Interrupted(Exception):
@@ -106,9 +107,6 @@ def train(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         return _train(config, overwrite, state)
 
 
-_GUESSED: set[str] = set()  # models that this process has warned of: a comparison trains one many times
-
-
 def process(config: RunConfig) -> PartialState:
     """Return this process as TrainingArguments will set it up: without accelerators a launcher's meet by gloo."""
     return PartialState(cpu=bool(config.training.get("use_cpu")) or not torch.accelerator.is_available())
@@ -142,7 +140,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     check_sizes(trainer)
     if note := uneven_size(config.image_size, model):
         console.print(f"[yellow]warning[/yellow]: {note}")
-    _warn_of_guessed_values(config, trainer.processor, console)
+    _warn_of_guessed_values(task, trainer.processor, console)
     console.print(_summary(config, trainer, trained))
     if checkpoint is not None:
         console.print(f"resuming from {escape(str(checkpoint))}")
@@ -194,8 +192,8 @@ def _warn_of_folder(config: RunConfig, hub: str, console: Console) -> None:
 
 
 def _warn_of_no_scores(config: RunConfig, console: Console) -> None:
-    source = Path(config.data.source or "")
-    empty = next((source / name for name in EVAL if config.data.source and (source / name).is_dir()), None)
+    folders = [Path(config.data.source, name) for name in EVAL] if config.data.source else []
+    empty = next(filter(Path.is_dir, folders), None)
     console.print(
         "[yellow]warning[/yellow]: there is nothing to evaluate on, so nothing will say how good the model is. "
         + ("" if empty is None else f"{escape(str(empty))} has no image. ")
@@ -203,9 +201,10 @@ def _warn_of_no_scores(config: RunConfig, console: Console) -> None:
     )
 
 
-def _warn_of_guessed_values(config: RunConfig, processor: Any, console: Console) -> None:
+def _warn_of_guessed_values(task: Task, processor: Any, console: Console) -> None:
     """Say how images are normalised where neither the model nor the config does."""
-    if "image_mean" not in config.processor and config.model not in _GUESSED and find_processor(config.model) is None:
+    config = task.config
+    if task.found_processor is None and "image_mean" not in config.processor and config.model not in _GUESSED:
         _GUESSED.add(config.model)
         mean, std = ([round(value, 3) for value in values] for values in (processor.image_mean, processor.image_std))
         console.print(

@@ -8,7 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,6 +54,11 @@ class Task(ABC):
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
+
+    @cached_property
+    def found_processor(self) -> Any:
+        """The image processor of the pretrained model, see `find_processor`."""
+        return find_processor(self.config.model)
 
     @abstractmethod
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:

@@ -20,7 +20,6 @@ from e3va_peft.training.tasks.base import (
     Task,
     View,
     edge,
-    find_processor,
     load_weights,
     make_processor,
     normalized,
@@ -46,7 +45,7 @@ class ImageClassification(Task):
 
     def build_processor(self) -> Any:
         """Return the model's image processor at the run's image size; ImageNet's mean and std where it has none."""
-        found = find_processor(self.config.model)
+        found = self.found_processor
         cls = type(found) if found is not None else ViTImageProcessor
         if found is None:
             options: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}

@@ -37,7 +37,6 @@ from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
     Task,
     View,
-    find_processor,
     grey,
     kept_options,
     load_backbone,
@@ -81,7 +80,7 @@ class ObjectDetection(Task):
 
     def build_processor(self) -> Any:
         """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
-        found = find_processor(self.config.model)
+        found = self.found_processor
         options = kept_options(found)
         edges = getattr(found, "size", None) or {}
         size = self.config.image_size

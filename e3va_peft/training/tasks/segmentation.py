@@ -34,7 +34,6 @@ from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
     Task,
     View,
-    find_processor,
     grey,
     kept_options,
     load_backbone,
@@ -92,7 +91,7 @@ class SemanticSegmentation(Task):
 
     def build_processor(self) -> Any:
         """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
-        found = find_processor(self.config.model)
+        found = self.found_processor
         options = kept_options(found)
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
