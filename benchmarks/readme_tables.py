@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from textwrap import fill
@@ -26,6 +27,7 @@ TWINS = {"lora-checkpointing": "lora", "e3va-plus-recompute": "e3va-plus-exact"}
 PUBLISHED_MEMORY = {"coco-cascade-swin-b": (7639, 7137, 17061), "voc-retinanet-swin-l": (4819, 3967, 15679)}
 PAPER_METHODS = {
     "e3va": "E3VA",
+    "e3va-bf16": "E3VA, in bf16",
     "e3va-int8": "E3VA, int8",
     "e3va-recompute": "E3VA, recompute",
     "e3va-live": "E3VA, recompute, 2 live",
@@ -295,18 +297,15 @@ def plan() -> str:
     return markdown(["one training step", "E3VA, MiB", "full, MiB", "largest error of five methods"], body)
 
 
-def paper_rows(kind: str, *fields: str) -> list[dict[str, dict[str, Any]]]:
-    """Return rows of `paper.py` by method, in groups that agree in fields, one system after another."""
-    groups: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
-    for row in rows("paper"):
+def paper_systems(kind: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return rows of `paper.py` by system and its batch, and in it by method, other precisions than fp32 apart."""
+    systems: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows("paper"), key=lambda row: (row["title"], row["width"], row["height"])):
         if row["kind"] == kind:
-            groups.setdefault(tuple(row[name] for name in ("title", *fields)), {})[row["method"]] = row
-    return [groups[key] for key in sorted(groups, key=lambda key: key[0])]
-
-
-def paper_title(row: dict[str, Any]) -> str:
-    """Name a system of the paper and its batch."""
-    return f"{row['title']}, {row['width']} × {row['height']}, batch {row['batch']}"
+            system = f"{row['title']}, {row['width']} × {row['height']}, batch {row['batch']}"
+            method = row["method"] if row["precision"] == "fp32" else f"{row['method']}-{row['precision']}"
+            systems.setdefault(system, {})[method] = row
+    return systems
 
 
 def saving(least: float, most: float) -> str:
@@ -316,22 +315,32 @@ def saving(least: float, most: float) -> str:
 
 def paper() -> str:
     """Table of `paper.py`: peaks, what E3VA saves of them, and what was published."""
-    body = []
-    for found in paper_rows("memory", "width", "height", "precision"):
-        first = next(iter(found.values()))
-        peaks = {method: row["peak_bytes"] for method, row in found.items()}
-        ours = memory_savings(*(peaks.get(method) for method in ("e3va", "head-only", "full")))
-        theirs = memory_savings(*PUBLISHED_MEMORY.get(first["setting"], (None, None, None)))
-        body.append(
-            [
-                f"{paper_title(first)}, {first['precision']}",
-                paper_share(found.get("e3va")),
-                *(f"{peaks[method] / GIB:.2f}" if method in peaks else "" for method in PAPER_METHODS),
-                *(f"{own} ({published})" if published else own for own, published in zip(ours, theirs, strict=True)),
-            ]
+    systems = paper_systems("memory")
+    savings = []
+    for found in systems.values():
+        ours = memory_savings(*(found[method]["peak_bytes"] for method in ("e3va", "head-only", "full")))
+        theirs = memory_savings(*PUBLISHED_MEMORY.get(found["e3va"]["setting"], (None, None, None)))
+        savings.append(
+            [f"{own} ({published})" if published else own for own, published in zip(ours, theirs, strict=True)]
         )
-    header = ["peak of a training step, GiB", "of the backbone trained", *PAPER_METHODS.values()]
-    return markdown([*header, "E3VA against full", "of the backbone's memory left"], body)
+    body = [
+        *paper_methods(systems, lambda row: f"{row['peak_bytes'] / GIB:.2f}"),
+        ["of the backbone trained", *(paper_share(found["e3va"]) for found in systems.values())],
+        ["E3VA against full", *(against_full for against_full, _ in savings)],
+        ["of the backbone's memory left", *(left for _, left in savings)],
+    ]
+    return markdown(["peak of a training step, GiB", *systems], body)
+
+
+def paper_methods(
+    systems: dict[str, dict[str, dict[str, Any]]], cell: Callable[[dict[str, Any]], str]
+) -> list[list[str]]:
+    """Lay out a line for each method that is recorded of any system."""
+    return [
+        [name, *(cell(found[method]) if method in found else "" for found in systems.values())]
+        for method, name in PAPER_METHODS.items()
+        if any(method in found for found in systems.values())
+    ]
 
 
 def memory_savings(e3va: int | None, head: int | None, full: int | None) -> tuple[str, str]:
@@ -340,25 +349,17 @@ def memory_savings(e3va: int | None, head: int | None, full: int | None) -> tupl
     return whole, f"{100 * (e3va - head) / (full - head):.1f} %" if e3va and head and full else ""
 
 
-def paper_share(row: dict[str, Any] | None) -> str:
+def paper_share(row: dict[str, Any]) -> str:
     """Format the share of a backbone that E3VA trains."""
-    return f"{100 * row['backbone_trained'] / row['backbone_parameters']:.2f} %" if row else ""
+    return f"{100 * row['backbone_trained'] / row['backbone_parameters']:.2f} %"
 
 
 def paper_time() -> str:
     """Table of `paper.py`: seconds of a whole training step, and what E3VA saves of them."""
-    body = []
-    for found in paper_rows("time", "width", "height"):
-        seconds = {method: row["seconds"] for method, row in found.items()}
-        both = {"e3va", "full"} <= seconds.keys()
-        body.append(
-            [
-                paper_title(next(iter(found.values()))),
-                *(f"{seconds[method]:.2f}" if method in seconds else "" for method in PAPER_METHODS),
-                saving(seconds["e3va"], seconds["full"]) if both else "",
-            ]
-        )
-    return markdown(["seconds of a training step", *PAPER_METHODS.values(), "E3VA against full"], body)
+    systems = paper_systems("time")
+    savings = [saving(found["e3va"]["seconds"], found["full"]["seconds"]) for found in systems.values()]
+    body = [*paper_methods(systems, lambda row: f"{row['seconds']:.2f}"), ["E3VA against full", *savings]]
+    return markdown(["seconds of a training step", *systems], body)
 
 
 # Rows of the README's table: name there, name in `memory.json` and `speed.json`, names in the records of scores. A row
