@@ -1,4 +1,4 @@
-"""`e3va`: `python -m e3va_peft`, whose help does not wait for PyTorch.
+"""`e3va`: `python -m e3va_peft`, whose help and recipes do not wait for PyTorch.
 
 This stands beside the package, because whatever is in it imports PyTorch and PEFT first, which takes seconds.
 """
@@ -13,10 +13,11 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Say help or versions, or run a command."""
+    """Say help, versions or recipes, or run a command."""
     package = find_spec("e3va_peft")  # which imports nothing
     words = sys.argv[1:]
-    if package is not None and package.origin is not None and (not words or {"--help", "--version"} & {*words}):
+    light = not words or words[0] == "recipes" or {"--help", "--version"} & {*words}
+    if light and package is not None and package.origin is not None:
         with contextlib.suppress(ModuleNotFoundError):  # the extra `train` is missing, as what is below says
             runpy.run_path(str(Path(package.origin).with_name("cli.py")), run_name="__main__")
     with _interrupts_end_it():

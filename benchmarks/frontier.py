@@ -69,12 +69,12 @@ def draw(axes: Axes, title: str, found: dict[str, tuple[float, float]]) -> None:
 
 
 def name_points(axes: Axes, found: dict[str, tuple[float, float]]) -> None:
-    """Write the names of the points of a backbone, those to the right first."""
+    """Write the names of the points of a backbone, the upper ones first."""
     points = [
         (method.removeprefix("E3VA, ").replace(" + checkpointing", " + ckpt"), *place, STYLES[kind_of(method)][0])
         for method, place in found.items()
     ]
-    label(axes, sorted(points, key=lambda point: -point[1]))
+    label(axes, sorted(points, key=lambda point: -point[2]))
     for text in axes.texts:
         text.set_path_effects([withStroke(linewidth=3, foreground="white")])  # over the line of head only
 

@@ -839,7 +839,7 @@ def test_names_of_classes_and_folders_that_look_like_markup_are_shown_as_they_ar
     assert "[/bold]green" in shown
 
 
-def test_help_and_versions_wait_for_neither_pytorch_nor_peft(monkeypatch, capsys):
+def test_help_versions_and_recipes_wait_for_neither_pytorch_nor_peft(monkeypatch, capsys):
     code = (
         "import atexit, sys, e3va_command\n"
         "atexit.register(lambda: print('loaded', {'torch', 'peft', 'transformers'} & {*sys.modules}))\n"
@@ -849,14 +849,20 @@ def test_help_and_versions_wait_for_neither_pytorch_nor_peft(monkeypatch, capsys
     for words, said in (
         (["--version"], "e3va_peft 0.1.0, torch "),
         (["train", "--help"], "Usage: e3va train"),
+        (["recipes"], "nuclei-upernet-swin"),
+        (["recipes", "nuclei-upernet-swin"], "task: semantic-segmentation"),
         ([], ""),
     ):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert said in done.stdout and "loaded set()" in done.stdout, done.stdout + done.stderr
-    monkeypatch.setattr(sys, "argv", ["e3va", "train", "no.yaml"])
-    with pytest.raises(SystemExit) as refused:
-        e3va_command.main()
-    assert refused.value.code == 1 and "no such file, and no recipe" in capsys.readouterr().err
+    for words, said in (
+        (["train", "no.yaml"], "no such file, and no recipe"),
+        (["recipes", "nuclei-upernet-swim"], "Did you mean nuclei-upernet-swin"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["e3va", *words])
+        with pytest.raises(SystemExit) as refused:
+            e3va_command.main()
+        assert refused.value.code == 1 and said in capsys.readouterr().err
 
 
 def test_a_backbone_of_the_users_own_works_on_the_command_line(tmp_path, monkeypatch):
@@ -906,7 +912,7 @@ class Interrupt:
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell turns off for what it runs in the background
 sys.meta_path.insert(0, Interrupt())
-sys.argv = ["e3va", "recipes"]
+sys.argv = ["e3va", "backbones"]
 import e3va_command
 e3va_command.main()
 """

@@ -14,7 +14,8 @@ from matplotlib.transforms import Bbox
 from e3va_peft.files import save_figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart; the markers say the same.
-_STYLES = {"e3va": ("#D55E00", "*", 13), "full": ("#000000", "s", 7), "head-only": ("#000000", "D", 6)}
+_OURS = ("#D55E00", "*", 13)
+_STYLES = {"e3va": _OURS, "e3va-plus": _OURS, "full": ("#000000", "s", 7), "head-only": ("#000000", "D", 6)}
 _OTHERS = ("#0072B2", "o", 7)
 _SPAN = 0.1  # of the metric at least: a small gain shall look small
 _DISTANCES = (9, 20, 32, 46)  # points between a marker and its label: near first
