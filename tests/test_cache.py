@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed, nn
@@ -377,6 +377,20 @@ def test_two_processes_fill_one_store_and_train_like_one(tmp_path, monkeypatch):
 
 
 # What does not fit
+
+
+def test_no_process_writes_before_all_know_what_is_missing(monkeypatch):
+    happened = []
+
+    def noted(owner: type, name: str) -> None:
+        own = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **more: (happened.append(name), own(*args, **more))[1])
+
+    for owner, name in ((Store, "missing"), (Store, "write"), (PartialState, "wait_for_everyone")):
+        noted(owner, name)
+    case = BY_NAME["swin-classifier"]
+    cached(Images(case), get_peft_model(case.base(), E3VAConfig(r=4)))
+    assert "wait_for_everyone" in happened[happened.index("missing") : happened.index("write")]
 
 
 def test_a_batch_whose_record_was_dropped_is_refused():

@@ -83,7 +83,9 @@ def cached(
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
     found = _open(folder, key, source, taker, types, state)
-    if missing := found.store.missing():
+    missing = found.store.missing()
+    state.wait_for_everyone()  # before one of them writes: what each lacks is shared out among them
+    if missing:
         _fill(found.store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
     if one_size:
         _refuse_several(found.store.sizes())
