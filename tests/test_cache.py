@@ -349,6 +349,10 @@ def train_by_two(rank: int, folder: str) -> None:
                 optimizer.step()
         if accelerator.is_main_process:
             accelerator.unwrap_model(model).save_pretrained(at)
+    accelerator.wait_for_everyone()
+    # Freed later, DDP would be the last to hold the group, whose threads PyTorch joins while they wait for the GIL.
+    del model, optimizer, loader
+    accelerator.free_memory()
     distributed.destroy_process_group()
 
 
