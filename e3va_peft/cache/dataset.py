@@ -83,10 +83,7 @@ def cached(
     taker = Taker(model, image, storage, data_collator, autocast)
     state, source = PartialState(), Views(dataset, views, seed)
     found = _open(folder, key, source, taker, types, state)
-    missing = found.store.missing()
-    state.wait_for_everyone()  # before one of them writes: what each lacks is shared out among them
-    if missing:
-        _fill(found.store, source, missing, taker, (batch_size, num_workers), limit, state, one_size)
+    _fill(found.store, source, taker, (batch_size, num_workers), limit, state, one_size)
     if one_size:
         _refuse_several(found.store.sizes())
     _refuse_changed(found.store, source, taker)
@@ -250,10 +247,14 @@ class _Numbered(Dataset[Any]):
 
 
 def _fill(
-    store: Store, source: Views, missing: Sequence[int], taker: Taker, loading: tuple[int, int],
-    limit: int | None, state: PartialState, one_size: bool,
+    store: Store, source: Views, taker: Taker, loading: tuple[int, int], limit: int | None, state: PartialState,
+    one_size: bool,
 ) -> None:  # fmt: skip
     """Write the records that are missing; each process its share."""
+    missing = store.missing()
+    state.wait_for_everyone()  # all know what is missing before one of them writes
+    if not missing:
+        return
     if state.is_main_process:
         store.lock()
     own = missing[state.process_index :: state.num_processes]
