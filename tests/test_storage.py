@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import nn
+from transformers.models.swin.modeling_swin import SwinPatchMerging
 
 from e3va_peft import E3VAConfig
 from e3va_peft.frozen_pass import FrozenPass, MergingCall
@@ -61,6 +62,32 @@ def test_bytes_kept_are_those_of_the_docstring():
     kept = {storage: sum(t.nbytes for t in pack(tap, storage)) for storage in STORAGES}
     tokens = 2 * 50
     assert kept == {"exact": tokens * 512, "int8": tokens * (128 + 2), "int4": tokens * (64 + 2 * 4)}
+
+
+@pytest.mark.parametrize("width", [8, 33, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_three_bits_keep_the_length_of_every_token_and_what_is_beside_an_outlier(width, dtype):
+    stream = with_outliers(width, dtype)
+    kept = pack(stream, "int3")
+    read = unpack(kept, width, torch.float32)
+    torch.testing.assert_close(read.norm(dim=-1), stream.float().norm(dim=-1), rtol=1e-2, atol=0)
+    others = [i for i in range(width) if i != 3]
+    assert (read - stream.float())[..., others].norm() < 0.5 * stream.float()[..., others].norm()
+    words = -(-width // 32) * 12  # 32 channels are 12 bytes
+    assert [part[0].nbytes for part in kept] == [9 * words, 9 * 2, 2 * width]
+
+
+def test_patch_merging_of_the_lane_sees_little_of_what_three_bits_change():
+    merging = SwinPatchMerging(64)
+    x, z, weights = torch.randn(2, 64, 64), torch.randn(2, 64, 64), torch.randn(2, 16, 128)
+    x[..., 3] *= 50
+    found = []
+    for stream in (x, unpack(pack(x, "int3"), 64, torch.float32)):
+        z = z.detach().requires_grad_()
+        lane = merging(stream + z, (8, 8)) - merging(stream, (8, 8))
+        found.append((lane.detach(), torch.autograd.grad((lane * weights).sum(), z)[0]))
+    for rounded, exact in zip(found[1], found[0], strict=True):
+        assert 0 < (rounded - exact).norm() < 0.05 * exact.norm()
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

@@ -60,8 +60,8 @@ class Layout:
     Args:
         tensors: The frozen pass of a batch, by name (`replay.Capture.tensors`), and no more than is to be kept.
         storage: *exact*, *fp16*, *int8* or *int4*. Where taps are rounded to int4, what a head reads is to int8; where
-            they are to int8, what only patch merging reads is to int4: the lane is a difference there and sees little
-            of it.
+            they are to int8. What only patch merging reads is to int3 in both: the lane is a difference there, and sees
+            little of it but the lengths of tokens.
         norm: How taps are read (`E3VAConfig.tap_norm`).
         widths: Channels of the stages, by which the dimension of the channels is known.
     """
@@ -77,7 +77,7 @@ class Layout:
             kind = storage
             if storage.startswith("int") and not name.startswith(TAP):
                 only_merged = name.startswith(MERGING) and memory(tensor) not in read
-                kind = "int4" if only_merged else "int8"
+                kind = "int3" if only_merged else "int8"
             entry = _entry(tensor, kind, widths)
             same = first.setdefault((memory(tensor), tensor.numel()), name)
             if same != name and not name.startswith(TAP) and _is_dense(tensor):

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from e3va_peft.errors import UserError
 from e3va_peft.files import FULL_DISK, is_draft, write_whole
 
-FORMAT = 1
+FORMAT = 2
 IDENTITY, INDEX, LOCK = "cache.json", "index.bin", ".lock"
 # One line of the index. `check` is the CRC-32 of what stands before it: a line that is cut short is not one.
 _LINE = np.dtype(
