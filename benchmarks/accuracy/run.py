@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **{f"e3va-plus-{live}": {"name": "e3va-plus", "live_blocks": live} for live in LIVE[1::2]},
 }
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
-SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va")}
+SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-8")}
 SETTINGS[f"e3va-plus{CACHED}"] = SETTINGS["e3va-plus-exact"]  # the cache is what takes memory, not what a step keeps
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
