@@ -55,6 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
 SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-8")}
 SETTINGS[f"e3va-plus{CACHED}"] = SETTINGS["e3va-plus-exact"]  # the cache is what takes memory, not what a step keeps
+SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -71,6 +72,7 @@ class Task:
         epochs: Of a run that is scored on the evaluation images.
         search_epochs: Of a run that is scored on training images set aside.
         cached_epochs: Of a run from a cache that is scored on the evaluation images, and as many more when searching.
+        epochs_in_time: Method from a cache -> epochs, where its step leaves it others in LoRA's time.
         centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
@@ -85,6 +87,7 @@ class Task:
     epochs: int
     search_epochs: int
     cached_epochs: int
+    epochs_in_time: Mapping[str, int] = field(default_factory=dict)
     centres: Mapping[str, float] = field(default_factory=dict)
     views: int = 1
     fields: Sequence[str] = ()
@@ -148,7 +151,9 @@ class Protocol:
         if self.args.quick:
             return 1
         epochs = self.task.search_epochs if search else self.task.epochs
-        return epochs * self.task.cached_epochs // self.task.epochs if method.endswith(CACHED) else epochs
+        if method.endswith(CACHED):
+            return epochs * self.task.epochs_in_time.get(method, self.task.cached_epochs) // self.task.epochs
+        return epochs
 
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
