@@ -29,9 +29,9 @@ def pack(tap: Tensor, storage: str) -> tuple[Tensor, ...]:
         tap: A tap, in any floating dtype.
         storage: *exact*: the tap itself. *fp16*: shares of the largest value of its token, and that in fp32. *int8*:
             codes (B, N, C) and one bf16 scale per token, C + 2 bytes a token. *int4*: two codes to a byte and one bf16
-            scale for every 32 channels, 0.56 C bytes a token. *int3*: eight codes to
-            three bytes, one bf16 scale per token and one per channel of an image, 0.38 C bytes a token: no tap is kept
-            so, but what enters a norm before anything else, where the length of a token matters more than its codes.
+            scale for every 32 channels, 0.56 C bytes a token. *int3*: eight codes to three bytes, a bf16 scale per
+            token and one per channel of an image, 0.38 C bytes a token: for what enters a norm before anything else,
+            where the length of a token matters more than its direction. No tap is kept so.
     """
     if storage == "exact":
         return (tap,)

@@ -59,9 +59,9 @@ class Layout:
 
     Args:
         tensors: The frozen pass of a batch, by name (`replay.Capture.tensors`), and no more than is to be kept.
-        storage: *exact*, *fp16*, *int8* or *int4*. Where taps are rounded to int4, what a head reads is to int8; where
-            they are to int8. What only patch merging reads is to int3 in both: the lane is a difference there, and sees
-            little of it but the lengths of tokens.
+        storage: *exact*, *fp16*, *int8* or *int4*. Beside taps in int4, what a head reads is in int8. Beside taps in
+            int8 or int4, what patch merging alone reads is in int3: the lane is a difference there, and sees little
+            of it but the lengths of tokens.
         norm: How taps are read (`E3VAConfig.tap_norm`).
         widths: Channels of the stages, by which the dimension of the channels is known.
     """
