@@ -7,7 +7,8 @@
     python benchmarks/accuracy/run.py --list                                                     # what is recorded
 
 A task is a file beside this one. All methods get the same head, images, order, augmentation and epochs; only those
-whose names end in -cached see the images more often, as the task says, in about as much time as LoRA takes. A learning
+whose names end in -cached or -in-time see the images more or less often, as the task says, in about as much time as LoRA
+takes. A learning
 rate is searched for each from its default on (or the task's `centres`), by factors of two, until the best one is
 bracketed on both sides, on a part of the *training* images that is set aside; the evaluation images are seen once per
 seed, at the end. A run that was stopped resumes at its last epoch, and what is recorded is not trained again:
@@ -55,6 +56,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
 SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-8")}
 SETTINGS[f"e3va-plus{CACHED}"] = SETTINGS["e3va-plus-exact"]  # the cache is what takes memory, not what a step keeps
+IN_TIME = "-in-time"  # behind a method's name: fewer epochs, so that it takes no longer than LoRA
+SETTINGS[f"e3va-8{IN_TIME}"] = SETTINGS["e3va-8"]
 SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
@@ -72,7 +75,7 @@ class Task:
         epochs: Of a run that is scored on the evaluation images.
         search_epochs: Of a run that is scored on training images set aside.
         cached_epochs: Of a run from a cache that is scored on the evaluation images, and as many more when searching.
-        epochs_in_time: Method from a cache -> epochs, where its step leaves it others in LoRA's time.
+        epochs_in_time: Method -> epochs of a run that is scored on the evaluation images, where it has others.
         centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
@@ -151,9 +154,8 @@ class Protocol:
         if self.args.quick:
             return 1
         epochs = self.task.search_epochs if search else self.task.epochs
-        if method.endswith(CACHED):
-            return epochs * self.task.epochs_in_time.get(method, self.task.cached_epochs) // self.task.epochs
-        return epochs
+        default = self.task.cached_epochs if method.endswith(CACHED) else self.task.epochs
+        return epochs * self.task.epochs_in_time.get(method, default) // self.task.epochs
 
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
@@ -176,6 +178,7 @@ class Protocol:
 
     def best_rate(self, method: str) -> float:
         """The learning rate that did best on images set aside, with worse ones on both sides."""
+        method = method.removesuffix(IN_TIME)
         default = self.task.centres.get(method, METHODS[SETTINGS[method]["name"]].learning_rate)
         return bracketed(lambda factor: self.score(method, default * factor, 0, search=True)) * default
 
