@@ -96,7 +96,7 @@ def firsts(found: list[dict[str, Any]]) -> dict[str, str]:
     time, peak = by_name["lora"]["all_seconds"], by_name["lora-checkpointing"]["peak_bytes"]
     best: dict[str, str] = {}
     for row in found:
-        if not row["method"].endswith("-cached"):
+        if not row["method"].endswith(("-cached", "-in-time")):
             best.setdefault("equal epochs", row["method"])
         if row["all_seconds"] <= time:
             best.setdefault("LoRA's time", row["method"])

@@ -7,12 +7,11 @@
     python benchmarks/accuracy/run.py --list                                                     # what is recorded
 
 A task is a file beside this one. All methods get the same head, images, order, augmentation and epochs; only those
-whose names end in -cached or -in-time see the images more or less often, as the task says, in about as much time as LoRA
-takes. A learning
-rate is searched for each from its default on (or the task's `centres`), by factors of two, until the best one is
-bracketed on both sides, on a part of the *training* images that is set aside; the evaluation images are seen once per
-seed, at the end. A run that was stopped resumes at its last epoch, and what is recorded is not trained again:
-`results/accuracy/TASK/*.json`.
+whose names end in -cached or -in-time see the images more or less often, as the task says, in about as much time as
+LoRA takes. A learning rate is searched for each from its default on (or the task's `centres`), by factors of two,
+until the best one is bracketed on both sides, on a part of the *training* images that is set aside; the evaluation
+images are seen once per seed, at the end. A run that was stopped resumes at its last epoch, and what is recorded is
+not trained again: `results/accuracy/TASK/*.json`.
 """
 
 from __future__ import annotations
