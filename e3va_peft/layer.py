@@ -382,7 +382,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         apart = grad or SOURCE.get() is not None  # patch merging runs when its stage does not
         mergings = [
             Merging(
-                [self.exit.get_submodule(name) for name in stage.merging],
+                [self.exit.get_submodule(name) for name in stage.merging_parts],
                 self.family.runner(),
                 apart and any(is_sharded(self.exit, name) for name in stage.merging),
             )

@@ -12,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 from e3va_peft import E3VAConfig, E3VALayer, fused
 from e3va_peft.backbones.base import in_turn
-from e3va_peft.frozen_pass import FrozenPass, MergingCall
+from e3va_peft.backbones.swin import SWIN
+from e3va_peft.backbones.swinv2 import SWINV2
+from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
 from e3va_peft.highway import Highway, Stage, adapter, answer, merge, sum_of_adapters
 from e3va_peft.hooks import MergingInput, MergingOutput
 from e3va_peft.lane import Lane
@@ -276,6 +278,26 @@ def test_patch_merging_that_runs_equals_the_plain_formula_in_value_and_gradient(
     (expected,) = torch.autograd.grad(plain.square().sum(), z)
     torch.testing.assert_close(runs, plain)
     assert (got - expected).norm() <= (1e-2 if lean else 1e-5) * expected.norm()
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 5), (4, 5)])
+@pytest.mark.parametrize("family", [SWIN, SWINV2], ids=lambda family: family.name)
+def test_patch_merging_of_a_family_is_that_of_its_backbone_to_the_bit(family, grid):
+    encoder = BY_NAME[f"{family.name}-classifier"].base().get_submodule(family.name).encoder
+    (stage, *_), (height, width) = family.stages(encoder), grid
+    own, parts = (list(map(encoder.get_submodule, names)) for names in (stage.merging, stage.merging_parts))
+    x = torch.randn(2, height * width, stage.width, requires_grad=True)
+    expected = own[0](x, grid)
+    found = family.runner()(parts, x, Grid(0, height, width), grid)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+
+
+def test_a_backbone_whose_patch_merging_has_other_parts_is_refused_by_the_name_of_the_part():
+    encoder = BY_NAME["swin-classifier"].base().swin.encoder
+    del encoder.layers[0].downsample.reduction
+    with pytest.raises(ValueError, match=r"SwinEncoder: has no layers.0.downsample.reduction, where"):
+        SWIN.stages(encoder)
 
 
 def test_one_forward_serves_whatever_wraps_a_stage_with_gradient_and_without():

@@ -9,8 +9,10 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from e3va_peft.frozen_pass import Grid
     from e3va_peft.lane import Lane
 
 BLOCK = ("block",)  # one tap: the sum of a block's branches
@@ -57,10 +59,27 @@ class Merging:
             `{next}` the one behind. The stream enters the first as its first argument and leaves the last.
         run: (modules, x, grid, *args, **kwargs) -> Tensor: does the same outside of the backbone, on x with its
             channels last; grid is that of the stage in front. `None` runs the modules in turn.
+        parts: Names, like `paths`, of the modules that `run` is given, where it shall do by itself what a module of
+            `paths` does between its own; empty: those of `paths`.
     """
 
     paths: tuple[str, ...]
     run: Callable[..., Tensor] | None = None
+    parts: tuple[str, ...] = ()
+
+
+def merge_two_by_two(
+    modules: Sequence[Callable[..., Any]], x: Tensor, grid: Grid, *args: Any, **kwargs: Any
+) -> Tensor:
+    """(B, H W, C) -> (B, H/2 W/2, C'): join two by two tokens, as a Swin does, and run modules on them in turn.
+
+    Values and gradients are, to the bit, those of the four strided slices that transformers takes. But the gradient of
+    a slice is a whole map, mostly of zeros, where that of this one copy is a copy.
+    """
+    x = x.unflatten(1, (grid.height, grid.width))
+    x = F.pad(x, (0, 0, 0, grid.width % 2, 0, grid.height % 2)) if grid.width % 2 or grid.height % 2 else x
+    pairs = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+    return in_turn(modules, pairs.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2), grid)
 
 
 @dataclass(frozen=True)
@@ -152,11 +171,13 @@ class StageSpec:
         width: Channels C.
         blocks: Names of its blocks, relative to the exit.
         merging: Names of the modules of the downsampling behind it, none where there is none.
+        merging_parts: Names of those that `Merging.run` is given.
     """
 
     width: int
     blocks: tuple[str, ...]
     merging: tuple[str, ...] = ()
+    merging_parts: tuple[str, ...] = ()
 
 
 def adapted_blocks(stages: Sequence[StageSpec], depth: Sequence[int]) -> dict[str, int]:
@@ -328,11 +349,29 @@ class Backbone:
                     f"{type(exit).__name__}: has no {end}, where the family {self.name!r} expects the end of a stage. "
                     "E3VA does not know this variant of the backbone."
                 )
-            names = self.merging.paths if self.merging is not None else ()
-            names = tuple(name.format(stage=stage, next=stage + 1) for name in names)
-            present = all(submodule(exit, name) is not None for name in names)
-            found.append(StageSpec(norm.weight.shape[0], blocks, names if present else ()))
+            found.append(StageSpec(norm.weight.shape[0], blocks, *self._merging(exit, stage)))
         return tuple(found)
+
+    def _merging(self, exit: nn.Module, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Return the names of the modules of the downsampling behind a stage, and of those that `run` is given.
+
+        Raises:
+            ValueError: There is the downsampling, but not all that `run` needs.
+        """
+        if self.merging is None:
+            return (), ()
+        paths, parts = (
+            tuple(name.format(stage=stage, next=stage + 1) for name in names)
+            for names in (self.merging.paths, self.merging.parts or self.merging.paths)
+        )
+        if any(submodule(exit, name) is None for name in paths):
+            return (), ()
+        if missing := [name for name in parts if submodule(exit, name) is None]:
+            raise ValueError(
+                f"{type(exit).__name__}: has no {missing[0]}, where the family {self.name!r} expects a part of patch "
+                "merging. E3VA does not know this variant of the backbone."
+            )
+        return paths, parts
 
     def _existing(self, exit: nn.Module, hole: str, pattern: str) -> list[str]:
         """Return the names that a pattern gives with 0, 1, ... in its hole, as far as there are such modules."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from e3va_peft.backbones.base import Backbone, Branch, Host, Merging, second_argument
+from e3va_peft.backbones.base import Backbone, Branch, Host, Merging, merge_two_by_two, second_argument
 from e3va_peft.backbones.splices import stages_of_tokens
 
 SWIN = Backbone(
@@ -14,7 +14,11 @@ SWIN = Backbone(
     # The un-windowed attention output is what enters `drop_path`; `attention` itself returns windows.
     branches={"attention": Branch("drop_path", "input"), "mlp": Branch("mlp")},
     tokenwise="mlp",
-    merging=Merging(("layers.{stage}.downsample",)),
+    merging=Merging(
+        ("layers.{stage}.downsample",),
+        run=merge_two_by_two,
+        parts=("layers.{stage}.downsample.norm", "layers.{stage}.downsample.reduction"),
+    ),
     grid=second_argument,
     hosts=(
         # It norms each feature map by itself.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from e3va_peft.backbones.base import Backbone, Branch, Host, Merging, second_argument
+from e3va_peft.backbones.base import Backbone, Branch, Host, Merging, merge_two_by_two, second_argument
 from e3va_peft.backbones.splices import stages_of_tokens
 
 SWINV2 = Backbone(
@@ -15,7 +15,11 @@ SWINV2 = Backbone(
     width="layernorm_before",
     # Behind the norms, as the stream sees them. `drop_path` is one module called twice and cannot be read.
     branches={"attention": Branch("layernorm_before"), "mlp": Branch("layernorm_after", computed_by=None)},
-    merging=Merging(("layers.{stage}.downsample",)),
+    merging=Merging(
+        ("layers.{stage}.downsample",),
+        run=merge_two_by_two,
+        parts=("layers.{stage}.downsample.reduction", "layers.{stage}.downsample.norm"),
+    ),
     grid=second_argument,
     hosts=(
         Host(
