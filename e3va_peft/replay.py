@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -85,14 +85,19 @@ class Blueprint:
         calls: Stage -> further arguments and keywords of the patch merging behind it.
         outputs: The outputs of the exit.
         skipped: Modules in front of the live blocks -> their outputs.
-        live: Whether there are any.
+        behind: The live blocks and the patch merging between -> their outputs.
     """
 
     grids: dict[int, Grid] = field(default_factory=dict)
     calls: dict[int, tuple[tuple[Any, ...], Mapping[str, Any]]] = field(default_factory=dict)
     outputs: Tree | None = None
     skipped: dict[str, Tree] = field(default_factory=dict)
-    live: bool = False
+    behind: dict[str, Tree] = field(default_factory=dict)
+
+    @property
+    def live(self) -> bool:
+        """Whether there are live blocks."""
+        return bool(self.behind)
 
     def given(self, model: nn.Module, tensors: Mapping[str, Any], batch: int) -> AbstractContextManager[None]:
         """Return a context in which the backbone of a model is read from a record, see `Replay`."""
@@ -139,7 +144,7 @@ def take(layer: E3VALayer, run: Run, image: Any, live: Live | None) -> Taken:
 
     recorder = Watching(frozen, layer.exit, layer.family, keep, lambda stage: None, image)
     skipped: dict[str, Any] = {}
-    with recorder.running(), torch.no_grad(), _noting(layer.exit, skippable(layer), skipped):
+    with recorder.running(), torch.no_grad(), _noting(layer.exit, around_live(layer)[0], skipped):
         frozen.outputs = run()
     recorder.check_versions()
     frozen.taps = {place: kept for place, kept in frozen.taps.items() if kept}
@@ -152,15 +157,18 @@ def take(layer: E3VALayer, run: Run, image: Any, live: Live | None) -> Taken:
 class Capture:
     """A source that runs the frozen backbone as it is, takes down what the highway reads, and stops the forward.
 
+    Args:
+        known: The blueprint of images of this size: live blocks do not run then, and NaN stands for what they make.
+
     Attributes:
         tensors: Name -> tensor with the images in front: `tap.STAGE.ADAPTER`, `merging.STAGE` (what enters it),
             `end.STAGE`, `tail`, `live` (what enters the first live block), `output.LEAF`.
         blueprint: The rest.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, known: Blueprint | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.blueprint = Blueprint()
+        self.known, self.blueprint = known, known or Blueprint()
 
     def fill(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live | None) -> None:
         """Run and take down.
@@ -169,7 +177,10 @@ class Capture:
             Captured: Always.
             ValueError: A part of the record does not split into images.
         """
-        frozen, entry, skipped = take(layer, run, image, live)
+        behind: dict[str, Any] = {}
+        instead = {name: partial(_unknown_of, tree) for name, tree in self.blueprint.behind.items()}
+        with _replaced(layer.exit, instead), _noting(layer.exit, around_live(layer)[1], behind):
+            frozen, entry, skipped = take(layer, run, image, live)
         found = {f"tap.{stage}.{index}": tap for (stage, index), (tap,) in frozen.taps.items()}
         found |= {f"merging.{stage}": call.x for stage, call in frozen.mergings.items()}
         found |= {f"end.{stage}": x for stage, x in frozen.ends.items()}
@@ -178,13 +189,14 @@ class Capture:
         found |= {f"output.{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         batch = next(iter(found.values())).shape[0]
         self.tensors = {name: tensor.detach() for name, tensor in found.items()}
-        self.blueprint = Blueprint(
-            dict(frozen.grids),
-            {stage: (call.args, call.kwargs) for stage, call in frozen.mergings.items()},
-            Tree.of(frozen.outputs, batch),
-            {name: Tree.of(output, batch) for name, output in skipped.items()},
-            live is not None,
-        )
+        if self.known is None:
+            self.blueprint = Blueprint(
+                dict(frozen.grids),
+                {stage: (call.args, call.kwargs) for stage, call in frozen.mergings.items()},
+                Tree.of(frozen.outputs, batch),
+                {name: Tree.of(output, batch) for name, output in skipped.items()},
+                {name: Tree.of(output, batch) for name, output in behind.items()},
+            )
         raise Captured
 
 
@@ -284,13 +296,19 @@ class Once:
 SOURCE: Current[Capture | Replay | Once] = Current("e3va_source")
 
 
-def skippable(layer: E3VALayer) -> list[str]:
-    """Names of the blocks, and of the patch merging between, in front of the live blocks."""
+def around_live(layer: E3VALayer) -> tuple[list[str], list[str]]:
+    """Names of the blocks, and of the patch merging between: in front of the live blocks, and from there on."""
     if layer.live is None:
-        return []
+        return [], []
     stage, block = layer.live
-    names = [name for i, own in enumerate(layer.stages[:stage]) for name in (*own.blocks, *own.merging)]
-    return [*names, *layer.stages[stage].blocks[:block]]
+    names = [name for own in layer.stages for name in (*own.blocks, *own.merging)]
+    first = names.index(layer.stages[stage].blocks[block])
+    return names[:first], names[first:]
+
+
+def _replaced(exit: nn.Module, instead: Mapping[str, Callable[..., Any]]) -> AbstractContextManager[None]:
+    """Run other functions instead of modules of an exit, for the time of a `with` statement."""
+    return forwards_replaced({exit.get_submodule(name): function for name, function in instead.items()})
 
 
 @contextmanager
@@ -326,8 +344,7 @@ def _run_live(
     scratch = FrozenPass()
     live = live._replace(enter=lambda x: lane.enter(entry))
     recorder = Recorder(scratch, layer.exit, layer.family, _unread, lambda stage: None, image, live)
-    skipping = forwards_replaced({layer.exit.get_submodule(name): function for name, function in instead.items()})
-    with skipping, recorder.running(), torch.set_grad_enabled(lane.grad):
+    with _replaced(layer.exit, instead), recorder.running(), torch.set_grad_enabled(lane.grad):
         outputs = run()
     recorder.check_versions()
     lane.frozen.tail, lane.frozen.ends = scratch.tail, scratch.ends
@@ -336,6 +353,10 @@ def _run_live(
 
 def _unknown(tree: Tree, batch: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:
     return tree.fill([leaf.unknown(batch, device) for leaf in tree.leaves])
+
+
+def _unknown_of(tree: Tree, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _unknown(tree, len(x), x.device)
 
 
 def _copy_of(output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -207,6 +207,20 @@ def test_a_record_of_a_model_without_live_blocks_needs_no_block_at_all():
     assert torch.isfinite(loss_of(model(**collate([read[0], read[1]]))))
 
 
+@pytest.mark.parametrize("name", ["swin-upernet", "vit-classifier"])
+def test_live_blocks_do_not_run_to_fill_a_cache_once_their_outputs_are_known(name):
+    case = BY_NAME[name]
+    runs = []
+    for count in (2, 6):
+        model, seen = adapted(case, live_blocks=2), []
+        stage = layer_of(model).stages[-1]
+        inner = next(layer_of(model).exit.get_submodule(stage.blocks[-1]).children())
+        inner.register_forward_hook(lambda module, args, output, seen=seen: seen.append(module))
+        cached(Images(case, count), model, data_collator=collate, batch_size=1)
+        runs.append(len(seen))
+    assert runs[0] == runs[1] > 0
+
+
 def test_a_head_with_batch_norms_is_cached_one_image_at_a_time():
     case = BY_NAME["swin-upernet"]
     model = adapted(case)

@@ -102,7 +102,8 @@ class Taker:
 
     def _taken(self, examples: Examples) -> Capture | Pass:
         with as_it_was(self.model), torch.no_grad(), self._precision(), seeded():
-            return self.source.capture(self._batch(examples), whole=not self.knows(self.size(examples[0])))
+            known = self.reads.sizes.get(self.size(examples[0]), {}).get(self.storage)
+            return self.source.capture(self._batch(examples), known and known[0])
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
@@ -151,9 +152,14 @@ class Beside:
         self.model, self.layer = model, layers[0]
         self.norm, self.widths = self.layer.tap_norm, [stage.width for stage in self.layer.stages]
 
-    def capture(self, batch: Mapping[str, Any], whole: bool = True) -> Capture:
-        """Run the backbone of a batch and take down all that may be read of it, whether `whole` or not."""
-        capture = Capture()
+    def capture(self, batch: Mapping[str, Any], known: Any = None) -> Capture:
+        """Run the backbone of a batch and take down what may be read of it.
+
+        Args:
+            batch: The model's arguments.
+            known: The blueprint of images of this size: what live blocks make is not taken down then.
+        """
+        capture = Capture(known)
         with SOURCE.set(capture):
             try:
                 self.model(**batch)

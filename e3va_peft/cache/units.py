@@ -79,12 +79,12 @@ class Units:
         self.widths = [stage.width for found in exits for stage in found.family.stages(found.module)]
         self.needed: set[str] | None = None
 
-    def capture(self, batch: Mapping[str, Any], whole: bool = True) -> Pass:
+    def capture(self, batch: Mapping[str, Any], known: Any = None) -> Pass:
         """Run the model, in evaluation, and take down what its units return.
 
         Args:
             batch: Its arguments.
-            whole: Take all down, and not only what `read` found to be read.
+            known: The blueprint of images of this size: only what `read` found to be read is taken down then.
 
         Raises:
             ValueError: A unit's output does not split into images.
@@ -93,7 +93,7 @@ class Units:
 
         def note(module: nn.Module, args: tuple[Any, ...], output: Any, name: str) -> None:
             outputs[name] = output
-            if not whole and self.needed is not None and self.needed <= outputs.keys():
+            if known is not None and self.needed is not None and self.needed <= outputs.keys():
                 raise Captured  # the head does not need to run
 
         self.model.eval()
