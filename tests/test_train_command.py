@@ -493,11 +493,12 @@ def test_a_run_without_an_evaluation_one_that_ends_in_its_warm_up_and_an_uneven_
     shutil.rmtree(tmp_path / "colors" / "test")
     (tmp_path / "colors" / "val").mkdir()
     (tmp_path / "model" / "preprocessor_config.json").unlink(missing_ok=True)
-    train(parse_config(values | {"image_size": 33}))
+    train(parse_config(values | {"image_size": 33, "cache": {"views": 2, "folder": str(tmp_path / "frozen")}}))
     shown = capsys.readouterr().out
     assert f"{tmp_path}/colors/val has no image" in shown
     assert "has no preprocessor_config.json: images are normalised by the mean [0.485, 0.456, 0.406]" in shown
     assert "image_size=33: is no multiple of 2" in shown and "nearest that is: 34." in shown
+    assert "cache.views=2: " in shown and "Set cache.views=1, unless a longer run follows." in shown
     assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
     assert "the warm-up takes 1000 steps and the training 3" in shown
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import statistics
@@ -138,7 +139,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     model, trained = trainer.model, trainer.get_num_trainable_parameters()  # before training may wrap the model
     check_disk(output, model)
     check_sizes(trainer)
-    if note := uneven_size(config.image_size, model):
+    for note in filter(None, (uneven_size(config.image_size, model), unseen_views(config, arguments))):
         console.print(f"[yellow]warning[/yellow]: {note}")
     _warn_of_guessed_values(task, trainer.processor, console)
     console.print(_summary(config, trainer, trained))
@@ -293,6 +294,17 @@ def uneven_size(size: int | None, model: Any) -> str:
     return (
         f"image_size={size}: is no multiple of {patch}, the side of the model's patches, so the edge of each image "
         f"is cut off or filled up. The nearest that is: {near}."
+    )
+
+
+def unseen_views(config: RunConfig, arguments: TrainingArguments) -> str:
+    """Say that a cache is filled with views that no epoch of a run sees; "" if it is not."""
+    cache, epochs = config.cache, math.ceil(arguments.num_train_epochs)
+    if cache is None or cache.storage == "none" or arguments.max_steps > 0 or cache.views <= epochs:
+        return ""
+    return (
+        f"cache.views={cache.views}: epochs take turns with them, so {epochs} epochs see {epochs}, and filling "
+        f"the rest is for nothing. Set cache.views={epochs}, unless a longer run follows."
     )
 
 
