@@ -25,7 +25,7 @@ class Merging(NamedTuple):
     """Frozen patch merging PM.
 
     Attributes:
-        modules: Its modules.
+        modules: The modules that `run` is given.
         run: Runs them: (modules, x, grid, *args, **kwargs) -> Tensor, see `backbones.Merging.run`.
         sharded: FSDP has their weights, which are gone by the time of backward, or not there at all.
     """

@@ -380,14 +380,11 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         highways = [cast(Highway, self.adapters()[name]) for name in active]
         grad = torch.is_grad_enabled() and any(highway.trainable for highway in highways)
         apart = grad or SOURCE.get() is not None  # patch merging runs when its stage does not
-        mergings = [
-            Merging(
-                [self.exit.get_submodule(name) for name in stage.merging_parts],
-                self.family.runner(),
-                apart and any(is_sharded(self.exit, name) for name in stage.merging),
-            )
-            for stage in self.stages[: len(self.depth) - 1]
-        ]
+        mergings = []
+        for stage in self.stages[: len(self.depth) - 1]:
+            names, run = self.family.runner(stage)
+            sharded = apart and any(is_sharded(self.exit, name) for name in stage.merging)
+            mergings.append(Merging([self.exit.get_submodule(name) for name in names], run, sharded))
         refuse_offloaded(highways, [module for spec in mergings for module in spec.modules], grad)
         return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown, self.live)
 

@@ -85,7 +85,8 @@ class Blueprint:
         calls: Stage -> further arguments and keywords of the patch merging behind it.
         outputs: The outputs of the exit.
         skipped: Modules in front of the live blocks -> their outputs.
-        behind: The live blocks and the patch merging between -> their outputs.
+        behind: The live blocks and the patch merging between -> their outputs, where these split into images.
+        live: Whether there are live blocks.
     """
 
     grids: dict[int, Grid] = field(default_factory=dict)
@@ -93,11 +94,7 @@ class Blueprint:
     outputs: Tree | None = None
     skipped: dict[str, Tree] = field(default_factory=dict)
     behind: dict[str, Tree] = field(default_factory=dict)
-
-    @property
-    def live(self) -> bool:
-        """Whether there are live blocks."""
-        return bool(self.behind)
+    live: bool = False
 
     def given(self, model: nn.Module, tensors: Mapping[str, Any], batch: int) -> AbstractContextManager[None]:
         """Return a context in which the backbone of a model is read from a record, see `Replay`."""
@@ -158,7 +155,8 @@ class Capture:
     """A source that runs the frozen backbone as it is, takes down what the highway reads, and stops the forward.
 
     Args:
-        known: The blueprint of images of this size: live blocks do not run then, and NaN stands for what they make.
+        known: The blueprint of images of this size: live blocks that it knows the outputs of do not run then, and NaN
+            stands for all that they make.
 
     Attributes:
         tensors: Name -> tensor with the images in front: `tap.STAGE.ADAPTER`, `merging.STAGE` (what enters it),
@@ -177,9 +175,10 @@ class Capture:
             Captured: Always.
             ValueError: A part of the record does not split into images.
         """
-        behind: dict[str, Any] = {}
+        behind: dict[str, Tree | None] = {}
         instead = {name: partial(_unknown_of, tree) for name, tree in self.blueprint.behind.items()}
-        with _replaced(layer.exit, instead), _noting(layer.exit, around_live(layer)[1], behind):
+        live_names = around_live(layer)[1] if self.known is None else ()
+        with _replaced(layer.exit, instead), _noting(layer.exit, live_names, behind, _tree):
             frozen, entry, skipped = take(layer, run, image, live)
         found = {f"tap.{stage}.{index}": tap for (stage, index), (tap,) in frozen.taps.items()}
         found |= {f"merging.{stage}": call.x for stage, call in frozen.mergings.items()}
@@ -195,7 +194,8 @@ class Capture:
                 {stage: (call.args, call.kwargs) for stage, call in frozen.mergings.items()},
                 Tree.of(frozen.outputs, batch),
                 {name: Tree.of(output, batch) for name, output in skipped.items()},
-                {name: Tree.of(output, batch) for name, output in behind.items()},
+                {name: tree for name, tree in behind.items() if tree is not None} if all(behind.values()) else {},
+                live is not None,
             )
         raise Captured
 
@@ -311,12 +311,26 @@ def _replaced(exit: nn.Module, instead: Mapping[str, Callable[..., Any]]) -> Abs
     return forwards_replaced({exit.get_submodule(name): function for name, function in instead.items()})
 
 
+def _output(x: Tensor, output: Any) -> Any:
+    return output
+
+
+def _tree(x: Tensor, output: Any) -> Tree | None:
+    """Describe what a module made of a stream; None where that does not split into images."""
+    try:
+        return Tree.of(output, len(x))
+    except ValueError:
+        return None
+
+
 @contextmanager
-def _noting(exit: nn.Module, names: Sequence[str], outputs: dict[str, Any]) -> Iterator[None]:
-    """Write down what modules return, for the time of a `with` statement."""
+def _noting(
+    exit: nn.Module, names: Sequence[str], noted: dict[str, Any], note: Callable[[Tensor, Any], Any] = _output
+) -> Iterator[None]:
+    """Write down what modules return, or what `note` says of it, for the time of a `with` statement."""
     hooks = [
         exit.get_submodule(name).register_forward_hook(
-            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+            lambda module, args, output, name=name: noted.__setitem__(name, note(args[0], output))
         )
         for name in names
     ]

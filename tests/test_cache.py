@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import compile_regions
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed, nn
@@ -219,6 +220,40 @@ def test_live_blocks_do_not_run_to_fill_a_cache_once_their_outputs_are_known(nam
         cached(Images(case, count), model, data_collator=collate, batch_size=1)
         runs.append(len(seen))
     assert runs[0] == runs[1] > 0
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    return compile_regions(model.eval(), backend="eager")
+
+
+def windows(model: nn.Module) -> nn.Module:
+    """Attention maps of windows, which do not split into images, are among the outputs of its blocks."""
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "live", "change"),
+    [("vit-classifier", 1, compiled), ("swin-classifier", 4, windows)],
+    ids=["compiled", "windows"],
+)
+def test_live_blocks_that_cannot_be_left_out_run_to_fill_a_cache(name, live, change):
+    case = BY_NAME[name]
+    images, plain = Images(case), adapted(case, live_blocks=live)
+    model = change(adapted(case, live_blocks=live))
+    read = cached(images, model, storage="exact", data_collator=collate, batch_size=1)
+    with torch.no_grad():
+        found, expected = (own.eval()(**collate([of[3]])).logits for own, of in ((model, read), (plain, images)))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_cache_is_made_for_the_model_as_it_is_now():
+    case = BY_NAME["vit-classifier"]
+    model = adapted(case)
+    cached(Images(case), model, data_collator=collate)
+    model.config.output_hidden_states = True
+    read = cached(Images(case), model, data_collator=collate)
+    assert len(model(**collate([read[0]])).hidden_states) == model.config.num_hidden_layers + 1
 
 
 def test_a_head_with_batch_norms_is_cached_one_image_at_a_time():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from transformers.models.swin.modeling_swin import SwinPatchMerging
 
 from e3va_peft import E3VAConfig, E3VALayer, fused
 from e3va_peft.backbones.base import in_turn
@@ -285,19 +288,35 @@ def test_patch_merging_that_runs_equals_the_plain_formula_in_value_and_gradient(
 def test_patch_merging_of_a_family_is_that_of_its_backbone_to_the_bit(family, grid):
     encoder = BY_NAME[f"{family.name}-classifier"].base().get_submodule(family.name).encoder
     (stage, *_), (height, width) = family.stages(encoder), grid
-    own, parts = (list(map(encoder.get_submodule, names)) for names in (stage.merging, stage.merging_parts))
+    names, run = family.runner(stage)
     x = torch.randn(2, height * width, stage.width, requires_grad=True)
-    expected = own[0](x, grid)
-    found = family.runner()(parts, x, Grid(0, height, width), grid)
+    expected = encoder.get_submodule(stage.merging[0])(x, grid)
+    found = run([encoder.get_submodule(name) for name in names], x, Grid(0, height, width), grid)
+    assert len(names) == 2
     assert torch.equal(found, expected)
     assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
 
 
-def test_a_backbone_whose_patch_merging_has_other_parts_is_refused_by_the_name_of_the_part():
-    encoder = BY_NAME["swin-classifier"].base().swin.encoder
-    del encoder.layers[0].downsample.reduction
-    with pytest.raises(ValueError, match=r"SwinEncoder: has no layers.0.downsample.reduction, where"):
-        SWIN.stages(encoder)
+class Doubled(SwinPatchMerging):
+    """Patch merging of another kind."""
+
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+@pytest.mark.parametrize("patched", [False, True])
+def test_patch_merging_that_is_not_that_of_the_family_runs_as_it_is(patched):
+    case = BY_NAME["swin-classifier"]
+    base = case.base().eval()
+    for layer in base.swin.encoder.layers[:-1]:
+        if patched:
+            layer.downsample.forward = partial(Doubled.forward, layer.downsample)
+        layer.downsample.__class__ = Doubled
+    batch = case.batch()
+    with torch.no_grad():
+        expected = base(**batch).logits
+        found = get_peft_model(base, E3VAConfig()).eval()(**batch).logits
+    assert torch.equal(found, expected)  # a lane of zeros stays one
 
 
 def test_one_forward_serves_whatever_wraps_a_stage_with_gradient_and_without():

@@ -59,13 +59,16 @@ class Merging:
             `{next}` the one behind. The stream enters the first as its first argument and leaves the last.
         run: (modules, x, grid, *args, **kwargs) -> Tensor: does the same outside of the backbone, on x with its
             channels last; grid is that of the stage in front. `None` runs the modules in turn.
-        parts: Names, like `paths`, of the modules that `run` is given, where it shall do by itself what a module of
+        parts: Names, like `paths`, of the modules that `run` is given, where it shall do by itself what the first of
             `paths` does between its own; empty: those of `paths`.
+        forward: With parts, the qualified name of the method that `run` stands for: a module with another `forward`
+            runs as it is.
     """
 
     paths: tuple[str, ...]
     run: Callable[..., Tensor] | None = None
     parts: tuple[str, ...] = ()
+    forward: str = ""
 
 
 def merge_two_by_two(
@@ -171,7 +174,7 @@ class StageSpec:
         width: Channels C.
         blocks: Names of its blocks, relative to the exit.
         merging: Names of the modules of the downsampling behind it, none where there is none.
-        merging_parts: Names of those that `Merging.run` is given.
+        merging_parts: Names of those that `Merging.run` is given, where it is others.
     """
 
     width: int
@@ -353,25 +356,19 @@ class Backbone:
         return tuple(found)
 
     def _merging(self, exit: nn.Module, stage: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return the names of the modules of the downsampling behind a stage, and of those that `run` is given.
-
-        Raises:
-            ValueError: There is the downsampling, but not all that `run` needs.
-        """
+        """Return the names of the modules of the downsampling behind a stage, and of those that `run` is given."""
         if self.merging is None:
             return (), ()
         paths, parts = (
             tuple(name.format(stage=stage, next=stage + 1) for name in names)
-            for names in (self.merging.paths, self.merging.parts or self.merging.paths)
+            for names in (self.merging.paths, self.merging.parts)
         )
         if any(submodule(exit, name) is None for name in paths):
             return (), ()
-        if missing := [name for name in parts if submodule(exit, name) is None]:
-            raise ValueError(
-                f"{type(exit).__name__}: has no {missing[0]}, where the family {self.name!r} expects a part of patch "
-                "merging. E3VA does not know this variant of the backbone."
-            )
-        return paths, parts
+        module = exit.get_submodule(paths[0])
+        forward = type(module).forward
+        as_known = f"{forward.__module__}.{forward.__qualname__}" == self.merging.forward
+        return paths, parts if as_known and "forward" not in vars(module) else ()  # there: patched, or with hooks
 
     def _existing(self, exit: nn.Module, hole: str, pattern: str) -> list[str]:
         """Return the names that a pattern gives with 0, 1, ... in its hole, as far as there are such modules."""
@@ -400,11 +397,12 @@ class Backbone:
             points[name] = TapPoint(module, branch.read, None if branch.computed_by is None else computed_by)
         return points
 
-    def runner(self) -> Callable[..., Tensor]:
-        """The function that runs the merging outside of the backbone."""
-        assert self.merging is not None
+    def runner(self, stage: StageSpec) -> tuple[tuple[str, ...], Callable[..., Tensor]]:
+        """Return the names of the modules that run the merging behind a stage apart from it, and what runs them."""
         default = in_turn if self.channels == "last" else in_turn_channels_first
-        return self.merging.run or default
+        if self.merging is None or (self.merging.parts and not stage.merging_parts):
+            return stage.merging, default
+        return stage.merging_parts or stage.merging, self.merging.run or default
 
     def site(self, exit: nn.Module, name: str, modules: Mapping[str, nn.Module]) -> Site:
         """Describe what surrounds an exit.

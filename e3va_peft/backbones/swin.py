@@ -17,6 +17,7 @@ SWIN = Backbone(
     merging=Merging(
         ("layers.{stage}.downsample",),
         run=merge_two_by_two,
+        forward="transformers.models.swin.modeling_swin.SwinPatchMerging.forward",
         parts=("layers.{stage}.downsample.norm", "layers.{stage}.downsample.reduction"),
     ),
     grid=second_argument,

@@ -18,6 +18,7 @@ SWINV2 = Backbone(
     merging=Merging(
         ("layers.{stage}.downsample",),
         run=merge_two_by_two,
+        forward="transformers.models.swinv2.modeling_swinv2.Swinv2PatchMerging.forward",
         parts=("layers.{stage}.downsample.reduction", "layers.{stage}.downsample.norm"),
     ),
     grid=second_argument,

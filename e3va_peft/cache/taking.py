@@ -57,16 +57,18 @@ class Taker:
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.needed: set[str] | None = None
+        self.learned: dict[tuple[int, int], tuple[Blueprint | Returned, Layout]] = {}  # by the size of images
         self.reads = _hook(model, image)
 
     def rows(self, examples: Examples) -> Tensor:
         """Examples of one size -> (B, bytes): their records."""
         size = self.size(examples[0])
-        taken = self._taken(examples)
-        if not self.knows(size):
+        if size not in self.learned:
+            taken = self._taken(examples)
             self._learn(size, taken, examples)
-        layout = self.reads.sizes[size][self.storage][1]
-        return layout.pack(taken.tensors)
+            return self.learned[size][1].pack(taken.tensors)
+        blueprint, layout = self.learned[size]
+        return layout.pack(self._taken(examples, blueprint).tensors)
 
     def size(self, example: Mapping[str, Any]) -> tuple[int, int]:
         """(H, W) of the image of an example.
@@ -89,21 +91,24 @@ class Taker:
 
     def knows(self, size: tuple[int, int]) -> bool:
         """Whether the layout of records of images of a size is known."""
-        return self.storage in self.reads.sizes.get(size, {})
+        return size in self.learned
 
     def _learn(self, size: tuple[int, int], taken: Capture | Pass, examples: Examples) -> None:
         if self.needed is None:
             self.needed = self._what_is_read(taken, examples)
         layout = layout_of(self.source, taken, self.needed, self.storage)
-        self.reads.sizes.setdefault(size, {})[self.storage] = taken.blueprint, layout
+        if isinstance(taken.blueprint, Blueprint) and taken.blueprint.behind:
+            short = self._taken(examples, taken.blueprint).tensors
+            if not all(name in short and torch.equal(short[name], taken.tensors[name]) for name in self.needed):
+                taken.blueprint.behind.clear()  # compiled, say, or something reads what live blocks make: they run
+        self.learned[size] = self.reads.sizes.setdefault(size, {})[self.storage] = taken.blueprint, layout
 
     def _batch(self, examples: Examples) -> dict[str, Any]:
         return dict(send_to_device(dict(self.collate([dict(example) for example in examples])), self.device))
 
-    def _taken(self, examples: Examples) -> Capture | Pass:
+    def _taken(self, examples: Examples, known: Any = None) -> Capture | Pass:
         with as_it_was(self.model), torch.no_grad(), self._precision(), seeded():
-            known = self.reads.sizes.get(self.size(examples[0]), {}).get(self.storage)
-            return self.source.capture(self._batch(examples), known and known[0])
+            return self.source.capture(self._batch(examples), known)
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, self.autocast) if self.autocast is not None else nullcontext()
@@ -152,12 +157,12 @@ class Beside:
         self.model, self.layer = model, layers[0]
         self.norm, self.widths = self.layer.tap_norm, [stage.width for stage in self.layer.stages]
 
-    def capture(self, batch: Mapping[str, Any], known: Any = None) -> Capture:
-        """Run the backbone of a batch and take down what may be read of it.
+    def capture(self, batch: Mapping[str, Any], known: Blueprint | None = None) -> Capture:
+        """Run the backbone of a batch and take down all that may be read of it.
 
         Args:
             batch: The model's arguments.
-            known: The blueprint of images of this size: what live blocks make is not taken down then.
+            known: The blueprint of images of this size, see `Capture`.
         """
         capture = Capture(known)
         with SOURCE.set(capture):

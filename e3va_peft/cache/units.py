@@ -79,7 +79,7 @@ class Units:
         self.widths = [stage.width for found in exits for stage in found.family.stages(found.module)]
         self.needed: set[str] | None = None
 
-    def capture(self, batch: Mapping[str, Any], known: Any = None) -> Pass:
+    def capture(self, batch: Mapping[str, Any], known: Returned | None = None) -> Pass:
         """Run the model, in evaluation, and take down what its units return.
 
         Args:
