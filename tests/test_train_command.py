@@ -24,7 +24,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification, Trainer, trainer_utils
+from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, trainer_utils
 from transformers.utils import is_accelerate_available
 from typer.testing import CliRunner
 
@@ -501,6 +501,16 @@ def test_a_run_without_an_evaluation_one_that_ends_in_its_warm_up_and_an_uneven_
     assert "cache.views=2: " in shown and "Set cache.views=1, unless a longer run follows." in shown
     assert "nothing to evaluate on" in shown and "data.eval_fraction" in shown
     assert "the warm-up takes 1000 steps and the training 3" in shown
+
+
+@pytest.mark.parametrize(
+    ("cache", "training"),
+    [({"views": 2, "storage": "none"}, {"num_train_epochs": 1}), ({"views": 2}, {"num_train_epochs": 1.5}),
+     ({"views": 2}, {"num_train_epochs": 1, "max_steps": 9}), (None, {"num_train_epochs": 1})],
+)  # fmt: skip
+def test_views_that_are_seen_or_not_kept_are_not_warned_of(tmp_path, cache, training):
+    config = parse_config(classify(tmp_path) | {"cache": cache})
+    assert not run_module.unseen_views(config, TrainingArguments(str(tmp_path), use_cpu=True, **training))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_its_checkpoints(tmp_path, monkeypatch):

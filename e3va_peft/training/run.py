@@ -303,8 +303,8 @@ def unseen_views(config: RunConfig, arguments: TrainingArguments) -> str:
     if cache is None or cache.storage == "none" or arguments.max_steps > 0 or cache.views <= epochs:
         return ""
     return (
-        f"cache.views={cache.views}: epochs take turns with them, so {epochs} epochs see {epochs}, and filling "
-        f"the rest is for nothing. Set cache.views={epochs}, unless a longer run follows."
+        f"cache.views={cache.views}: each epoch sees one of them, so this run sees {epochs}, and filling the rest is "
+        f"for nothing. Set cache.views={epochs}, unless a longer run follows."
     )
 
 
