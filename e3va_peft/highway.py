@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from e3va_peft import fused
-from e3va_peft.storage import coarser, normalized, read
+from e3va_peft.storage import coarser, deviation_of, normalized, read
 
 
 def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tensor, b2: Tensor) -> Tensor:
@@ -39,10 +39,8 @@ def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tenso
 
 def answer(t: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
     """(..., C) -> (..., C): what one adapter says to a tap, read as `norm` says, with a gradient for the tap too."""
-    if norm == "none":
-        return adapter(t, *factors)
-    normed, deviation = normalized(t)
-    return adapter(normed, *factors) * deviation if norm == "relative" else adapter(normed, *factors)
+    own = adapter(t if norm == "none" else normalized(t), *factors)
+    return own * deviation_of(t) if norm == "relative" else own
 
 
 def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none") -> Tensor:

@@ -22,7 +22,7 @@ from e3va_peft.highway import Highway, Stage, adapter, answer, merge, sum_of_ada
 from e3va_peft.hooks import MergingInput, MergingOutput
 from e3va_peft.lane import Lane
 from e3va_peft.recorder import CURRENT, Recorder
-from e3va_peft.storage import NORMS, STORAGES, keep, normalized
+from e3va_peft.storage import NORMS, STORAGES, deviation_of, keep, normalized
 from tests.helpers import lane_of, written_out
 from tests.models import BY_NAME, registered
 
@@ -261,10 +261,10 @@ def test_an_answer_in_a_live_block_is_the_formula_in_value_and_in_gradient_for_t
 def test_a_normalised_tap_has_mean_0_and_deviation_1_also_where_it_is_small():
     for size in (1e-3, 1.0, 1e3):
         tap = size * (3 + torch.randn(4, 5, 64))
-        normed, deviation = normalized(tap)
+        normed = normalized(tap)
         torch.testing.assert_close(normed.std(-1, correction=0), torch.ones(4, 5), rtol=1e-2, atol=0)
         torch.testing.assert_close(normed.mean(-1), torch.zeros(4, 5), atol=1e-4, rtol=0)
-        torch.testing.assert_close(deviation[..., 0], tap.std(-1, correction=0), rtol=1e-2, atol=0)
+        torch.testing.assert_close(deviation_of(tap)[..., 0], tap.std(-1, correction=0), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("lean", [False, True])
