@@ -103,9 +103,12 @@ def main() -> None:
     """Train, and record each choice whose seeds are all there."""
     parser = training_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--live-blocks", type=int, help="only the choices with so many")
     args = parser.parse_args()
     quiet()
     for choice in choices(args.task):
+        if args.live_blocks not in (None, choice["live_blocks"]):
+            continue
         runs = []
         for seed in SEEDS:
             runs.append(result(configure(args, choice, seed)))

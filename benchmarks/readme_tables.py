@@ -455,6 +455,7 @@ TABLES = {
     "compare": compare,
     "dense": dense,
     "tissue": partial(protocol_table, "tissue"),
+    "tissue-moved": partial(protocol_table, "tissue-moved"),
     "nuclei": partial(protocol_table, "nuclei"),
     "plan": plan,
     "paper": paper,

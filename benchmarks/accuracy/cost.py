@@ -14,11 +14,12 @@ import sys
 import time
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from run import CACHED, HERE, RECORDS, SETTINGS, Protocol, read_task, summary
+from run import CACHED, HERE, RECORDS, SETTINGS, Protocol, moved, read_task, summary
 from torch import nn
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import set_seed
@@ -37,7 +38,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from record import quiet, save
 
 ROUNDS = 5
-FILLED = 4  # batches by which filling a cache is timed
 METHODS = SETTINGS | {
     "lora-checkpointing": {"name": "lora-checkpointing", "lora_alpha": 8},
     "e3va-plus-recompute": SETTINGS["e3va-plus"] | {"tap_storage": "recompute"},
@@ -50,6 +50,7 @@ def parts(protocol: Protocol) -> tuple[Callable[[], nn.Module], Dataset[Any], Co
     """Return the base model's builder, the training examples, their collator, the batch size, autocast's dtype."""
     if protocol.task.recipe == "demo":
         vit, slices = focus_vit(), mni152_slices()[0]
+        slices = moved(slices) if protocol.task.moved else slices
         return lambda: build_base(vit), slices, default_collate, BATCH, None
     config = protocol.config("cost", "head-only", 1e-3, 0)
     task = task_of(config)
@@ -82,13 +83,11 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
         models[method] = adapt(build(), options)
         batches[method] = batch
         if method.endswith(CACHED):
-            some = Subset(examples, range(FILLED * size))
-            cached(
-                Subset(examples, range(size)), models[method], storage=storage, data_collator=collator, autocast=dtype
-            )
+            fill = partial(cached, model=models[method], storage=storage, data_collator=collator, autocast=dtype)
+            fill(Subset(examples, range(size)))
             start = time.perf_counter()
-            found = cached(some, models[method], storage=storage, data_collator=collator, autocast=dtype)
-            filling[method] = (time.perf_counter() - start) / len(some)
+            found = fill(examples)
+            filling[method] = (time.perf_counter() - start) / len(examples)  # type: ignore[arg-type]
             batches[method] = collator([found[i] for i in range(size)])
     optimizers = {
         method: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

@@ -98,11 +98,11 @@ def mean_iou(predicted: torch.Tensor, slices: MNI152Slices) -> float:
 
 def train(
     method: dict[str, Any], rate: float, vit: Path, slices: MNI152Slices, folder: Path, epochs: int, seed: int,
-    cache: bool = False,
+    views: int = 0,
 ) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a method from the same head and in the same order of batches; return the model and the seconds.
 
-    With a cache the backbone runs once per slice, within these seconds.
+    With views the backbone runs once for each of them of each slice, within these seconds.
     """
     set_seed(seed)
     model = adapt(build_base(vit), method)
@@ -115,10 +115,10 @@ def train(
         logging_strategy="no",
         use_cpu=True,
         seed=seed,
-        remove_unused_columns=not cache,
+        remove_unused_columns=not views,
     )
     start = time.perf_counter()
-    dataset = cached(slices, model, storage="exact") if cache else slices
+    dataset = cached(slices, model, views=views, storage="exact") if views else slices
     trainer = Trainer(model, arguments, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -177,7 +177,7 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
         result = measure(method, rate, vit, train_slices, seed)
         result.epochs = own
         model, result.training_seconds = train(
-            method, rate, vit, train_slices, folder / "trainer", own, seed, cache=times > 1
+            method, rate, vit, train_slices, folder / "trainer", own, seed, views=int(times > 1)
         )
         predictions[title] = predict(model, test_slices)
         result.mean_iou = mean_iou(predictions[title], test_slices)
