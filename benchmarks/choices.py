@@ -52,9 +52,8 @@ def choices(task: str) -> Iterator[dict[str, Any]]:
         yield {"tap_norm": "relative" if task == "cifar10" else "layer", "live_blocks": 0, "sum": scale}
 
 
-def adapt(model: nn.Module, **options: Any) -> nn.Module:
+def adapt(kind: str, model: nn.Module, **options: Any) -> nn.Module:
     """Adapt a model by E3VA, with a factor on the sum of each stage's adapters."""
-    kind = options.pop("sum")
     adapted = E3VA.adapt(model, **options)
     for stage in [module for module in adapted.modules() if isinstance(module, Stage)]:
         factor = torch.tensor(len(stage.u1) ** SUMS[kind])
@@ -71,18 +70,20 @@ def scaled(stage: nn.Module, args: tuple[Any, ...], output: Tensor, factor: Tens
     return output if reduces else output * getattr(stage, "factor", factor)
 
 
-SCALED = replace(E3VA, name="e3va-scaled", adapt=adapt)
-METHODS[SCALED.name] = SCALED
+NAMES = {kind: f"e3va-sum-{kind.replace('/', 'over')}" for kind in SUMS}
+METHODS.update({name: replace(E3VA, name=name, adapt=partial(adapt, kind)) for kind, name in NAMES.items()})
 
 
 def configure(args: argparse.Namespace, choice: Mapping[str, Any], seed: int) -> RunConfig:
     """Return the config of one run."""
     setting = SETTINGS[args.task]
-    name = f"{choice['tap_norm']}-{choice['live_blocks']}-{choice['sum'].replace('/', 'over')}-{seed}"
+    options = dict(choice)
+    method = NAMES[options.pop("sum")]
+    name = f"{choice['tap_norm']}-{choice['live_blocks']}-{method}-{seed}"
     data = [override.replace("DATA", args.data) for override in setting.data]
     common = overrides(f"{args.runs}/{args.task}/{name}", args.model, RATES[args.task], seed)
     config = read_config(setting.recipe, [*data, *common, "data.verify=false", *TASKS[args.task]])
-    return replace(config, method={"name": SCALED.name, **choice})
+    return replace(config, method={"name": method, **options})
 
 
 def record(task: str, choice: Mapping[str, Any], runs: list[dict[str, Any]]) -> None:
