@@ -166,7 +166,7 @@ class Capture:
 
     def __init__(self, known: Blueprint | None = None) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.known, self.blueprint = known, known or Blueprint()
+        self.blueprint = known or Blueprint()
 
     def fill(self, layer: E3VALayer, lane: Lane, run: Run, image: Any, live: Live | None) -> None:
         """Run and take down.
@@ -175,9 +175,9 @@ class Capture:
             Captured: Always.
             ValueError: A part of the record does not split into images.
         """
-        behind: dict[str, Tree | None] = {}
-        instead = {name: partial(_unknown_of, tree) for name, tree in self.blueprint.behind.items()}
-        live_names = around_live(layer)[1] if self.known is None else ()
+        learns, behind = self.blueprint.outputs is None, dict[str, Tree | None]()
+        instead = {name: partial(_unknown, tree) for name, tree in self.blueprint.behind.items()}
+        live_names = around_live(layer)[1] if learns else ()
         with _replaced(layer.exit, instead), _noting(layer.exit, live_names, behind, _tree):
             frozen, entry, skipped = take(layer, run, image, live)
         found = {f"tap.{stage}.{index}": tap for (stage, index), (tap,) in frozen.taps.items()}
@@ -188,7 +188,7 @@ class Capture:
         found |= {f"output.{i}": leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         batch = next(iter(found.values())).shape[0]
         self.tensors = {name: tensor.detach() for name, tensor in found.items()}
-        if self.known is None:
+        if learns:
             self.blueprint = Blueprint(
                 dict(frozen.grids),
                 {stage: (call.args, call.kwargs) for stage, call in frozen.mergings.items()},
@@ -232,7 +232,7 @@ class Replay:
             leaves = [leaf.unknown(self.batch, device) for leaf in blueprint.outputs.leaves]
         else:
             entry, skipped = self.tensors["live"], blueprint.skipped
-            instead = {name: partial(_unknown, tree, self.batch, entry.device) for name, tree in skipped.items()}
+            instead = {name: partial(_unknown, tree) for name, tree in skipped.items()}
             leaves = tree_flatten(_run_live(layer, lane, run, image, live, entry, instead))[0]
         frozen.tail = self.tensors.get("tail", frozen.tail)
         frozen.ends |= {int(name[4:]): value for name, value in self.tensors.items() if name.startswith("end.")}
@@ -365,12 +365,9 @@ def _run_live(
     return outputs
 
 
-def _unknown(tree: Tree, batch: int, device: torch.device, *args: Any, **kwargs: Any) -> Any:
-    return tree.fill([leaf.unknown(batch, device) for leaf in tree.leaves])
-
-
-def _unknown_of(tree: Tree, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return _unknown(tree, len(x), x.device)
+def _unknown(tree: Tree, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Return what a module would, of the stream x, with NaN for each tensor."""
+    return tree.fill([leaf.unknown(len(x), x.device) for leaf in tree.leaves])
 
 
 def _copy_of(output: Any, *args: Any, **kwargs: Any) -> Any:

@@ -57,13 +57,14 @@ class Taker:
         self.device = next(model.parameters()).device
         self.autocast = autocast
         self.needed: set[str] | None = None
+        self.leaves_out = True  # whether live blocks need not run, found out with `needed`
         self.learned: dict[tuple[int, int], tuple[Blueprint | Returned, Layout]] = {}  # by the size of images
         self.reads = _hook(model, image)
 
     def rows(self, examples: Examples) -> Tensor:
         """Examples of one size -> (B, bytes): their records."""
         size = self.size(examples[0])
-        if size not in self.learned:
+        if not self.knows(size):
             taken = self._taken(examples)
             self._learn(size, taken, examples)
             return self.learned[size][1].pack(taken.tensors)
@@ -94,13 +95,16 @@ class Taker:
         return size in self.learned
 
     def _learn(self, size: tuple[int, int], taken: Capture | Pass, examples: Examples) -> None:
+        behind = taken.blueprint.behind if isinstance(taken.blueprint, Blueprint) else {}
         if self.needed is None:
             self.needed = self._what_is_read(taken, examples)
+            if behind:
+                short = self._taken(examples, taken.blueprint).tensors
+                # Else they are compiled, say, or something that a record holds reads what they make.
+                self.leaves_out = all(n in short and torch.equal(short[n], taken.tensors[n]) for n in self.needed)
+        if not self.leaves_out:
+            behind.clear()
         layout = layout_of(self.source, taken, self.needed, self.storage)
-        if isinstance(taken.blueprint, Blueprint) and taken.blueprint.behind:
-            short = self._taken(examples, taken.blueprint).tensors
-            if not all(name in short and torch.equal(short[name], taken.tensors[name]) for name in self.needed):
-                taken.blueprint.behind.clear()  # compiled, say, or something reads what live blocks make: they run
         self.learned[size] = self.reads.sizes.setdefault(size, {})[self.storage] = taken.blueprint, layout
 
     def _batch(self, examples: Examples) -> dict[str, Any]:
