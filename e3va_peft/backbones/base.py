@@ -50,6 +50,20 @@ def in_turn_channels_first(
     return in_turn(modules, x.movedim(-1, 1), grid, *args, **kwargs).movedim(1, -1)
 
 
+def merge_two_by_two(
+    modules: Sequence[Callable[..., Any]], x: Tensor, grid: Grid, *args: Any, **kwargs: Any
+) -> Tensor:
+    """(B, H W, C) -> (B, H/2 W/2, C'): join two by two tokens, as a Swin does, and run modules on them in turn.
+
+    Values and gradients are, to the bit, those of the four strided slices that transformers takes. But the gradient of
+    a slice is a whole map, mostly of zeros, where that of this one copy is a copy.
+    """
+    x = x.unflatten(1, (grid.height, grid.width))
+    x = F.pad(x, (0, 0, 0, grid.width % 2, 0, grid.height % 2)) if grid.width % 2 or grid.height % 2 else x
+    pairs = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
+    return in_turn(modules, pairs.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2), grid)
+
+
 @dataclass(frozen=True)
 class Merging:
     """The frozen downsampling between two stages.
@@ -69,20 +83,6 @@ class Merging:
     run: Callable[..., Tensor] | None = None
     parts: tuple[str, ...] = ()
     forward: str = ""
-
-
-def merge_two_by_two(
-    modules: Sequence[Callable[..., Any]], x: Tensor, grid: Grid, *args: Any, **kwargs: Any
-) -> Tensor:
-    """(B, H W, C) -> (B, H/2 W/2, C'): join two by two tokens, as a Swin does, and run modules on them in turn.
-
-    Values and gradients are, to the bit, those of the four strided slices that transformers takes. But the gradient of
-    a slice is a whole map, mostly of zeros, where that of this one copy is a copy.
-    """
-    x = x.unflatten(1, (grid.height, grid.width))
-    x = F.pad(x, (0, 0, 0, grid.width % 2, 0, grid.height % 2)) if grid.width % 2 or grid.height % 2 else x
-    pairs = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # (B, H/2, 2, W/2, 2, C)
-    return in_turn(modules, pairs.permute(0, 1, 3, 4, 2, 5).flatten(3).flatten(1, 2), grid)
 
 
 @dataclass(frozen=True)
