@@ -105,10 +105,11 @@ def main() -> None:
     parser = training_parser(__doc__)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--live-blocks", type=int, help="only the choices with so many")
+    parser.add_argument("--sum", choices=SUMS, help="only the choices with this factor on the sum")
     args = parser.parse_args()
     quiet()
     for choice in choices(args.task):
-        if args.live_blocks not in (None, choice["live_blocks"]):
+        if args.live_blocks not in (None, choice["live_blocks"]) or args.sum not in (None, choice["sum"]):
             continue
         runs = []
         for seed in SEEDS:

@@ -11,10 +11,10 @@ residual stream, `z` the lane, `n(t)` a tap normalised over its channels:
 
 *The paper's*: the dual low-rank adapter, the sum, patch merging. *Inferred*, because the paper gives neither code nor
 these details: k = C/2, the place of GELU, the norm n, the lane starting at zero, the initialisation. *Ours*: the scale
-s of an answer, taps of the stream, live blocks. `benchmarks/results/choices.json` compares norms and scales of an
-answer on two tasks, and a factor on the sum (1, 1/sqrt(n), 1/n, learnt; 1 here) on one: without live blocks all are
-within noise of each other; with them a plain ViT needs s. One of its scales, a constant for each adapter
-(`calibrated`), won nothing and is not in the package.
+s of an answer, taps of the stream, live blocks. `benchmarks/results/choices.json` compares norms, scales of an answer
+and a factor on the sum (1, 1/sqrt(n), 1/n, learnt; 1 here) on two tasks: without live blocks all are within noise of
+each other; with them a plain ViT needs s. One of its scales, a constant for each adapter (`calibrated`), won nothing
+and is not in the package.
 
 `adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
 values and gradients and keeps less for backward.
