@@ -59,6 +59,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 CACHED = "-cached"  # behind a method's name: the backbone once per image and view, so more epochs in the same time
 SETTINGS |= {f"{name}{CACHED}": SETTINGS[name] for name in ("head-only", "e3va", "e3va-8")}
 SETTINGS[f"e3va-plus{CACHED}"] = SETTINGS["e3va-plus-exact"]  # the cache is what takes memory, not what a step keeps
+SETTINGS[f"e3va-8-kept{CACHED}"] = SETTINGS["e3va-8"] | {"checkpoint_live_blocks": False}
 IN_TIME = "-in-time"  # behind a method's name: fewer epochs, so that it takes no longer than LoRA
 SETTINGS[f"e3va-8{IN_TIME}"] = SETTINGS["e3va-8"]
 SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
@@ -152,8 +153,10 @@ class Protocol:
         fields += overrides(str(self._folder(name)), self.args.model, rate, seed)
         fields += self.task.search if search else ()
         fields += self.task.quick if self.args.quick else ()
-        fields += ["data.verify=false", f"training.num_train_epochs={self._epochs(method, search)}"]
-        fields += [f"cache.views={self.task.views}", "cache.storage=int8"] if method.endswith(CACHED) else ()
+        epochs = self._epochs(method, search)
+        fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
+        views = min(self.task.views, epochs)
+        fields += [f"cache.views={views}", "cache.storage=int8"] if method.endswith(CACHED) else ()
         options = dict(SETTINGS[method])
         fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
         return read_config(self.task.recipe, fields)
