@@ -1,8 +1,8 @@
 """Fused forms of the formulas of `highway`: the same values and gradients, with less kept and fewer kernels.
 
-A stage keeps nothing for backward but its taps and computes again what is between them and their sum; patch merging,
-where taps are rounded, keeps its input in int8. `tests/test_highway.py` compares every function with its plain form in
-`highway`, in value and in gradient.
+A stage keeps nothing for backward but its taps and computes again what is between them and their sum, and so does an
+adapter in a live block; patch merging, where taps are rounded, keeps its input in int8. `tests/test_highway.py`
+compares every function with its plain form in `highway`, in value and in gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from e3va_peft.frozen_pass import MergingCall
-from e3va_peft.storage import pack, read, read_at_once, unpack
+from e3va_peft.storage import pack, read, read_at_once, standardized, unpack
 
 
 class Merging(NamedTuple):
@@ -121,6 +121,26 @@ def _expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
     return torch.cat(list(reduced), dim=-1) @ torch.cat((v2, b2.unsqueeze(1)), dim=1).flatten(0, 1)
 
 
+class _Again(NamedTuple):
+    """What an adapter computes again in backward: p and q, (M, r), the gradient of p, and those of U1, V1, b1, U2."""
+
+    p: Tensor
+    q: Tensor
+    grad_p: Tensor
+    grads: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _again(t: Tensor, grad_q: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> _Again:
+    """Run an adapter again, up to `q = GELU(p V1 + b1) U2`, and back from the gradient of q (M, r)."""
+    p, h = _bottleneck(t, u1, v1, b1)
+    activated = F.gelu(h)
+    grad_u2 = grad_q.T @ activated  # transposed: a third faster with the thin factor on the left
+    grad_h = torch.ops.aten.gelu_backward(grad_q @ u2.T, h)
+    grad_p = grad_h @ v1.T
+    grad_u1 = grad_p.T @ t  # transposed
+    return _Again(p, activated @ u2, grad_p, (grad_u1.T, p.T @ grad_h, grad_h.sum(0), grad_u2.T))
+
+
 class Gradients:
     """The gradients of the factors of n consecutive adapters, to which one tap after the other adds.
 
@@ -151,13 +171,9 @@ class Gradients:
         grad_q = self.grad_reduced[:, i * r : (i + 1) * r]
         if scale is not None:
             grad_q = grad_q * scale.to(grad_q.dtype).reshape(-1, 1)
-        p, h = _bottleneck(t, u1, v1, b1)
-        activated = F.gelu(h)
-        self.reduced.append(_scaled(activated @ u2, scale))
-        grad_u2 = grad_q.T @ activated  # transposed: a third faster with the thin factor on the left
-        grad_h = torch.ops.aten.gelu_backward(grad_q @ u2.T, h)
-        grad_u1 = (grad_h @ v1.T).T @ t  # transposed
-        self.found.append((grad_u1.T, p.T @ grad_h, grad_h.sum(0), grad_u2.T))
+        again = _again(t, grad_q, u1, v1, b1, u2)
+        self.reduced.append(_scaled(again.q, scale))
+        self.found.append(again.grads)
 
     @property
     def complete(self) -> bool:
@@ -195,6 +211,59 @@ class _SumOfAdapters(torch.autograd.Function):
             for tap in taps:
                 gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
             return (None, None, *gradients.result(), *(None for tap in taps for _ in tap))
+
+
+def answer(tap: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
+    """(..., C) -> (..., C): what one adapter says to a tap in a live block, one autograd node that keeps what it read.
+
+    Args:
+        tap: The tap, which gets a gradient too.
+        factors: U1, V1, b1, U2, V2, b2 of the adapter.
+        norm: How it is read.
+    """
+    return _Answer.apply(compute_dtype(factors[0]), norm, tap, *factors)
+
+
+class _Answer(torch.autograd.Function):
+    """An adapter's answer, (..., C) -> (..., C).
+
+    Its gradient for the tap needs no norm's backward. With `p = n(t) U1`, of which `g` is the gradient, that is
+    `(g (U1 - mean(U1))^T - n(t) (g . p) / C) / s`, and that of s is `n(t) / C`: a thin matmul and sums over r.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, norm: str, tap: Tensor, *factors: Tensor) -> Tensor:
+        with no_autocast(tap):
+            normed, scale = (tap, tap.new_ones(1)) if norm == "none" else standardized(tap)
+            t = normed.to(dtype).reshape(-1, tap.shape[-1])
+            ctx.save_for_backward(t, scale, *factors)
+            ctx.norm, ctx.tap = norm, (tap.shape, tap.dtype)
+            u1, v1, b1, u2, v2, b2 = (factor.to(dtype) for factor in factors)
+            own = torch.addmm(b2, F.gelu(_bottleneck(t, u1, v1, b1)[1]) @ u2, v2).view(tap.shape)
+            return own * scale if norm == "relative" else own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        t, scale, *factors = ctx.saved_tensors
+        shape, dtype = ctx.tap
+        with no_autocast(grad):
+            u1, v1, b1, u2, v2, b2 = (factor.to(t.dtype) for factor in factors)
+            relative, s = ctx.norm == "relative", scale.reshape(-1, 1)  # in fp32 at least: fp16 may not hold 1 / s
+            grad = grad.to(t.dtype).reshape(t.shape)
+            grad_q = grad @ v2.T
+            p, q, grad_p, grads = _again(t, (grad_q * s).to(t.dtype) if relative else grad_q, u1, v1, b1, u2)
+            last = _scaled(q, s if relative else None).T @ grad
+            all_grads = [own.to(f.dtype) for own, f in zip((*grads, last[:-1], last[-1]), factors, strict=True)]
+            if not ctx.needs_input_grad[2]:
+                return None, None, None, *all_grads
+            if ctx.norm == "none":
+                return None, None, (grad_p @ u1.T).to(dtype).view(shape), *all_grads
+            along = -(grad_p.to(s.dtype) * p).sum(1, keepdim=True)
+            if relative:
+                along += s * ((grad_q.to(s.dtype) * q).sum(1, keepdim=True) + (grad @ b2).unsqueeze(1))
+            grad_t = (t * (along / len(u1))).add_(grad_p @ (u1 - u1.mean(0)).T).div_(s)
+            return None, None, grad_t.to(dtype).view(shape), *all_grads
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:

@@ -16,8 +16,8 @@ and a factor on the sum (1, 1/sqrt(n), 1/n, learnt; 1 here) on two tasks: withou
 each other; with them a plain ViT needs s. One of its scales, a constant for each adapter (`calibrated`), won nothing
 and is not in the package.
 
-`adapter`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has the same
-values and gradients and keeps less for backward.
+`adapter`, `answer`, `sum_of_adapters` and `merge` are these formulas in plain PyTorch. What runs is `fused`, which has
+the same values and gradients and keeps less for backward.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def adapter(t: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor, v2: Tenso
 
 
 def answer(t: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:
-    """(..., C) -> (..., C): what one adapter says to a tap, read as `norm` says, with a gradient for the tap too."""
+    """(..., C) -> (..., C): what one adapter says to a tap, `fused.answer` in plain PyTorch."""
     own = adapter(t if norm == "none" else normalized(t), *factors)
     return own * deviation_of(t) if norm == "relative" else own
 
@@ -127,7 +127,7 @@ class Stage(nn.Module):
             return fused.sum_of_adapters(factors, taps, self.norm)
         tap, own = taps[0].to(device), [factor[0] for factor in factors]
         if mode == "answer":
-            return answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm)
+            return fused.answer(tap.to(torch.promote_types(tap.dtype, own[0].dtype)), own, self.norm)
         return fused.reduce(tap, own[:4], self.norm, self.storage)
 
 

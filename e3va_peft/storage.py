@@ -114,8 +114,8 @@ def deviation_of(tap: Tensor) -> Tensor:
     return ((tap - tap.mean(-1, keepdim=True)).square().mean(-1, keepdim=True) + EPS).sqrt()  # `var` is slow on a CPU
 
 
-def _normalized(tap: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `normalized` and `deviation_of` by one kernel; the latter has no gradient then."""
+def standardized(tap: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., C) -> (..., C), (..., 1): `normalized` and `deviation_of` by one kernel; the latter has no gradient."""
     normed, _, inverse = torch.native_layer_norm(tap, *_by_one(tap))
     return normed, inverse.reciprocal()
 
@@ -137,7 +137,7 @@ def keep(tap: Tensor, storage: str, norm: str) -> tuple[Tensor, ...]:
     """
     if storage == "exact" or norm == "none":
         return pack(tap, storage)
-    normed, deviation = _normalized(tap)
+    normed, deviation = standardized(tap)
     return (*pack(normed, storage), *([deviation] if norm == "relative" else ()))
 
 
@@ -162,7 +162,7 @@ def read_at_once(tap: Tensor, storage: str, dtype: torch.dtype, norm: str) -> tu
     """A tap (..., C) as `read` gives it of what `keep` keeps, rounded alike, where nothing needs to be kept."""
     if storage not in STORAGES or storage == "exact":
         return read([tap], tap.shape[-1], dtype, norm)
-    normed, deviation = (tap, None) if norm == "none" else _normalized(tap)
+    normed, deviation = (tap, None) if norm == "none" else standardized(tap)
     codes, scale = _codes(normed, storage)
     values = codes * scale.float()
     if storage == "int4":
@@ -184,6 +184,6 @@ def read(kept: Sequence[Tensor], width: int, dtype: torch.dtype, norm: str) -> t
     relative = norm == "relative"
     if len(kept) == 1:
         tap = kept[0].to(torch.promote_types(kept[0].dtype, dtype))
-        normed, deviation = _normalized(tap)
+        normed, deviation = standardized(tap)
         return normed.to(dtype), deviation if relative else None
     return unpack(kept[:-1] if relative else kept, width, dtype), kept[-1] if relative else None
