@@ -3,8 +3,9 @@
     python benchmarks/accuracy/cost.py nuclei --data DATA --model MODEL --runs RUNS
 
 The batch is the first one of the training images, for `-cached` as their cache holds it. Results go to
-`results/accuracy/TASK-cost.json`, with the seconds that a cache takes to fill, per image and view. Measure on a quiet
-machine: two threads, the median of five rounds.
+`results/accuracy/TASK-cost.json`, with the seconds that a batch takes to load (to read, augment and collate, in one
+process) and those that a cache takes to fill, per image and view. Measure on a quiet machine: two threads, the median
+of five rounds.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
     set_seed(0)
     batch = collator([examples[i] for i in range(size)])
     models, batches, filling = {}, {}, {}
+    sources: dict[str, Any] = {}
     storage = "exact" if protocol.task.recipe == "demo" else "int8"  # as in the runs
     scored = {row["method"] for row in summary(protocol.task.name)}
     for method, options in METHODS.items():
@@ -81,12 +83,12 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
             continue
         set_seed(0)
         models[method] = adapt(build(), options)
-        batches[method] = batch
+        batches[method], sources[method] = batch, examples
         if method.endswith(CACHED):
             fill = partial(cached, model=models[method], storage=storage, data_collator=collator, autocast=dtype)
             fill(Subset(examples, range(size)))
             start = time.perf_counter()
-            found = fill(examples)
+            sources[method] = found = fill(examples)
             filling[method] = (time.perf_counter() - start) / len(examples)  # type: ignore[arg-type]
             batches[method] = collator([found[i] for i in range(size)])
     optimizers = {
@@ -94,8 +96,12 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
         for method, model in models.items()
     }
     reports: dict[str, list[Any]] = {method: [] for method in models}
+    loading: dict[str, list[float]] = {method: [] for method in models}
     for _ in range(ROUNDS):
         for method, model in models.items():
+            start = time.perf_counter()
+            collator([sources[method][i] for i in range(size)])
+            loading[method].append(time.perf_counter() - start)
             report = measure_step(model, batches[method], optimizers[method], autocast_dtype=dtype, repeats=1)
             reports[method].append(report)
     return [
@@ -104,6 +110,7 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
             **{key: getattr(own[0], key) for key in ("saved_bytes", "peak_bytes", "trainable_parameters")},
             "step_seconds": statistics.median(report.step_ms for report in own) / 1000,
             "step_rounds": [report.step_ms / 1000 for report in own],
+            "load_seconds": statistics.median(loading[method]),
             "images": len(examples),  # type: ignore[arg-type]
             "batch": size,
             "views": protocol.task.views,

@@ -66,7 +66,7 @@ SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks":
 MOVES = v2.Compose(
     [
         v2.RandomHorizontalFlip(),
-        v2.RandomAffine(5, (0.02, 0.02), (0.95, 1.05), interpolation=v2.InterpolationMode.BILINEAR),
+        v2.RandomAffine(2, (0.01, 0.01), (0.98, 1.02), interpolation=v2.InterpolationMode.BILINEAR),
     ]
 )
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
