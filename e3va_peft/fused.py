@@ -235,21 +235,22 @@ class _Answer(torch.autograd.Function):
     def forward(ctx: Any, dtype: torch.dtype, norm: str, tap: Tensor, *factors: Tensor) -> Tensor:
         with no_autocast(tap):
             normed, scale = (tap, tap.new_ones(1)) if norm == "none" else standardized(tap)
-            t = normed.to(dtype).reshape(-1, tap.shape[-1])
-            ctx.save_for_backward(t, scale, *factors)
-            ctx.norm, ctx.tap = norm, (tap.shape, tap.dtype)
+            normed = normed.to(dtype)
+            ctx.save_for_backward(normed, scale, *factors)
+            ctx.norm, ctx.dtype = norm, tap.dtype
             u1, v1, b1, u2, v2, b2 = (factor.to(dtype) for factor in factors)
-            own = torch.addmm(b2, F.gelu(_bottleneck(t, u1, v1, b1)[1]) @ u2, v2).view(tap.shape)
+            h = _bottleneck(normed.reshape(-1, tap.shape[-1]), u1, v1, b1)[1]
+            own = torch.addmm(b2, F.gelu(h) @ u2, v2).view(tap.shape)
             return own * scale if norm == "relative" else own
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        t, scale, *factors = ctx.saved_tensors
-        shape, dtype = ctx.tap
+        normed, scale, *factors = ctx.saved_tensors
         with no_autocast(grad):
-            u1, v1, b1, u2, v2, b2 = (factor.to(t.dtype) for factor in factors)
-            relative, s = ctx.norm == "relative", scale.reshape(-1, 1)  # in fp32 at least: fp16 may not hold 1 / s
+            u1, v1, b1, u2, v2, b2 = (factor.to(normed.dtype) for factor in factors)
+            t = normed.reshape(-1, normed.shape[-1])
+            relative, s = ctx.norm == "relative", scale.reshape(-1, 1)  # fp16 may not hold 1 / s
             grad = grad.to(t.dtype).reshape(t.shape)
             grad_q = grad @ v2.T
             p, q, grad_p, grads = _again(t, (grad_q * s).to(t.dtype) if relative else grad_q, u1, v1, b1, u2)
@@ -258,12 +259,12 @@ class _Answer(torch.autograd.Function):
             if not ctx.needs_input_grad[2]:
                 return None, None, None, *all_grads
             if ctx.norm == "none":
-                return None, None, (grad_p @ u1.T).to(dtype).view(shape), *all_grads
+                return None, None, (grad_p @ u1.T).to(ctx.dtype).view(normed.shape), *all_grads
             along = -(grad_p.to(s.dtype) * p).sum(1, keepdim=True)
             if relative:
                 along += s * ((grad_q.to(s.dtype) * q).sum(1, keepdim=True) + (grad @ b2).unsqueeze(1))
             grad_t = (t * (along / len(u1))).add_(grad_p @ (u1 - u1.mean(0)).T).div_(s)
-            return None, None, grad_t.to(dtype).view(shape), *all_grads
+            return None, None, grad_t.to(ctx.dtype).view(normed.shape), *all_grads
 
 
 def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[Tensor]]]:
