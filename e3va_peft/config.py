@@ -98,8 +98,9 @@ class E3VAConfig(PeftConfig):
             "help": "How a tap is kept between forward and backward. 'exact': as it is. 'recompute': not at all; "
             "backward runs the frozen backbone once more. 'int8': rounded, with a scale per token, a quarter of the "
             "bytes of fp32. 'int4': with a scale per 32 channels, a seventh. An adapter reads rounded taps in "
-            "forward, in backward and after training alike: it is the function that was trained. Patch merging keeps "
-            "its input in int8, unless 'exact'. Of adapters that are active together, the most exact setting is kept."
+            "forward, in backward and after training alike: it is the function that was trained. Live blocks read "
+            "theirs as they are. Patch merging keeps its input in int8, unless 'exact'. Of adapters that are active "
+            "together, the most exact setting is kept."
         },
     )
     live_blocks: int = field(

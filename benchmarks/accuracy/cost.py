@@ -72,9 +72,7 @@ def parts(protocol: Protocol) -> tuple[Callable[[], nn.Module], Dataset[Any], Co
 def measure(protocol: Protocol) -> list[dict[str, Any]]:
     """Measure a step of every method, in rounds."""
     build, examples, collator, size, dtype = parts(protocol)
-    set_seed(0)
-    batch = collator([examples[i] for i in range(size)])
-    models, batches, filling = {}, {}, {}
+    models, filling = {}, {}
     sources: dict[str, Any] = {}
     storage = "exact" if protocol.task.recipe == "demo" else "int8"  # as in the runs
     scored = {row["method"] for row in summary(protocol.task.name)}
@@ -83,14 +81,13 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
             continue
         set_seed(0)
         models[method] = adapt(build(), options)
-        batches[method], sources[method] = batch, examples
+        sources[method] = examples
         if method.endswith(CACHED):
             fill = partial(cached, model=models[method], storage=storage, data_collator=collator, autocast=dtype)
             fill(Subset(examples, range(size)))
             start = time.perf_counter()
-            sources[method] = found = fill(examples)
+            sources[method] = fill(examples)
             filling[method] = (time.perf_counter() - start) / len(examples)  # type: ignore[arg-type]
-            batches[method] = collator([found[i] for i in range(size)])
     optimizers = {
         method: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         for method, model in models.items()
@@ -100,9 +97,9 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
     for _ in range(ROUNDS):
         for method, model in models.items():
             start = time.perf_counter()
-            collator([sources[method][i] for i in range(size)])
+            batch = collator([sources[method][i] for i in range(size)])
             loading[method].append(time.perf_counter() - start)
-            report = measure_step(model, batches[method], optimizers[method], autocast_dtype=dtype, repeats=1)
+            report = measure_step(model, batch, optimizers[method], autocast_dtype=dtype, repeats=1)
             reports[method].append(report)
     return [
         {

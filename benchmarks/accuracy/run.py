@@ -155,8 +155,8 @@ class Protocol:
         fields += self.task.quick if self.args.quick else ()
         epochs = self._epochs(method, search)
         fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
-        views = min(self.task.views, epochs)
-        fields += [f"cache.views={views}", "cache.storage=int8"] if method.endswith(CACHED) else ()
+        views = self._views(method, epochs)
+        fields += [f"cache.views={views}", "cache.storage=int8"] if views else ()
         options = dict(SETTINGS[method])
         fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
         return read_config(self.task.recipe, fields)
@@ -171,6 +171,9 @@ class Protocol:
         default = self.task.cached_epochs if method.endswith(CACHED) else self.task.epochs
         return epochs * self.task.epochs_in_time.get(method, default) // self.task.epochs
 
+    def _views(self, method: str, epochs: int) -> int:
+        return min(self.task.views, epochs) if method.endswith(CACHED) else 0
+
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
         result = finished(config) or train(config)
@@ -184,8 +187,8 @@ class Protocol:
         fit, scored = set_aside(mni152_slices()[0]) if search else mni152_slices()
         if self.args.quick:
             fit, scored = choose(fit, range(8)), choose(scored, range(2))
-        epochs, views = self._epochs(method, search), self.task.views if method.endswith(CACHED) else 0
-        folder, fit = self._folder(name), moved(fit) if self.task.moved else fit
+        epochs, folder = self._epochs(method, search), self._folder(name)
+        views, fit = self._views(method, epochs), moved(fit) if self.task.moved else fit
         model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, folder, epochs, seed, views)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         score = mean_iou(predict(model, scored), scored)
