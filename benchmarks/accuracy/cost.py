@@ -4,8 +4,8 @@
 
 The batch is the first one of the training images, for `-cached` as their cache holds it. Results go to
 `results/accuracy/TASK-cost.json`, with the seconds that a batch takes to load (to read, augment and collate, in one
-process) and those that a cache takes to fill, per image and view. Measure on a quiet machine: two threads, the median
-of five rounds.
+process) and those that a cache takes to fill, all views of all images. Measure on a quiet machine: two threads, the
+median of five rounds.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
             fill = partial(cached, model=models[method], storage=storage, data_collator=collator, autocast=dtype)
             fill(Subset(examples, range(size)))
             start = time.perf_counter()
-            sources[method] = fill(examples)
-            filling[method] = (time.perf_counter() - start) / len(examples)  # type: ignore[arg-type]
+            sources[method] = fill(examples, views=protocol.task.views)
+            filling[method] = time.perf_counter() - start
     optimizers = {
         method: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         for method, model in models.items()
@@ -111,7 +111,7 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
             "images": len(examples),  # type: ignore[arg-type]
             "batch": size,
             "views": protocol.task.views,
-            "fill_seconds_per_image": filling.get(method, 0.0),
+            "fill_seconds": filling.get(method, 0.0),
         }
         for method, own in reports.items()
     ]
