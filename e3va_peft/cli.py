@@ -428,7 +428,10 @@ Task = Annotated[str | None, typer.Option(help="Task of e3va train, by default i
 Head = Annotated[str | None, typer.Option(help="Head for a backbone alone, e.g. faster-rcnn.", metavar="NAME")]
 ImageSize = Annotated[
     int | None,
-    typer.Option(help="Side of the images in pixels. By default the model's own; a detector's 800.", metavar="PX"),
+    typer.Option(
+        help="Side of the images in pixels. By default the model's own; 512 of a segmenter, 800 of a detector.",
+        metavar="PX",
+    ),
 ]
 BatchSize = Annotated[int | None, typer.Option(help="Images per step, by default 8, of a detector 2.", metavar="N")]
 Precision = Annotated[

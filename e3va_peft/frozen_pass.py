@@ -1,6 +1,6 @@
 """The record of one forward of a frozen backbone. Pure torch.
 
-Who fills it and who reads it know nothing of each other: a *source* fills it (`hooks.Recorder`, while the backbone
+Who fills it and who reads it know nothing of each other: a *source* fills it (`recorder.Recorder`, while the backbone
 runs), the *lane* reads it (`lane.Lane`), a *splice* of the family writes the lane into a copy of the outputs.
 """
 

@@ -27,7 +27,10 @@ accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumul
 data = load_dataset("imagefolder", data_dir=args.data)
 names = data["train"].features["label"].names
 model = AutoModelForImageClassification.from_pretrained(
-    args.model, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    args.model,
+    id2label=dict(enumerate(names)),
+    label2id={name: i for i, name in enumerate(names)},
+    ignore_mismatched_sizes=True,  # the pretrained head has other classes
 )
 model = get_peft_model(model, e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model)

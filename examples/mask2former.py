@@ -34,7 +34,10 @@ for item in coco["annotations"]:
         objects[item["image_id"]].append(item)
 
 model = Mask2FormerForUniversalSegmentation.from_pretrained(
-    args.model, num_labels=len(names), id2label=dict(enumerate(names)), ignore_mismatched_sizes=True
+    args.model,
+    id2label=dict(enumerate(names)),
+    label2id={name: i for i, name in enumerate(names)},
+    ignore_mismatched_sizes=True,  # the pretrained head has other classes
 )
 model = get_peft_model(model, e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model, do_reduce_labels=False, ignore_index=0)  # 0: no object

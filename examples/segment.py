@@ -26,7 +26,10 @@ parser.add_argument("--batch-size", type=int, default=4)
 args = parser.parse_args()
 
 model = UperNetForSemanticSegmentation.from_pretrained(
-    args.model, num_labels=len(args.labels), id2label=dict(enumerate(args.labels)), ignore_mismatched_sizes=True
+    args.model,
+    id2label=dict(enumerate(args.labels)),
+    label2id={name: i for i, name in enumerate(args.labels)},
+    ignore_mismatched_sizes=True,  # the pretrained head has other classes
 )
 model = get_peft_model(allow_single_values(model), e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model, do_reduce_labels=args.first == 1)

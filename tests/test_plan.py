@@ -329,12 +329,12 @@ def test_a_run_is_planned_as_its_config_says_but_for_what_the_options_say(config
     monkeypatch.setattr("e3va_peft.plan.estimate.settings", lambda: {"E3VA": {"name": "e3va"}})
     values = {
         "task": SEGMENT, "model": str(configs / "swin-classifier"), "output": "o", "image_size": 64,
-        "data": {"images": "i", "masks": "m", "labels": ["a", "b"]}, "model_options": {"hidden_size": 16},
         "training": {"per_device_train_batch_size": 3, "bf16": True},
     }  # fmt: skip
     peaks = {}
-    for width in (16, 32):
-        config = write(tmp_path / f"{width}.yaml", values | {"model_options": {"hidden_size": width}})
+    for width, labels in ((16, ["a", "b"]), (32, 2)):
+        own = {"data": {"images": "i", "masks": "m", "labels": labels}, "model_options": {"hidden_size": width}}
+        config = write(tmp_path / f"{width}.yaml", values | own)
         output = tmp_path / f"{width}.json"
         command = ["plan", str(config), "--batch-size", "2", "--output", str(output)]
         result = CliRunner().invoke(app, command)

@@ -32,9 +32,10 @@ class DataConfig:
     """Where images and labels are.
 
     Attributes:
-        source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl, parquet
-            file or folder, folder in the layout of Pascal VOC (also a VOCdevkit), a data.yaml of YOLO or its folder,
-            or folder that Roboflow, CVAT or Label Studio exported as COCO or YOLO.
+        source: Hub id of a dataset, folder of images in one sub-folder per class or with a metadata.jsonl or
+            metadata.csv, parquet file or folder, what `save_to_disk` of datasets wrote, folder in the layout of Pascal
+            VOC (also a VOCdevkit), a data.yaml of YOLO or its folder, or folder that Roboflow, CVAT or Label Studio
+            exported as COCO or YOLO.
         images: Folder of images, instead of `source`: with one sub-folder per split (ADE20K layout) and `masks`, or
             with `annotations`.
         masks: Folder of label maps as PNG, with the sub-folders and file names of `images`.

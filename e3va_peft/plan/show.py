@@ -77,7 +77,7 @@ def arguments_of(config: RunConfig) -> dict[str, Any]:
             "per_device_train_batch_size", task.default_training["per_device_train_batch_size"]
         ),
         "precision": next((name for name in ("bf16", "fp16") if training.get(name)), "fp32"),
-        "num_labels": len(labels) if isinstance(labels, list) else None,
+        "num_labels": len(labels) if isinstance(labels, list) else labels if isinstance(labels, int) else None,
         "change": task.apply_options,
         "head": config.head,
     }

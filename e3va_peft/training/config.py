@@ -67,9 +67,10 @@ class AugmentConfig:
     """Variation of training images. Evaluation images never vary.
 
     Attributes:
-        scale: Classification: share of the area a crop covers, default [0.35, 1]. Segmentation: shorter side before
-            the crop, as a multiple of the image size, default [0.5, 2].
-        crop: Segmentation: side of a training crop in pixels. None: the image size.
+        scale: Classification: share of the area a crop covers, default [0.35, 1]. Segmentation and detection: shorter
+            side before the crop, as a multiple of the image size, default [0.5, 2], of a detector [0.6, 1].
+        crop: Segmentation and detection: side of a training crop in pixels. None: the image size; of a detector, no
+            crop.
         flip: Mirror left and right in half of the cases.
         vertical_flip: Mirror top and bottom in half of the cases (microscopy, aerial images).
         color: Vary brightness, contrast, saturation and hue.
@@ -124,16 +125,16 @@ class RunConfig:
         data: Where images and labels are.
         method: Name of one of `e3va_peft.methods.METHODS`; or a mapping with `name` and options of its PEFT config.
         image_size: Pixels: side of a classifier's image; shorter side of a segmenter's, and side of its training crop.
-            None: what the model's image processor says.
+            None: what the model's image processor says, without one 512; a detector's 800.
         augment: How training images vary; false for not at all.
         cache: Run the frozen backbone once per image and view, and read what it said in every epoch after; true for
-            the defaults, false for not at all. Needs a method that leaves the backbone as it is, e3va or head-only,
-            and images of one size in each batch.
+            the defaults, false for not at all. Needs a method that leaves the backbone as it is, e3va, e3va-plus or
+            head-only, and images of one size in each batch.
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
         patience: Stop early, once so many evaluations in turn have not become better than the best one before.
-        training: Any field of `transformers.TrainingArguments`.
+        training: Fields of `transformers.TrainingArguments`; those that the run decides, e.g. output_dir, are refused.
         sweep: Fields with a list of values each, e.g. learning_rate: [1e-3, 2e-3]; method.r: [8, 16]. Every
             combination is trained, in a folder of its own in `output`, and ranked in its sweep.json. A name without a
             dot is a training argument.
