@@ -67,17 +67,12 @@ class BaseModel:
     backbone: dict[str, str] | None = None
     outside: dict[str, dict[str, str]] = field(default_factory=dict)
 
-    @property
-    def num_labels(self) -> int | None:
-        """Number of classes, where the base has a config that knows it."""
-        return getattr(self.config, "num_labels", None)
-
     def mapping(self) -> dict[str, Any]:
         """The part of the base model that `adapter_config.json` keeps, under `auto_mapping`."""
         return {
             "base_model_class": self.class_name,
             "parent_library": self.library,
-            "num_labels": self.num_labels,
+            "num_labels": getattr(self.config, "num_labels", None),
             "backbones": self.backbones,
             "metrics": self.metrics,
             "folders": self.folders,

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from e3va_peft.backbones.base import adapted_blocks
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import Exit, find_exits
+from e3va_peft.exits import Exit, find_exits, layers_of
 from e3va_peft.frozen_pass import Grid
 from e3va_peft.highway import sum_of_adapters
 from e3va_peft.hooks import Hook
@@ -271,7 +271,7 @@ def _grid_is_known(trial: _Trial) -> str:
     """The grid of every stage is known: prefix + height * width is its number of tokens."""
     model = trial.adapted()
     grids: dict[int, Grid] = {}
-    for layer in (module for module in model.modules() if isinstance(module, E3VALayer)):
+    for layer in layers_of(model):
         layer.family = replace(layer.family, splice=partial(_noting_grids, grids, layer.family.splice))
     trial.outputs(model)
     for block, seen in trial.observed.items():
@@ -299,7 +299,7 @@ def _leaves_the_base(trial: _Trial) -> None:
             raise _Broken(f"disabled: {apart} differ")
     bare = model.unload()
     hooks = (hook for m in bare.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values()))
-    if any(isinstance(hook, Hook) for hook in hooks) or any(isinstance(m, E3VALayer) for m in bare.modules()):
+    if any(isinstance(hook, Hook) for hook in hooks) or layers_of(bare):
         raise _Broken("unloaded: hooks or layers stay")
     if bare.state_dict().keys() != trial.base.state_dict().keys():
         raise _Broken("unloaded: the names of its weights are not those of the base")

@@ -187,14 +187,9 @@ def layers_of(model: nn.Module) -> list[E3VALayer]:
     return [module for module in model.modules() if isinstance(module, E3VALayer)]
 
 
-def frozen_weights(model: nn.Module, layer: E3VALayer) -> list[tuple[str, Tensor]]:
-    """Return the parameters and buffers of a model that decide what a layer's frozen pass is, by name."""
-    modules = dict(model.named_modules())
-
-    def find(name: str) -> nn.Module:  # a module of the base model, which may be wrapped
-        return next(module for own, module in modules.items() if own == name or own.endswith(f".{name}"))
-
-    states = [module.state_dict(keep_vars=True) for module in (*layer.frozen, *map(find, layer.front))]
+def frozen_weights(layer: E3VALayer) -> list[tuple[str, Tensor]]:
+    """Return the parameters and buffers that decide what a layer's frozen pass is, by name."""
+    states = [module.state_dict(keep_vars=True) for module in (*layer.frozen, *layer.front.values())]
     if layer.is_method:  # beside the modules of the stream stand a class token, positions
         states.append(dict(layer.exit.named_parameters(recurse=False)))
     pairs = (pair for state in states for pair in state.items())

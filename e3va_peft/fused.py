@@ -82,7 +82,7 @@ def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", storage: 
     with no_autocast(tap):
         normed, deviation = read_at_once(tap, storage, dtype, norm)
         reduced = _reduce(normed, deviation, *(factor.to(dtype) for factor in factors))
-        return reduced.view(*tap.shape[:-1], -1)
+        return reduced.view(*tap.shape[:-1], reduced.shape[-1])
 
 
 def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:

@@ -213,6 +213,7 @@ class FrozenGuard(Hook):
         """Put the module into eval mode, and note what it is given."""
         if module.training:
             module.eval()
+        refuse_placeholder(args)
         if not torch.compiler.is_compiling():
             wanting = next((name for name, p in module.named_parameters() if p.requires_grad), "")
             FRONT.set({**FRONT.get(), self.name: Front(image_size(args), wants_gradient(args), wanting)})
@@ -229,6 +230,20 @@ class FrozenOutput(FrozenGuard):
         seen = FRONT.get().get(self.name)
         if seen is not None and isinstance(output, Tensor):
             FRONT.set({**FRONT.get(), self.name: seen._replace(origin=Origin(module, args, kwargs, output))})
+
+
+def refuse_placeholder(args: Sequence[Any]) -> None:
+    """Refuse what stands for the image in the examples of a cached dataset, where the backbone would read it.
+
+    Raises:
+        ValueError: The first argument is one.
+    """
+    if args and isinstance(args[0], Tensor) and args[0].dim() == 4 and args[0].dtype == torch.bool:
+        raise ValueError(
+            "the image is the placeholder of a cached dataset, and its record is not read: a cache serves the model "
+            "that was given to e3va_peft.cached, called by keywords as the Trainer does, model(**batch). Call "
+            "e3va_peft.cached(dataset, model, ...) for this model too: in one folder the records are filled once."
+        )
 
 
 def image_size(args: Iterable[Any]) -> tuple[int, int] | None:

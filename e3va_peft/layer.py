@@ -36,13 +36,14 @@ from e3va_peft.hooks import (
     check_input,
     image_size,
     refuse_offloaded,
+    refuse_placeholder,
     refuse_trainable,
     remove_hooks,
 )
 from e3va_peft.lane import Lane, most_exact
 from e3va_peft.recompute import Keep, Recompute, in_parts
 from e3va_peft.recorder import Live, Recorder, Stop
-from e3va_peft.replay import SOURCE, Once
+from e3va_peft.replay import SOURCE, Once, Replay
 
 METHOD_CHILD = "e3va"  # name of the layer in a module whose methods are the exit
 
@@ -207,8 +208,15 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.
 
         Raises:
-            ValueError: The adapters before it read other taps, or in another way, or have other live blocks.
+            ValueError: There is one of this name, or the adapters before it read other taps, or in another way, or
+                have other live blocks.
         """
+        if adapter_name in self.e3va_highway:
+            raise ValueError(
+                f"adapter_name={adapter_name!r}: this {type(self.exit).__name__} has an adapter of that name already, "
+                "of this model or of another that shares it. Choose another name or unload() first; two models need a "
+                "backbone each (copy.deepcopy)."
+            )
         for field, chosen, own in (
             ("taps", self.family.taps(config.taps), self.taps),
             ("tap_norm", config.tap_norm or self.family.tap_norm, self.tap_norm),
@@ -241,6 +249,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             kwargs: The exit's keyword arguments.
         """
         source = SOURCE.get()
+        if isinstance(source, Replay) and source.blueprint.stages is not self.stages:
+            source = None  # of another model, whose forward an interrupt ended
         if torch.compiler.is_compiling() and (source is not None or self._recomputes):
             return _outside(self, *args, e3va_method=e3va_method, **kwargs)
         active = [name for name in self.active_adapters if name in self.adapters()]
@@ -312,7 +322,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
     ) -> Recompute:
         """Note how to run the exit again: from what a module in front was given, where it made its first argument."""
         if made is None:
-            return Recompute(lane.highways, lane.norm, partial(self._run_again, method), args, kwargs)
+            return Recompute(lane.highways, partial(self._run_again, method), args, kwargs)
         module, *inputs = made
 
         def run(args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
@@ -324,7 +334,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 FRONT.reset(token)  # what its guards note is of no forward
             self._run_again(method, (first[0] if isinstance(first, tuple) else first, *rest), kwargs, keep)
 
-        return Recompute(lane.highways, lane.norm, run, (inputs, *args[1:]), kwargs)
+        return Recompute(lane.highways, run, (inputs, *args[1:]), kwargs)
 
     def _run_again(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any], keep: Keep) -> None:
         """Run the frozen blocks once more, in backward, for what enters the taps of those that are not live."""
@@ -367,6 +377,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 f"{type(self.exit).__name__}: its own checkpointing is on, which would run live blocks again without "
                 "the highway. Call set_grad_checkpointing(False): E3VA checkpoints them by itself."
             )
+        refuse_placeholder(inputs)
         check_input(inputs, front)
         return image_size(inputs) or next((seen.image for seen in front.values() if seen.image), None)
 
@@ -446,14 +457,6 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         for part in self.frozen:
             part.train(training)
         return exit
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse: see `cannot_merge`."""
-        raise cannot_merge()
-
-    def unmerge(self) -> None:
-        """Refuse: see `cannot_merge`."""
-        raise cannot_merge()
 
     def get_base_layer(self) -> nn.Module:
         """Return the exit, or the module whose methods it is."""

@@ -31,7 +31,6 @@ class Recompute:
 
     Args:
         highways: The active highways.
-        norm: How they read taps.
         run: (args, kwargs, keep): runs the frozen backbone again and calls keep(stage, index, tap) for each tap.
         args: Arguments of the forward. What of them is a tensor is kept.
         kwargs: Keyword arguments.
@@ -40,12 +39,11 @@ class Recompute:
     def __init__(
         self,
         highways: Sequence[Highway],
-        norm: str,
         run: Callable[[Sequence[Any], Mapping[str, Any], Keep], None],
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> None:
-        self.highways, self.norm, self.run = highways, norm, run
+        self.highways, self.run = highways, run
         values, self.spec = tree_flatten((tuple(args), dict(kwargs)))
         self.values = [None if isinstance(value, Tensor) else value for value in values]
         tensors = [value for value in values if isinstance(value, Tensor)]
@@ -65,8 +63,8 @@ class Recompute:
         """Tie the sum of some adapters (B, N, C) to the gradients that backward will compute."""
         return _Attached.apply(step, handle, self, (stage, first), last)
 
-    def gradients(self, saved: Sequence[Tensor]) -> list[Tensor]:
-        """Run the backbone again and return the gradients of all factors."""
+    def gradients(self, saved: Sequence[Tensor]) -> list[Tensor | None]:
+        """Run the backbone again and return the gradients of all factors; None of a stage that the loss is not of."""
         values = list(self.values)
         for place, tensor in zip(self.places, saved, strict=False):
             values[place] = tensor
@@ -90,7 +88,9 @@ class Recompute:
                 f"the second run of the backbone, in backward, did not read the taps of {missing} (stage, adapter): "
                 "their gradients are not known. Call backward before what removes hooks (unload()) or skips blocks."
             )
-        return [grad for stage in results for grad in stage]
+        reached = {segment.stage for segment in segments}
+        count = len(results) // len(self.highways)  # stages
+        return [grad if i % count in reached else None for i, stage in enumerate(results) for grad in stage]
 
     def _add(
         self, segment: Segment, tap: Tensor, factors: Sequence[Sequence[Tensor]], results: list[list[Tensor]]
@@ -106,7 +106,8 @@ class Recompute:
                 if len(segment.running) == i:
                     segment.running.append(Gradients(own, segment.grad.to(device), self.dtype))
                 running = segment.running[i]
-                running.add(*read_at_once(tap.to(device), self.stages[at].storage, self.dtype, self.norm))
+                stage = self.stages[at]
+                running.add(*read_at_once(tap.to(device), stage.storage, self.dtype, stage.norm))
                 if running.complete:
                     for result, value in zip(results[at], running.result(), strict=True):
                         result[part] = value

@@ -27,7 +27,7 @@ from e3va_peft.exits import (
 )
 from e3va_peft.fingerprint import KINDS, VECTORS, are_plain, checksum, described, noted, tensors_checksum
 from e3va_peft.fused import wraps_quantized
-from e3va_peft.hooks import is_offloaded
+from e3va_peft.hooks import Hook, is_offloaded
 from e3va_peft.layer import AdaptedMethod, has_units
 from e3va_peft.saved import will_be_sharded
 
@@ -67,8 +67,20 @@ def check_exit(model: nn.Module, found: Exit) -> None:
             "nothing to adapt. Ask the backbone for a deeper stage (out_features)."
         )
     stages = found.family.stages(found.module)
-    for block in (block for stage in stages for block in stage.blocks):
+    blocks = [block for stage in stages for block in stage.blocks]
+    for block in blocks:
         found.family.tap_points(found.module, block)
+    if not any(layer.exit is found.module for layer in layers_of(model)) and any(
+        isinstance(hook, Hook)
+        for block in blocks
+        for part in found.module.get_submodule(block).modules()
+        for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+    ):
+        raise ValueError(
+            f"{found.target}: another model that has this {type(found.module).__name__} too is adapted already, and "
+            "hooks of both would read its blocks. Give each model a backbone of its own (copy.deepcopy), or unload() "
+            "the other one."
+        )
     for name, module in ((part, module) for part in found.parts for part, module in named(model, part)):
         if isinstance(module, BaseTunerLayer):
             raise ValueError(
@@ -221,7 +233,7 @@ def backbone_fingerprint(
     layers = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
     if has_units(model):
         return None
-    parts = [frozen_weights(model, layer) for layer in layers]
+    parts = [frozen_weights(layer) for layer in layers]
 
     def sum_of(kind: str) -> str:
         sums = [_remembered(layer, part, kind) for layer, part in zip(layers, parts, strict=True)]

@@ -87,6 +87,7 @@ class Blueprint:
         skipped: Modules in front of the live blocks -> their outputs.
         behind: The live blocks and the patch merging between -> their outputs, where these split into images.
         live: Whether there are live blocks.
+        stages: Those of the layer, by which it knows that the record is its own.
     """
 
     grids: dict[int, Grid] = field(default_factory=dict)
@@ -95,6 +96,7 @@ class Blueprint:
     skipped: dict[str, Tree] = field(default_factory=dict)
     behind: dict[str, Tree] = field(default_factory=dict)
     live: bool = False
+    stages: Any = None
 
     def given(self, model: nn.Module, tensors: Mapping[str, Any], batch: int) -> AbstractContextManager[None]:
         """Return a context in which the backbone of a model is read from a record, see `Replay`."""
@@ -196,6 +198,7 @@ class Capture:
                 {name: Tree.of(output, batch) for name, output in skipped.items()},
                 {name: tree for name, tree in behind.items() if tree is not None} if all(behind.values()) else {},
                 live is not None,
+                layer.stages,
             )
         raise Captured
 

@@ -226,3 +226,22 @@ class StopAt(MetricsToCard):
 def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = [*folder.glob("adapter/*.safetensors"), *folder.glob("model/*.safetensors")]
     return load_file(file)
+
+
+def replica_of(model: nn.Module, shift: float) -> nn.Module:
+    """What `nn.DataParallel` makes of a model for another device, with other weights so that one can tell.
+
+    PyTorch's own `replicate` does the same, but only to GPUs.
+    """
+    twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, twin in twins.items():
+        for name, item in module._modules.items():
+            setattr(twin, name, None if item is None else twins[item])
+        twin._former_parameters = {
+            name: parameter.detach() * (1 + shift)
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        }
+        for name in module._parameters:
+            setattr(twin, name, twin._former_parameters.get(name))
+    return twins[model]

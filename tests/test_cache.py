@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 import zlib
+from collections import namedtuple
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
-from e3va_peft.cache.dataset import Views
+from e3va_peft.cache.dataset import Repeated, Views
 from e3va_peft.cache.rest import from_bytes, to_bytes
 from e3va_peft.cache.store import IDENTITY, INDEX, Store
 from e3va_peft.cache.taking import RECORD
@@ -38,7 +39,7 @@ from e3va_peft.plan.reading import cached_image
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.run import train
 from e3va_peft.training.sweep import sweep
-from tests.helpers import by_two, every_model_in, start
+from tests.helpers import by_two, every_model_in, replica_of, start
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
 
@@ -287,6 +288,15 @@ def test_views_repeat_and_differ_and_follow_the_epoch():
     assert not torch.equal(by_epoch[0], by_epoch[1])
 
 
+def test_views_change_where_nobody_says_the_epoch_and_several_processes_share_the_images(monkeypatch):
+    monkeypatch.setattr(PartialState(), "num_processes", 4)
+    shared = [Repeated(Views(Images(BY_NAME["vit-classifier"], 8), 4, 0)) for _ in range(4)]
+    for epoch in range(4):
+        order = torch.randperm(8).tolist()
+        found = {own.number(i) // 8 for rank, own in enumerate(shared) for i in order[rank::4]}
+        assert found == {epoch}
+
+
 def arguments(folder: Path, **options) -> TrainingArguments:
     return TrainingArguments(
         str(folder), per_device_train_batch_size=2, num_train_epochs=3, learning_rate=1e-2, report_to=[],
@@ -465,6 +475,50 @@ def test_a_model_that_was_not_given_the_cache_refuses_its_records():
         model(**default_data_collator([read[0]]))
 
 
+@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier", "swin-classifier"])
+def test_a_placeholder_that_would_be_read_as_the_image_is_refused(name):
+    case = BY_NAME[name]
+    model = adapted(case)
+    batch = collate(list(cached(Images(case), model)))
+    for call in (
+        lambda: adapted(case)(**batch),
+        lambda: model(batch["pixel_values"], labels=batch["labels"]),
+        lambda: model.base_model.model(pixel_values=batch["pixel_values"]),
+    ):
+        with pytest.raises((ValueError, TypeError), match=r"placeholder|unexpected keyword argument 'frozen_pass'"):
+            call()
+
+
+@pytest.mark.parametrize("method", [{"name": "e3va"}, {"name": "e3va", "live_blocks": 1}, {"name": "head-only"}])
+def test_a_forward_that_is_interrupted_leaves_no_record_behind(method):
+    case = BY_NAME["vit-classifier"]
+    model, other = (adapt(case.base(), method).eval() for _ in range(2))
+    batch, images = collate(list(cached(Images(case), model))), case.batch(COUNT)
+    expected = model(**images).logits
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    hook = model.get_submodule("base_model.model.classifier" if "peft" in type(model).__module__ else "classifier")
+    hook = hook.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    hook.remove()
+    if method["name"] == "e3va":
+        assert not torch.equal(other(**images).logits, model(**batch).logits)
+    assert torch.equal(model(**images).logits, expected)
+    model(**batch)
+    assert torch.equal(model(**images).logits, expected)
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_a_replica_reads_a_cached_batch(method):
+    case = BY_NAME["vit-classifier"]
+    model = adapt(case.base(), {"name": method}).eval()
+    batch = collate(list(cached(Images(case), model, storage="exact")))
+    assert torch.equal(replica_of(model, 0.0)(**batch).logits, model(**batch).logits)
+
+
 def test_a_cached_batch_without_an_active_adapter_is_refused():
     case = BY_NAME["vit-classifier"]
     model = adapted(case)
@@ -561,6 +615,24 @@ def test_changed_images_are_refused(tmp_path):
         cached(images, adapted(case), folder=tmp_path / "cache")
 
 
+def test_changed_labels_are_refused(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    images = Images(case)
+    cached(images, adapted(case), folder=tmp_path / "cache")
+    images.examples[0]["labels"] = images.examples[0]["labels"] + 1
+    with pytest.raises(UserError, match="labels of image 0"):
+        cached(images, adapted(case), folder=tmp_path / "cache")
+
+
+def test_two_datasets_of_one_length_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("E3VA_CACHE", str(tmp_path))
+    case = BY_NAME["vit-classifier"]
+    images, others = Images(case), Images(case)
+    others.examples[0]["pixel_values"] = others.examples[0]["pixel_values"] + 1
+    first, second, again = (cached(own, adapted(case), folder="auto") for own in (images, others, images))
+    assert first.store.folder == again.store.folder != second.store.folder
+
+
 def test_a_folder_that_is_no_cache_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     case = BY_NAME["vit-classifier"]
@@ -622,6 +694,17 @@ def test_a_damaged_record_is_refused(tmp_path):
         fresh[1]
 
 
+def test_a_limit_that_larger_images_reach_later_stops_there(tmp_path):
+    case = BY_NAME["convnext-classifier"]
+    images = Images(case)
+    for example in images.examples[1:]:
+        example["pixel_values"] = torch.rand(3, 96, 96)
+    with pytest.raises(UserError, match=rf"after 2 of {COUNT} records; images of this size, 96x96 px"):
+        record = len(cached(Images(case, 1), adapted(case), batch_size=1)[0][RECORD])
+        cached(images, adapted(case), folder=tmp_path / "cache", limit=14 * record, batch_size=1)
+    assert (tmp_path / "cache" / "data-0.bin").stat().st_size <= 14 * record
+
+
 @pytest.mark.parametrize("cut", [True, False], ids=["cut", "removed"])
 @pytest.mark.parametrize("name", [IDENTITY, INDEX, "data-0.bin"])
 def test_a_file_of_a_cache_that_is_cut_short_or_removed_is_named(tmp_path, name, cut):
@@ -651,6 +734,20 @@ def test_a_record_that_a_worker_has_checked_is_not_checked_again(tmp_path, monke
     expected = [example[RECORD] for batch in batches for example in batch]
     monkeypatch.setattr(zlib, "crc32", None)
     assert all(torch.equal(read[i][RECORD], expected[i]) for i in range(COUNT))
+
+
+def test_a_record_that_no_collator_copied_is_read_and_writing_to_it_leaves_the_file(tmp_path):
+    case, folder = BY_NAME["vit-classifier"], tmp_path / "cache"
+    model = adapted(case)
+    read = cached(Images(case), model, folder=folder)
+    pairs = [[read[i]] for i in range(COUNT)]
+    assert any(example[RECORD].data_ptr() % 16 for (example,) in pairs)  # records lie one behind the other
+    for (example,) in pairs:
+        alone = {name: torch.as_tensor(value)[None] for name, value in example.items()}
+        assert torch.equal(model(**alone).logits, model(**collate([example])).logits)
+    content = (folder / "data-0.bin").read_bytes()
+    pairs[0][0][RECORD].zero_()
+    assert (folder / "data-0.bin").read_bytes() == content
 
 
 @pytest.mark.parametrize("cut", ["index", "data"])
@@ -720,14 +817,19 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
         "masks": [np.zeros((2, 3), dtype=np.uint8), torch.ones(2, dtype=torch.bool)],
         "size": (4, 5.5),
         "number": np.int64(7),
+        "a.b": torch.zeros(1),
+        "a": {"b": torch.ones(1)},
     }
     found = from_bytes(to_bytes(example))
     assert found["labels"] == 3 and found["size"] == (4, 5.5) and found["number"] == 7
     assert found["boxes"]["names"] == ["a", "b"] and found["boxes"]["none"] is None
     assert torch.equal(found["boxes"]["boxes"], example["boxes"]["boxes"])
     assert isinstance(found["masks"][0], np.ndarray) and found["masks"][1].dtype == torch.bool
-    with pytest.raises(TypeError, match=r"labels\.0"):
-        to_bytes({"labels": [object()]})
+    assert found["a.b"] == 0 and found["a"]["b"] == 1
+    pair = namedtuple("Pair", "a b")(1, 2)
+    for value in (object(), {1: 2}, pair, np.array(["a"])):
+        with pytest.raises(TypeError, match=r"labels\.0: is a "):
+            to_bytes({"labels": [value]})
 
 
 # e3va train

@@ -37,6 +37,7 @@ from tests.helpers import (
     every_way,
     let_shard,
     outputs,
+    replica_of,
 )
 from tests.models import BY_NAME, Case, loss_of, train_steps
 
@@ -414,20 +415,6 @@ def test_compiled_whole_taps_are_recomputed_all_the_same(name, options, compiler
         loss_of(compiled(**batch)).backward(), loss_of(model(**batch)).backward()
     wanted = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     assert_same({key: p.grad for key, p in twin.named_parameters() if p.requires_grad}, wanted, rtol=1e-3, atol=1e-5)
-
-
-def replica_of(model: nn.Module, shift: float) -> nn.Module:
-    """What `nn.DataParallel` makes of a model for another device, with other weights so that one can tell.
-
-    PyTorch's own `replicate` does the same, but only to GPUs.
-    """
-    twins = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, twin in twins.items():
-        for name, item in module._modules.items():
-            setattr(twin, name, None if item is None else twins[item])
-        for name, parameter in module._parameters.items():
-            setattr(twin, name, None if parameter is None else parameter.detach() * (1 + shift))
-    return twins[model]
 
 
 @every_way

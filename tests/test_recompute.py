@@ -255,3 +255,20 @@ def test_nothing_stays_once_the_graph_is_gone():
         assert len(alive()) == len(before) + 1
         del loss
         assert len(alive()) == len(before)
+
+
+def test_stages_that_the_loss_is_not_of_get_no_gradient():
+    case, found = BY_NAME["swin-classifier"], []
+    models = twins(case)
+    for model in models:
+        outputs = model.train()(**case.batch(), output_hidden_states=True)
+        outputs.hidden_states[1].sum().backward()
+        found.append({key for key, p in model.named_parameters() if p.grad is not None})
+    assert found[0] == found[1] and 0 < len(found[0]) < len(dict(models[0].named_parameters()))
+
+
+def test_inference_takes_a_batch_without_images():
+    case = BY_NAME["convnext-classifier"]
+    model = adapted(case).eval()
+    with torch.no_grad():
+        assert len(model(pixel_values=case.batch()["pixel_values"][:0]).logits) == 0

@@ -232,6 +232,19 @@ def test_another_adapter_inside_the_backbone_is_refused():
         refused(model.base_model.model, "q_proj is already adapted by Linear.*never train")
 
 
+@pytest.mark.parametrize("name", ["vit-classifier", "swin-classifier", "timm-vit"])
+def test_a_backbone_that_two_models_share_is_adapted_once(name):
+    model = BY_NAME[name].base()
+    first, second = nn.Sequential(model), nn.Sequential(model)
+    first = get_peft_model(first, E3VAConfig(modules_to_save=[]))
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+        get_peft_model(second, E3VAConfig(modules_to_save=[], r=2))
+    assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
+    first.unload()
+    get_peft_model(second, E3VAConfig(modules_to_save=[], r=2))
+
+
 def test_an_output_in_front_of_every_block_is_refused():
     model = HeadOnMaps(Dinov2Backbone(Dinov2Config(**PLAIN, out_features=["stem"])))
     refused(model, "backbone.encoder: the deepest output that is asked for is the stem.*out_features")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -38,9 +39,10 @@ from e3va_peft.files import FULL_DISK
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
 from e3va_peft.training.config import RunConfig, parse_config, read_config
+from e3va_peft.training.curves import best_entry
 from e3va_peft.training.logs import _TensorBoard
 from e3va_peft.training.predict import evaluate, load_trained
-from e3va_peft.training.results import MANIFEST
+from e3va_peft.training.results import MANIFEST, plain
 from e3va_peft.training.run import train
 from e3va_peft.training.tasks.classification import ImageClassification
 from e3va_peft.training.trainer import VisionTrainer
@@ -139,6 +141,8 @@ def test_a_run_that_does_not_become_better_ends_early_and_where_it_ends_without_
     scores = lambda *_: {"accuracy": next(worse), "accuracy_per_class": [0.5, 0.5]}  # noqa: E731
     monkeypatch.setattr("e3va_peft.training.tasks.classification.ImageClassification.scores", scores)
     values = classify(tmp_path, num_train_epochs=8, load_best_model_at_end=False) | {"patience": 3}
+    assert best_entry([{"a": math.nan}, {"a": 0.4}, {"a": 0.5}], "a", higher=False) == {"a": 0.4}
+    assert plain({"a": [math.inf, 1.0]}) == {"a": [None, 1.0]}
     assert train(parse_config(values))["steps"] == 15  # three evaluations behind that of the second epoch
     assert "stopped early, at step 15 of 24: accuracy" in capsys.readouterr().out
     worse = iter([0.5, 0.7, 0.6, 0.7, 0.7, 0.4])
@@ -548,12 +552,15 @@ def test_what_is_said_to_be_trained_and_gets_no_gradient_is_named(tmp_path, monk
 
 def test_label_maps_that_are_all_ignored_are_named_and_teach_nothing(tmp_path, capsys):
     values = segment(tmp_path, num_train_epochs=1, per_device_train_batch_size=1)
-    blank = tmp_path / "discs" / "masks" / "train" / "0.png"
-    with Image.open(blank) as image:
-        size = image.size
-    Image.new("L", size).save(blank)
-    metrics = train(parse_config(values))["metrics"]
-    assert 0 <= metrics["mean_iou"] <= 1
+    for split in ("train", "val"):
+        blank = next((tmp_path / "discs" / "masks" / split).glob("*.png"))
+        with Image.open(blank) as image:
+            size = image.size
+        Image.new("L", size).save(blank)
+    values["training"] |= {"per_device_eval_batch_size": 1, "metric_for_best_model": "eval_loss"}
+    assert 0 <= train(parse_config(values))["metrics"]["mean_iou"] <= 1
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert math.isfinite(state["best_metric"])
     shown = " ".join("".join(capsys.readouterr()).split())
     assert "1 label maps of" in shown and "teach nothing" in shown and "0.png" in shown
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from e3va_peft.backbones.base import Backbone, Branch, ExitCall, Host, Merging, Site, StageSpec, TapPoint, child, is_a
+from e3va_peft.backbones.base import Backbone, Branch, ExitCall, Host, Merging, Site, TapPoint, child
 from e3va_peft.backbones.convnext import CONVNEXT
 from e3va_peft.backbones.dinov2 import DINOV2
 from e3va_peft.backbones.dinov3_convnext import DINOV3_CONVNEXT
@@ -22,11 +22,9 @@ __all__ = [
     "Host",
     "Merging",
     "Site",
-    "StageSpec",
     "TapPoint",
     "child",
     "family_of",
-    "is_a",
     "register_backbone",
     "registered_backbones",
 ]

@@ -41,10 +41,11 @@ def cached(
     """Run the frozen backbone once over a dataset, and return the dataset with what highway and head read of it.
 
         train = cached(train, model, views=4, folder="cache/train")
-        Trainer(model, TrainingArguments(remove_unused_columns=False, ...), train_dataset=train).train()
+        args = TrainingArguments(remove_unused_columns=False, ...)
+        Trainer(model, args, train_dataset=train, callbacks=[e3va_peft.training.NextView(train)]).train()
 
     Training then costs the highway and the head. Random augmentation is drawn `views` times an image and repeats from
-    then on: epoch e sees view e mod `views`. Evaluate on a cached dataset as well, or on the dataset itself.
+    then on: epoch e sees view e mod `views`. Evaluate on a cached dataset of its own, or on the dataset itself.
 
     Args:
         dataset: Examples are dictionaries that hold the image as the model takes it, (C, H, W), and labels: tensors,
@@ -66,7 +67,7 @@ def cached(
         data_collator: Makes the model's arguments of a list of examples.
         autocast: Dtype that the backbone runs in under autocast: that of the training, where results shall be equal.
         key: What the dataset and its transform are, e.g. their version: records of another key are refused. Without
-            it, a few images are looked at to see whether they are still those of the records.
+            it, a few examples are looked at to see whether they are still those of the records.
         types: Dataclasses that examples hold.
         one_size: Refuse images of several sizes, before much is computed: a batch of them would have to be padded, and
             what a backbone says of a padded image depends on the others in its batch.
@@ -106,7 +107,8 @@ def _open(
         if state.num_processes > 1:
             raise UserError("folder=None: several processes share a cache. Name a folder that all of them see.")
         temporary = folder = tempfile.mkdtemp(prefix="e3va-cache-")
-    folder = _own_folder(identity) if folder == "auto" else Path(folder).expanduser()
+    seen = [_checksum(source[number][taker.image]) for number in _looked_at(source)] if folder == "auto" else []
+    folder = _own_folder({**identity, "seen": seen}) if folder == "auto" else Path(folder).expanduser()
     with state.main_process_first():
         store = Store(folder, identity, len(source))
     found = Cached(store, source, taker.image, types)
@@ -141,15 +143,15 @@ class ByEpoch(Dataset[Any]):
     """A dataset that shows one of several views in each epoch: in epoch e view e mod `views`.
 
     Args:
-        images: Number of images.
-        views: Number of views.
+        source: The views.
     """
 
-    def __init__(self, images: int, views: int) -> None:
-        self.views, self._images = views, images
+    def __init__(self, source: Views) -> None:
+        self.views, self._images = source.views, len(source) // source.views
         # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
         self._epoch = torch.tensor(-1).share_memory_()
         self._visits = torch.zeros(self._images, dtype=torch.int32).share_memory_()
+        self._processes = PartialState().num_processes
 
     def __len__(self) -> int:
         return self._images
@@ -157,8 +159,9 @@ class ByEpoch(Dataset[Any]):
     def set_epoch(self, epoch: int) -> None:
         """Take the view of an epoch.
 
-        The Trainer calls it. Where it does not, in several processes, an image shows its next view each time that it
-        is read.
+        `training.NextView` calls it, and without it the Trainer in one process that begins at the start of an epoch.
+        Where nobody does, an image shows its next view each time that it is read; in several processes the view
+        follows from how many images this one has read.
         """
         self._epoch.fill_(epoch)
 
@@ -167,20 +170,17 @@ class ByEpoch(Dataset[Any]):
         index = range(len(self))[index]
         epoch = int(self._epoch)
         if epoch < 0:
-            epoch = int(self._visits[index])
+            visits = self._visits[index] if self._processes == 1 else self._visits.sum() * self._processes // len(self)
+            epoch = int(visits)
             self._visits[index] += 1
         return epoch % self.views * self._images + index
 
 
 class Repeated(ByEpoch):
-    """The views of a dataset, epoch by epoch, drawn each time: what a cached dataset shows, as images.
-
-    Args:
-        source: The views.
-    """
+    """The views of a dataset, epoch by epoch, drawn each time: what a cached dataset shows, as images."""
 
     def __init__(self, source: Views) -> None:
-        super().__init__(len(source) // source.views, source.views)
+        super().__init__(source)
         self.source = source
 
     def __getitem__(self, index: int) -> Any:
@@ -198,7 +198,7 @@ class Cached(ByEpoch):
     """
 
     def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
-        super().__init__(len(source) // source.views, source.views)
+        super().__init__(source)
         self.store, self.image, self.types = store, image, types
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -265,6 +265,7 @@ def _fill(
         disable=None if state.is_main_process else True,  # None: where nobody looks
     )  # fmt: skip
     fits, sizes = False, dict.fromkeys(store.sizes())
+    most = None if limit is None else limit // state.num_processes
     try:
         with bar:
             for batch in loader:
@@ -272,10 +273,9 @@ def _fill(
                 if one_size:
                     _refuse_several(sizes)
                 for number, example, row in _taken(batch, taker):
-                    image = example[taker.image]
-                    rest = to_bytes({**example, taker.image: tuple(image.shape)})
+                    rest, crc = _rest_of(example, taker.image), _checksum(example[taker.image])
                     fits = fits or store.check_room(len(row) + len(rest), limit)
-                    store.write(number, row, rest, _checksum(image), taker.size(example), state.process_index)
+                    store.write(number, row, rest, crc, taker.size(example), state.process_index, most)
                     bar.update(state.num_processes)
     finally:
         store.close()
@@ -319,14 +319,29 @@ def _refuse_changed(store: Store, source: Views, taker: Taker) -> None:
     Raises:
         UserError: One is another.
     """
-    for number in sorted({round(i * (len(source) - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)}):
-        if _checksum(source[number][taker.image]) != store.source(number):
-            index = number % (len(source) // source.views)
+    for number in _looked_at(source):
+        example, index = source[number], number % (len(source) // source.views)
+        if _checksum(example[taker.image]) != store.source(number):
             raise UserError(
                 f"folder={str(store.folder)!r}: image {index} of the dataset is not what it was when this cache was "
                 "made: its file or its transform changed, or the transform draws from other generators than Python's, "
                 "NumPy's and PyTorch's own. Choose another folder, or remove this one."
             )
+        if _rest_of(example, taker.image) != store.read(number)[1]:
+            raise UserError(
+                f"folder={str(store.folder)!r}: the labels of image {index} of the dataset, or what else its example "
+                "holds, are not what they were when this cache was made. Choose another folder, or remove this one."
+            )
+
+
+def _looked_at(source: Views) -> list[int]:
+    """Return the numbers of the examples that are made again."""
+    return sorted({round(i * (len(source) - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+
+
+def _rest_of(example: Mapping[str, Any], image: str) -> bytes:
+    """Return an example as bytes, with the shape of its image instead of the image."""
+    return to_bytes({**example, image: tuple(example[image].shape)})
 
 
 def _checksum(image: Any) -> int:

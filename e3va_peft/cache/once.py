@@ -71,7 +71,7 @@ def hold_once(first: nn.Module, other: nn.Module) -> None:
 
 
 def _frozen(model: nn.Module) -> list[list[tuple[str, Tensor]]]:
-    return [frozen_weights(model, layer) for layer in layers_of(model)]
+    return [frozen_weights(layer) for layer in layers_of(model)]
 
 
 def _are_one(first: list[tuple[str, Tensor]], other: list[tuple[str, Tensor]]) -> bool:

@@ -40,17 +40,17 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> dict[str, Any]:
 
 
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    if isinstance(value, Mapping):
-        return {"mapping": {str(k): _outline(v, tensors, f"{path}.{k}".strip(".")) for k, v in value.items()}}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {"mapping": {key: _outline(own, tensors, f"{path}.{key}".strip(".")) for key, own in value.items()}}
+    if type(value) in (list, tuple):  # a named tuple would lose its names
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_outline(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]}
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, Tensor | np.ndarray):
-        kind = "tensor" if isinstance(value, Tensor) else "array"
-        tensors[path] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
-        return {kind: path}
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind in "biufc"):
+        kind, name = "tensor" if isinstance(value, Tensor) else "array", str(len(tensors))
+        tensors[name] = torch.as_tensor(value).detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {kind: name}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -60,7 +60,8 @@ def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         return {"value": value}
     raise TypeError(
         f"{path}: is a {type(value).__name__} in the dataset's examples, which a cache does not keep. Let the dataset "
-        "return tensors, arrays, numbers, texts, or lists, dictionaries and dataclasses of them."
+        "return tensors, arrays of numbers, numbers, texts, or lists, tuples, dataclasses and dictionaries of them, "
+        "their keys being texts."
     )
 
 

@@ -19,8 +19,9 @@ from filelock import FileLock, Timeout
 from e3va_peft.errors import UserError
 from e3va_peft.files import FULL_DISK, is_draft, write_whole
 
-FORMAT = 2
+FORMAT = 3
 IDENTITY, INDEX, LOCK = "cache.json", "index.bin", ".lock"
+_FEWER = "Take fewer views, a storage of fewer bytes (int8, int4), or one tap a block (taps=('block',))."
 # One line of the index. `check` is the CRC-32 of what stands before it: a line that is cut short is not one.
 _LINE = np.dtype(
     [
@@ -127,7 +128,10 @@ class Store:
                 "another folder."
             ) from None
 
-    def write(self, number: int, row: Any, rest: bytes, source: int, size: tuple[int, int], file: int = 0) -> None:
+    def write(
+        self, number: int, row: Any, rest: bytes, source: int, size: tuple[int, int], file: int = 0,
+        most: int | None = None,
+    ) -> None:  # fmt: skip
         """Write a record.
 
         Args:
@@ -137,14 +141,20 @@ class Store:
             source: Checksum of the image.
             size: (H, W) of the image.
             file: Number of the process.
+            most: Bytes that the records of the process may have.
 
         Raises:
-            UserError: The disk is full. What was written before is whole.
+            UserError: The disk is full, or there would be more bytes. What was written before is whole.
         """
         row = memoryview(row).cast("B")
         with self._full_disk_explained():
             data, index = self._writer = self._writer or self._open(file)
             offset = data.tell()
+            if most is not None and offset + len(row) + len(rest) > most:
+                raise UserError(
+                    f"limit: reached after {self.count - len(self.missing())} of {self.count} records; images of this "
+                    f"size, {size[0]}x{size[1]} px, take {(len(row) + len(rest)) / 1e6:.2f} MB each. {_FEWER}"
+                )
             data.write(row)
             data.write(rest)
             data.flush()
@@ -194,6 +204,9 @@ class Store:
     def read(self, number: int) -> tuple[np.ndarray[Any, Any], bytes]:
         """Return a record: its row, and the rest of the example.
 
+        The row is the file's own memory, because a batch copies it anyway. Who writes to it leaves the file as it is,
+        but this process reads from then on what was written.
+
         Raises:
             UserError: It is damaged, which is looked at when it is read for the first time.
         """
@@ -201,11 +214,11 @@ class Store:
         row, rest, offset, file = int(line["row"]), int(line["rest"]), int(line["offset"]), int(line["file"])
         if file not in self._data:
             try:
-                self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="r")
+                self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="c")
             except (OSError, ValueError) as error:  # it is gone, or empty
                 raise self._damaged(f"data-{file}.bin") from error
         data = self._data[file]
-        record = np.array(data[offset : offset + row + rest])
+        record = np.asarray(data[offset : offset + row + rest])
         if not self._seen[number]:
             if len(record) < row + rest or zlib.crc32(record.data) != line["crc"] or not _is_whole(line):
                 raise self._damaged(f"record {number}")
@@ -223,15 +236,14 @@ class Store:
             UserError: The records that are missing need more than there is.
         """
         need, left = record * self.count, record * len(self.missing())
-        remedy = "Take fewer views, a storage of fewer bytes (int8, int4), or one tap a block (taps=('block',))."
         if limit is not None and need > limit:
             raise UserError(
-                f"limit={limit}: {self.count} records of {record / 1e6:.2f} MB are {need / 1e9:.2f} GB. {remedy}"
+                f"limit={limit}: {self.count} records of {record / 1e6:.2f} MB are {need / 1e9:.2f} GB. {_FEWER}"
             )
         if (free := shutil.disk_usage(self.folder).free) < left:
             raise UserError(
                 f"folder={str(self.folder)!r}: records need {left / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free. "
-                f"Choose a folder on another disk. {remedy}"
+                f"Choose a folder on another disk. {_FEWER}"
             )
         return True
 

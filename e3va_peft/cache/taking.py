@@ -18,11 +18,12 @@ from e3va_peft.cache.units import Pass, Returned, Units, as_it_was, seeded, set_
 from e3va_peft.errors import UserError
 from e3va_peft.exits import frozen_weights, layers_of
 from e3va_peft.fingerprint import checksum
+from e3va_peft.fused import own_parameters
 from e3va_peft.hooks import Hook
 from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
 
 RECORD = "frozen_pass"  # name of the rows in a batch
-_OPEN: ContextVar[tuple[AbstractContextManager[None], ...]] = ContextVar("e3va_open", default=())
+_OPEN: ContextVar[tuple[tuple[nn.Module, AbstractContextManager[None]], ...]] = ContextVar("e3va_open", default=())
 _TOLERANCE = 1e-3  # of what a model says of a record and of the image itself, as a share of the largest value
 
 Examples = Sequence[Mapping[str, Any]]
@@ -201,7 +202,7 @@ class Beside:
         """Everything of the backbone and of how it is read that decides what is in a record, by name."""
         layer = self.layer
         return {
-            "backbone": checksum(frozen_weights(self.model, layer)),
+            "backbone": checksum(frozen_weights(layer)),
             "family": layer.family.name,
             "taps": list(layer.taps),
             "tap_norm": layer.tap_norm,
@@ -239,6 +240,7 @@ class FromCache(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Take the records out of the arguments."""
+        _close(module)  # what an interrupt, behind which no hook is called, left open
         rows, image = kwargs.pop(RECORD, None), kwargs.get(self.image)
         if rows is None:
             if isinstance(image, Tensor) and image.dtype == torch.bool:
@@ -253,7 +255,7 @@ class FromCache(Hook):
         blueprint, layout = self._find(image, rows)
         context = blueprint.given(module, layout.unpack(rows), len(rows))
         context.__enter__()
-        _OPEN.set((*_OPEN.get(), context))
+        _OPEN.set((*_OPEN.get(), (module, context)))
         return args, {**kwargs, self.image: _blank(image.shape, module)}
 
     def _find(self, image: Tensor, rows: Tensor) -> tuple[Blueprint | Returned, Layout]:
@@ -273,10 +275,16 @@ class Forget(Hook):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget the records of the batch."""
-        *rest, last = _OPEN.get() or (None,)
-        if last is not None:
-            _OPEN.set(tuple(rest))
-            last.__exit__(None, None, None)
+        _close(module)
+
+
+def _close(model: nn.Module) -> None:
+    """Close the contexts that a model's forward has opened, and those inside of it."""
+    opened = _OPEN.get()
+    first = next((i for i, (module, _) in enumerate(opened) if module is model), len(opened))
+    _OPEN.set(opened[:first])
+    for _, context in reversed(opened[first:]):
+        context.__exit__(None, None, None)
 
 
 def _hook(model: nn.Module, image: str) -> FromCache:
@@ -323,7 +331,7 @@ class _Touched(TorchDispatchMode):
 
 def _blank(shape: Sequence[int], model: nn.Module) -> Tensor:
     """Return an image that nobody looks at: one zero, shown everywhere."""
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    parameter = next(p for p in own_parameters(model).values() if p.is_floating_point())
     return torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(*shape)
 
 

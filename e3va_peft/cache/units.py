@@ -29,7 +29,7 @@ class Returned(NamedTuple):
 
     def given(self, model: nn.Module, tensors: Mapping[str, Tensor], batch: int) -> AbstractContextManager[None]:
         """Return a context in which the units return recorded tensors; NaN stands for those that are not given."""
-        device, instead = next(model.parameters()).device, {}
+        device, instead = next(iter(tensors.values())).device, {}
         for name, tree in self.trees.items():
             leaves = [
                 tensors.get(place(name, i), leaf.unknown(batch, device)) for i, leaf in enumerate(tree.leaves)

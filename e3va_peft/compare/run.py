@@ -49,7 +49,7 @@ class Comparison:
         config: The task: data, model, epochs. Its own method's options and learning rate hold for that method.
         output: Folder of runs and report.
         methods: Names in `METHODS`.
-        seeds: Each of them seeds head, data order and augmentation of one run of every method.
+        seeds: Each of them seeds head, data order and, without a cache, augmentation of one run of every method.
         rates: Learning rate of each method.
     """
 
@@ -135,9 +135,9 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     Seeds are the outer loop, so that a comparison that is cut short has whole rounds. A run that is finished is not
     trained again; the measurement and the report are made again by every call.
 
-    Runs of a seed begin with the same head and see the same images in the same order. Crops and flips are drawn again:
-    they come from the random state that dropout and drop-path use, too. With a cache all of them see the same crops
-    and flips, and methods that leave the backbone as it is (`Method.cacheable`) train from the cache.
+    Runs of a seed begin with the same head and see the same images in the same order, with the same crops and flips.
+    With a cache the crops and flips of all seeds are the same, and methods that leave the backbone as it is
+    (`Method.cacheable`) train from the cache.
 
     Args:
         comparison: The comparison.

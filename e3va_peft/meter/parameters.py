@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from peft import PeftModel
 from torch import nn
 
-from e3va_peft.exits import base_modules, find_exits
-from e3va_peft.layer import E3VALayer
+from e3va_peft.exits import base_modules, find_exits, layers_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def backbone_share(model: PeftModel) -> BackboneShare:
     """
     root = model.get_base_model()
     modules = dict(base_modules(root))
-    layers = {id(layer.exit): layer for layer in root.modules() if isinstance(layer, E3VALayer)}
+    layers = {id(layer.exit): layer for layer in layers_of(root)}
     exits = [found for found in find_exits(root) if id(found.module) in layers]
     if not exits:
         raise ValueError(f"model={type(model).__name__}: holds no E3VA adapter. Pass what get_peft_model returned.")

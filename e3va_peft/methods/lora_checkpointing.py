@@ -14,20 +14,17 @@ from e3va_peft.methods.lora import LORA, lora
 
 
 def lora_checkpointing(model: nn.Module, **options: Any) -> nn.Module:
-    """Train LoRA, and run every block of the backbone again in backward instead of keeping its activations."""
-    return checkpointed(lora(model, **options))
+    """Train LoRA, and run every block of the backbone again in backward instead of keeping its activations.
 
-
-def checkpointed(model: nn.Module) -> nn.Module:
-    """Switch on reentrant checkpointing of every block: the meter can count the inputs that this form keeps.
-
-    It wants an input that requires a gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a
-    tuple, so the hook sits behind the embeddings' dropout. transformers checkpoints Swin's stages and the blocks in
-    them: less is kept, and a block runs three times a step.
+    Checkpointing is reentrant: the meter can count the inputs that this form keeps. It wants an input that requires a
+    gradient; PEFT's own hook for that crashes Swin, whose patch embeddings return a tuple, so the hook sits behind the
+    embeddings' dropout. transformers checkpoints Swin's stages and the blocks in them: less is kept, and a block runs
+    three times a step.
 
     Raises:
         UserError: A backbone of the model cannot be checkpointed.
     """
+    model = lora(model, **options)
     for found in find_exits(model):
         if not hasattr(found.module, "gradient_checkpointing_enable"):
             raise UserError(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from e3va_peft.errors import UserError, one_of, reason
-from e3va_peft.layer import E3VALayer
+from e3va_peft.exits import layers_of
 from e3va_peft.meter.step import Kind, count_peak, count_saved, take_step
 from e3va_peft.methods import METHODS, adapt, settings
 from e3va_peft.plan.blueprint import CLASSES, give_fake_memory, image_size_of, make_batch, model_builder
@@ -228,7 +228,7 @@ def most_live_blocks(
         blocks = fewest if most is None else (fewest + most + 1) // 2
         tried = fake_step(*_live(blocks))
         if most is None:  # the first also says how many blocks there are
-            most = sum(sum(m.depth) for m in tried.model.modules() if isinstance(m, E3VALayer))
+            most = sum(sum(layer.depth) for layer in layers_of(tried.model))
         if fits(tried):
             best, fewest = (blocks, tried), blocks + 1
         else:
@@ -388,7 +388,7 @@ class FakeStep:
 def optimizer_in_use(model: nn.Module) -> torch.optim.Optimizer:
     """Return an AdamW with its moments in place, as it is from the second step on.
 
-    It is the fused one, Trainer's default from torch 2.8 on: it has no temporaries.
+    It is the fused one, Trainer's default: it has no temporaries.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)

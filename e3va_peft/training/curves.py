@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,6 @@ def _series(history: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float]
 
 
 def best_entry(history: Sequence[Mapping[str, Any]], key: str, higher: bool) -> Mapping[str, Any] | None:
-    """Find the entry that Trainer keeps: the first of the best; None where none has the key."""
-    scored = [entry for entry in history if key in entry]
+    """Find the entry that Trainer keeps: the first of the best; None where none has the key, or a number in it."""
+    scored = [entry for entry in history if key in entry and not math.isnan(entry[key])]
     return max(scored, key=lambda entry: entry[key] if higher else -entry[key], default=None)

@@ -93,7 +93,11 @@ class Trained:
             return "instance-segmentation" if getattr(self.base.config, "masks", False) else "object-detection"
         if isinstance(self.base, Mask2FormerForUniversalSegmentation):
             return str(getattr(self.base.config, "task", "instance-segmentation"))
-        return "image-classification" if _classifies(type(self.base).__name__) else "semantic-segmentation"
+        return (
+            "image-classification"
+            if type(self.base).__name__.endswith("ForImageClassification")
+            else "semantic-segmentation"
+        )
 
     def outputs(self, image: Image.Image) -> Any:
         """Run the model on one image, RGB.
@@ -171,10 +175,6 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
 
 def _base(model: Any) -> Any:
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _classifies(class_name: str) -> bool:
-    return class_name.endswith("ForImageClassification")
 
 
 def _class_names(config: Any) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -298,14 +299,14 @@ def save_results(
 
 
 def plain(value: Any) -> Any:
-    """Make a value fit for JSON: not-a-number, which JSON does not have, becomes null."""
+    """Make a value fit for JSON: not-a-number and infinity, which JSON does not have, become null."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, torch.Tensor):
         return plain(value.tolist())
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
 

@@ -156,13 +156,14 @@ class VisionTrainer(Trainer):
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**{name: value for name, value in inputs.items() if name != "truth"})
+            given = {name: value for name, value in inputs.items() if name != "truth"}
+            found, outputs = self.compute_loss(model, given, return_outputs=True)
+        loss = found.detach().mean()  # nn.DataParallel gives one a device
         if prediction_loss_only:
-            return outputs.loss.detach(), None, None
+            return loss, None, None
         items = self.task.evidence(outputs, inputs, self.processor)
         gathered = self.accelerator.gather_for_metrics(items, use_gather_object=True)
         self._evidence = self.task.add(self._evidence, gathered)
-        loss = outputs.loss.detach()
         return loss, loss.reshape(1), loss.reshape(1)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -451,10 +452,12 @@ class Pace(TrainerCallback):
 
 
 class NextView(TrainerCallback):
-    """Says to a cached dataset which epoch it is, which the Trainer does in one process only.
+    """Says to a cached dataset which epoch it is, so that it shows that epoch's view.
+
+    The Trainer by itself does so in one process, for a run that begins at the start of an epoch.
 
     Args:
-        dataset: The dataset.
+        dataset: What `e3va_peft.cached` returned.
     """
 
     def __init__(self, dataset: Any) -> None:
