@@ -213,10 +213,17 @@ class FrozenGuard(Hook):
         """Put the module into eval mode, and note what it is given."""
         if module.training:
             module.eval()
-        refuse_placeholder(args)
         if not torch.compiler.is_compiling():
             wanting = next((name for name, p in module.named_parameters() if p.requires_grad), "")
             FRONT.set({**FRONT.get(), self.name: Front(image_size(args), wants_gradient(args), wanting)})
+
+
+class ImageGuard(Hook):
+    """A pre-hook, with keywords, on the base model: no placeholder of a cached dataset is taken for an image."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse it, see `refuse_placeholder`."""
+        refuse_placeholder((*args, *kwargs.values()))
 
 
 class FrozenOutput(FrozenGuard):
@@ -236,9 +243,9 @@ def refuse_placeholder(args: Sequence[Any]) -> None:
     """Refuse what stands for the image in the examples of a cached dataset, where the backbone would read it.
 
     Raises:
-        ValueError: The first argument is one.
+        ValueError: One of the arguments is one.
     """
-    if args and isinstance(args[0], Tensor) and args[0].dim() == 4 and args[0].dtype == torch.bool:
+    if any(isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.bool for value in args):
         raise ValueError(
             "the image is the placeholder of a cached dataset, and its record is not read: a cache serves the model "
             "that was given to e3va_peft.cached, called by keywords as the Trainer does, model(**batch). Call "

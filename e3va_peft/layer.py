@@ -36,7 +36,6 @@ from e3va_peft.hooks import (
     check_input,
     image_size,
     refuse_offloaded,
-    refuse_placeholder,
     refuse_trainable,
     remove_hooks,
 )
@@ -141,6 +140,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
         self._active_adapter = []
         self.merged_adapters = []
+        self.owner: Any = None  # what the model that it was made for is known by
         self.stages = family.stages(exit)
         self._register_hooks()
         self.training = exit.training
@@ -208,15 +208,8 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.
 
         Raises:
-            ValueError: There is one of this name, or the adapters before it read other taps, or in another way, or
-                have other live blocks.
+            ValueError: The adapters before it read other taps, or in another way, or have other live blocks.
         """
-        if adapter_name in self.e3va_highway:
-            raise ValueError(
-                f"adapter_name={adapter_name!r}: this {type(self.exit).__name__} has an adapter of that name already, "
-                "of this model or of another that shares it. Choose another name or unload() first; two models need a "
-                "backbone each (copy.deepcopy)."
-            )
         for field, chosen, own in (
             ("taps", self.family.taps(config.taps), self.taps),
             ("tap_norm", config.tap_norm or self.family.tap_norm, self.tap_norm),
@@ -377,7 +370,6 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 f"{type(self.exit).__name__}: its own checkpointing is on, which would run live blocks again without "
                 "the highway. Call set_grad_checkpointing(False): E3VA checkpoints them by itself."
             )
-        refuse_placeholder(inputs)
         check_input(inputs, front)
         return image_size(inputs) or next((seen.image for seen in front.values() if seen.image), None)
 

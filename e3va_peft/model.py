@@ -20,7 +20,7 @@ from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import find_exits
 from e3va_peft.fingerprint import tensors_checksum
-from e3va_peft.hooks import FrozenGuard, FrozenOutput, remove_hooks
+from e3va_peft.hooks import FrozenGuard, FrozenOutput, ImageGuard, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.refusals import backbone_fingerprint, check_backbone, check_outside, outside_fingerprints
 from e3va_peft.resolve import resolve
@@ -49,6 +49,8 @@ class E3VAModel(BaseTuner):
         is_new = not config.inference_mode and config.auto_mapping is None
         if is_new or config.base is not None:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        if not hasattr(model, _OWNER):
+            setattr(model, _OWNER, object())
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         tails = {name for found in find_exits(model) for name in found.tail}
         for name in config.modules_to_save:
@@ -57,6 +59,8 @@ class E3VAModel(BaseTuner):
                     model, name, adapter_name, adapter_name in self.active_adapters, config.inference_mode
                 )
         _ignore_input_gradients(model)
+        if not any(isinstance(hook, ImageGuard) for hook in model._forward_pre_hooks.values()):
+            model.register_forward_pre_hook(ImageGuard(), with_kwargs=True)
         if will_be_sharded():  # a sharded model cannot be asked any more
             note_base(model, self.peft_config[adapter_name], adapter_name)
         if not is_new and hasattr(model, _LOADER):
@@ -91,12 +95,23 @@ class E3VAModel(BaseTuner):
     ) -> None:
         found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
+        if isinstance(layer, E3VALayer) and layer.owner is not getattr(self.model, _OWNER):
+            raise ValueError(
+                f"{found.target}: is adapted already, in another model that shares it. Give each model a backbone of "
+                "its own (copy.deepcopy), or unload() the other one."
+            )
         if not isinstance(layer, E3VALayer):
             names = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
             front = {name: self.model.get_submodule(name) for name in names}
             layer = E3VALayer(found.module, found.family, site.depth, peft_config, front)
+            layer.owner = getattr(self.model, _OWNER)
         saved = self.peft_config[adapter_name].modules_to_save
-        layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
+        try:
+            layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
+        except BaseException:  # out of memory, Ctrl-C
+            if layer is not target:
+                layer.unload_and_optionally_merge_module(False, False, None)
+            raise
         if layer is not target:
             for name, module in layer.front.items():
                 module.register_forward_pre_hook(FrozenGuard(name))
@@ -238,6 +253,7 @@ def _warn_of_other_reading(saved: Mapping[str, Any], config: E3VAConfig) -> None
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
 _LOADER = "_load_pretrained_model"  # by which transformers' own `model.load_adapter` loads weights
+_OWNER = "_e3va_owner"
 
 
 class _CheckedLoader:

@@ -77,9 +77,8 @@ def check_exit(model: nn.Module, found: Exit) -> None:
         for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
     ):
         raise ValueError(
-            f"{found.target}: another model that has this {type(found.module).__name__} too is adapted already, and "
-            "hooks of both would read its blocks. Give each model a backbone of its own (copy.deepcopy), or unload() "
-            "the other one."
+            f"{found.target}: blocks of this {type(found.module).__name__} are adapted already, in another model or "
+            "backbone that shares them. Give each a backbone of its own (copy.deepcopy), or unload() the other one."
         )
     for name, module in ((part, module) for part in found.parts for part, module in named(model, part)):
         if isinstance(module, BaseTunerLayer):

@@ -475,18 +475,22 @@ def test_a_model_that_was_not_given_the_cache_refuses_its_records():
         model(**default_data_collator([read[0]]))
 
 
-@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier", "swin-classifier"])
-def test_a_placeholder_that_would_be_read_as_the_image_is_refused(name):
-    case = BY_NAME[name]
+@every_model
+def test_a_placeholder_that_would_be_read_as_the_image_is_refused(case):
     model = adapted(case)
-    batch = collate(list(cached(Images(case), model)))
-    for call in (
-        lambda: adapted(case)(**batch),
-        lambda: model(batch["pixel_values"], labels=batch["labels"]),
-        lambda: model.base_model.model(pixel_values=batch["pixel_values"]),
-    ):
-        with pytest.raises((ValueError, TypeError), match=r"placeholder|unexpected keyword argument 'frozen_pass'"):
-            call()
+    read = cached(Images(case), model, data_collator=collate, batch_size=1)
+    image = collate([read[0]])["pixel_values"]
+    for call in (adapted(case), model, model.base_model.model):
+        with pytest.raises(ValueError, match="is the placeholder of a cached dataset"):
+            call(image)
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier"])
+def test_a_cached_batch_that_is_called_by_position_is_refused_by_a_head_alone(name):
+    case = BY_NAME[name]
+    model = adapt(case.base(), {"name": "head-only"})
+    with pytest.raises(ValueError, match="is the placeholder of a cached dataset"):
+        model(collate(list(cached(Images(case), model)))["pixel_values"])
 
 
 @pytest.mark.parametrize("method", [{"name": "e3va"}, {"name": "e3va", "live_blocks": 1}, {"name": "head-only"}])
@@ -629,8 +633,21 @@ def test_two_datasets_of_one_length_have_folders_of_their_own(tmp_path, monkeypa
     case = BY_NAME["vit-classifier"]
     images, others = Images(case), Images(case)
     others.examples[0]["pixel_values"] = others.examples[0]["pixel_values"] + 1
-    first, second, again = (cached(own, adapted(case), folder="auto") for own in (images, others, images))
-    assert first.store.folder == again.store.folder != second.store.folder
+    other_labels = Images(case)
+    other_labels.examples[0]["labels"] = other_labels.examples[0]["labels"] + 1
+    found = [cached(own, adapted(case), folder="auto") for own in (images, others, other_labels, images)]
+    assert found[0].store.folder == found[3].store.folder
+    assert len({read.store.folder for read in found}) == 3
+
+
+def test_views_that_are_never_the_same_are_refused_before_anything_is_filled(tmp_path, monkeypatch):
+    monkeypatch.setenv("E3VA_CACHE", str(tmp_path))
+    images = Images(BY_NAME["vit-classifier"])
+    numbers = iter(range(1000))
+    monkeypatch.setattr(Images, "__getitem__", lambda self, i: self.examples[i] | {"labels": next(numbers)})
+    with pytest.raises(UserError, match="draws from other generators"):
+        cached(images, adapted(BY_NAME["vit-classifier"]), folder="auto")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_no_cache_is_refused(tmp_path):
@@ -699,7 +716,7 @@ def test_a_limit_that_larger_images_reach_later_stops_there(tmp_path):
     images = Images(case)
     for example in images.examples[1:]:
         example["pixel_values"] = torch.rand(3, 96, 96)
-    with pytest.raises(UserError, match=rf"after 2 of {COUNT} records; images of this size, 96x96 px"):
+    with pytest.raises(UserError, match=rf"after 2 of {COUNT} records; images of 96x96 px"):
         record = len(cached(Images(case, 1), adapted(case), batch_size=1)[0][RECORD])
         cached(images, adapted(case), folder=tmp_path / "cache", limit=14 * record, batch_size=1)
     assert (tmp_path / "cache" / "data-0.bin").stat().st_size <= 14 * record
@@ -734,20 +751,6 @@ def test_a_record_that_a_worker_has_checked_is_not_checked_again(tmp_path, monke
     expected = [example[RECORD] for batch in batches for example in batch]
     monkeypatch.setattr(zlib, "crc32", None)
     assert all(torch.equal(read[i][RECORD], expected[i]) for i in range(COUNT))
-
-
-def test_a_record_that_no_collator_copied_is_read_and_writing_to_it_leaves_the_file(tmp_path):
-    case, folder = BY_NAME["vit-classifier"], tmp_path / "cache"
-    model = adapted(case)
-    read = cached(Images(case), model, folder=folder)
-    pairs = [[read[i]] for i in range(COUNT)]
-    assert any(example[RECORD].data_ptr() % 16 for (example,) in pairs)  # records lie one behind the other
-    for (example,) in pairs:
-        alone = {name: torch.as_tensor(value)[None] for name, value in example.items()}
-        assert torch.equal(model(**alone).logits, model(**collate([example])).logits)
-    content = (folder / "data-0.bin").read_bytes()
-    pairs[0][0][RECORD].zero_()
-    assert (folder / "data-0.bin").read_bytes() == content
 
 
 @pytest.mark.parametrize("cut", ["index", "data"])
@@ -923,6 +926,22 @@ def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, 
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/metrics.json")}
     assert sweep(parse_config(values)) == result  # nothing is trained again
     assert before == {path: path.stat().st_mtime_ns for path in before}
+    next((tmp_path / "colors" / "test" / "red").iterdir()).unlink()
+    with pytest.raises(UserError, match=r"its scores are of .*8 images .* now has .*7 images"):
+        sweep(parse_config(values))
+
+
+def test_a_sweep_ranks_nan_last_refuses_nothing_but_nan_and_to_push(tmp_path, monkeypatch):
+    values = classify(tmp_path, num_train_epochs=1) | {"sweep": {"seed": [0, 1, 2]}}
+    with pytest.raises(UserError, match=r"training\.push_to_hub: every run of a sweep"):
+        sweep(parse_config(values | {"training": values["training"] | {"push_to_hub": True, "hub_model_id": "a/b"}}))
+    (tmp_path / "run").mkdir()
+    found = iter([None, 0.5, 0.7, None, None, None])
+    monkeypatch.setattr("e3va_peft.training.sweep.train", lambda *_: {"metrics": {"accuracy": next(found)}})
+    runs = sweep(parse_config(values))["runs"]
+    assert list(runs) == ["seed=2", "seed=1", "seed=0"] and "NaN" not in (tmp_path / "run" / "sweep.json").read_text()
+    with pytest.raises(UserError, match="accuracy: is nan in every run"):
+        sweep(parse_config(values))
 
 
 def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,46 @@ def test_an_image_folder_has_a_class_per_sub_folder(tmp_path):
     assert verify_split(train).tolist() == [3, 3]
 
 
+def test_words_in_paths_are_no_splits_and_the_first_folder_is_the_class(tmp_path):
+    for split in ("train", "dev"):
+        for name in ("car", "train", "test strip"):
+            (tmp_path / "photos" / split / name / "day 1").mkdir(parents=True)
+            picture().save(tmp_path / "photos" / split / name / "a_test_1.png")
+            picture().save(tmp_path / "photos" / split / name / "day 1" / "0.png")
+    train, evaluation = loaded(DataConfig(source=str(tmp_path / "photos"), eval_split="validation"))
+    assert train.labels == ("car", "test strip", "train")
+    for split, rows in (("train", train), ("dev", evaluation)):
+        assert all(Path(path).relative_to(tmp_path / "photos").parts[0] == split for path in drawn(rows))
+        assert [rows[i][1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    without = DataConfig(source=str(tmp_path / "photos" / "train"))
+    assert single(without).labels == train.labels and len(single(without)) == 6
+
+
+def test_folders_that_may_be_splits_or_classes_and_images_beside_folders_are_refused(tmp_path):
+    image_folder(tmp_path / "folds", splits=("a", "b"))
+    refused(DataConfig(source=str(tmp_path / "folds")), "a, b hold folders of the same names, cat, dog", "train_split")
+    assert len(single(DataConfig(source=str(tmp_path / "folds"), train_split="a", eval_split="b"))) == 6
+    image_folder(tmp_path / "photos")
+    picture().save(tmp_path / "photos" / "train" / "stray.png")
+    refused(DataConfig(source=str(tmp_path / "photos")), "directly in train, stray.png, beside")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
+def test_links_to_folders_are_followed_once(tmp_path):
+    image_folder(tmp_path / "elsewhere", splits=("",))
+    (tmp_path / "photos").mkdir()
+    for name, place in (("cat", "cat"), ("fox", "dog")):
+        (tmp_path / "photos" / name).symlink_to(tmp_path / "elsewhere" / place, target_is_directory=True)
+    (tmp_path / "elsewhere" / "cat" / "loop").symlink_to(tmp_path / "elsewhere" / "cat", target_is_directory=True)
+    split = single(DataConfig(source=str(tmp_path / "photos")))
+    assert split.labels == ("cat", "fox") and len(split) == 6
+    config = mask_folder(tmp_path / "maps", splits=("training",))
+    for kind in ("images", "annotations"):
+        (tmp_path / "maps" / kind / "training" / "scene").rename(tmp_path / kind)
+        (tmp_path / "maps" / kind / "training" / "scene").symlink_to(tmp_path / kind, target_is_directory=True)
+    assert len(single(config, kind="label-map")) == 3
+
+
 def test_an_image_folder_without_splits_is_all_for_training(tmp_path):
     config = DataConfig(source=str(image_folder(tmp_path / "photos", splits=("",))))
     train, evaluation = load_splits(config, kind="class")
@@ -239,6 +280,8 @@ def test_classes_are_matched_by_name_where_a_split_numbers_them_in_another_way(t
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
     train, evaluation = loaded(DataConfig(source=str(tmp_path / "set")))
     assert [train[i][1] for i in (0, 1)] == [0, 1] and [evaluation[i][1] for i in (0, 1)] == [1, 0]
+    renamed = loaded(DataConfig(source=str(tmp_path / "set"), labels=["tom", "rex"]))
+    assert [[split[i][1] for i in (0, 1)] for split in renamed] == [[0, 1], [1, 0]]
 
 
 def test_columns_are_found_or_named(tmp_path):
@@ -722,6 +765,16 @@ def test_an_image_is_turned_as_its_exif_tag_says(tmp_path):
     rotated(tmp_path / "x.png", picture())
     opened = open_image({"path": str(tmp_path / "x.png")}, "x")
     assert np.array_equal(opened, np.rot90(np.asarray(picture()), k=-1))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_square_image_that_is_turned_is_refused_with_its_label_map(suffix, tmp_path):
+    config = mask_folder(tmp_path, count=1)
+    image = tmp_path / "images" / "training" / "scene" / "0.jpg"
+    image.unlink()
+    rotated(image.with_suffix(f".{suffix}"), picture(8, 8), orientation=3)
+    Image.fromarray(label_map(8, 8)).save(tmp_path / "annotations" / "training" / "scene" / "0.png")
+    broken(single(config, kind="label-map"), "is turned by its EXIF tag, and nothing says whether the label map is")
 
 
 def test_a_broken_exif_block_does_not_matter():

@@ -182,6 +182,15 @@ def test_an_image_is_not_guessed_among_several_of_its_name(tmp_path):
         load_splits(config, "boxes")
 
 
+def test_an_image_that_is_missing_where_its_folder_is_there_is_not_taken_from_another_split(tmp_path):
+    label_studio(tmp_path, "train/x.jpg", "images/val/x.jpg")
+    config = DataConfig(images=str(tmp_path / "images"), annotations=str(tmp_path / "result.json"))
+    assert len(load_splits(config, "boxes")[0]) == 1
+    (tmp_path / "images" / "train").mkdir()
+    with pytest.raises(UserError, match=r"1 of its 1 images are not in .*train/x\.jpg"):
+        load_splits(config, "boxes")
+
+
 def test_two_entries_do_not_share_an_image_by_its_name(tmp_path):
     config = label_studio(tmp_path, "../upload/1/x.jpg", "images/x.jpg")
     found = json.loads((tmp_path / "result.json").read_text())

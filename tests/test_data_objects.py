@@ -433,6 +433,12 @@ def lists(folder: Path, **names: str) -> Path:
     return folder
 
 
+def test_voc_names_that_end_like_marks_of_one_class_are_names(tmp_path):
+    for name in ("frame 0", "frame 1"):
+        voc(tmp_path, name, thing())
+    assert len(load("boxes", source=str(lists(tmp_path, train="frame 0\nframe 1\n")))[0]) == 2
+
+
 def test_voc_boxes_are_pixels_counted_from_one_and_difficult_ones_are_marked(tmp_path):
     voc(tmp_path, "a", thing(more="<difficult>1</difficult>") + thing("cat", (1, 1, WIDTH, HEIGHT)))
     voc(tmp_path, "b")

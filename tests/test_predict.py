@@ -144,6 +144,12 @@ def test_files_and_folders_can_be_given_together(adapters, pictures, tmp_path):
     assert [Path(entry["file"]).name for entry in entries] == ["b.v2.png", "a.png", "grey.tif"]
 
 
+def test_what_was_drawn_before_is_not_predicted_again(adapters, pictures):
+    source, output = str(adapters / "classifier"), pictures / "found"
+    first, again = (predict(source, [str(pictures)], output, overwrite=True) for _ in range(2))
+    assert [entry["file"] for entry in first] == [entry["file"] for entry in again]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_a_broken_image_is_named_in_its_entry_and_the_others_are_predicted(name, adapters, pictures, tmp_path):
     (pictures / "b.v2.png").write_bytes((pictures / "b.v2.png").read_bytes()[:200])
@@ -628,6 +634,17 @@ def test_a_run_is_scored_on_the_samples_that_it_was_scored_on_in_training(finish
     drawn = [[row["image"]["path"] for row in split.rows] for split in (seen[0], in_training)]
     assert [seen[0].labels[i] for i in seen[0].rows["label"]] == [Path(path).parent.name for path in drawn[0]]
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
+
+
+def test_images_set_aside_that_are_not_those_of_the_run_are_no_test(tmp_path):
+    values = classify(tmp_path, num_train_epochs=1)
+    values["data"] |= {"eval_fraction": 0.3}
+    train(parse_config(values))
+    assert evaluate(str(tmp_path / "run"))[0]["accuracy"] >= 0
+    image = next((tmp_path / "colors" / "train" / "red").iterdir())
+    shutil.copy(image, image.with_name(f"more-{image.name}"))
+    with pytest.raises(UserError, match=r"data\.eval_fraction=0\.3: sets aside .* when the model was trained, "):
+        evaluate(str(tmp_path / "run"))
 
 
 def test_scoring_makes_no_folder_that_a_config_names(finished):

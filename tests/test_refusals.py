@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
 from e3va_peft import Backbone, E3VAConfig, E3VALayer, register_backbone, registered_backbones
-from tests.helpers import ways
+from tests.helpers import assert_same, outputs, ways
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
 
@@ -243,6 +243,22 @@ def test_a_backbone_that_two_models_share_is_adapted_once(name):
     assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
     first.unload()
     get_peft_model(second, E3VAConfig(modules_to_save=[], r=2))
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "timm-vit"])
+def test_an_adapter_that_was_interrupted_leaves_nothing_of_it_behind(name, monkeypatch):
+    case = BY_NAME[name]
+    model, expected = case.base().eval(), outputs(case.base().eval(), case.batch())
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("e3va_peft.layer.Highway", stop)
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(model, E3VAConfig())
+    assert_same(outputs(model, case.batch()), expected)
+    get_peft_model(model, E3VAConfig())(**case.batch())
 
 
 def test_an_output_in_front_of_every_block_is_refused():

@@ -330,7 +330,9 @@ def test_a_run_without_a_whole_checkpoint_says_that_it_starts_from_the_beginning
     assert f"{MANIFEST} is damaged" in shown and "trainer_state.json" in shown and "from the beginning" in shown
 
 
-@pytest.mark.parametrize("change", ["fewer", "other-file", "other-label", "touched", "checkpoint-of-before"])
+@pytest.mark.parametrize(
+    "change", ["fewer", "other-file", "other-label", "touched", "checkpoint-of-before", "fewer-to-evaluate-on"]
+)
 def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
     config = parse_config(classify(tmp_path, num_train_epochs=2))
     train_until(4, config, monkeypatch)
@@ -342,14 +344,17 @@ def test_a_run_does_not_resume_on_other_images(change, tmp_path, monkeypatch):
         image.write_bytes(image.read_bytes() + b"more")
     elif change == "other-label":
         image.rename(tmp_path / "colors" / "train" / "green" / f"moved-{image.name}")
-    else:
+    elif change == "touched":
         os.utime(image, (1, 1))
+    else:
+        next((tmp_path / "colors" / "test" / "red").iterdir()).unlink()
     if change == "checkpoint-of-before":
         (tmp_path / "run" / "checkpoint-3" / MANIFEST).unlink()
     if change in ("touched", "checkpoint-of-before"):
         assert train(config)["resumed"]
         return
-    with pytest.raises(UserError, match=r"checkpoint-3: was trained on 12 images .* now has 1[12] images"):
+    said = r"evaluated on 8 images .* now has 7" if "evaluate" in change else r"trained on 12 images .* now has 1[12]"
+    with pytest.raises(UserError, match=f"checkpoint-3: was {said} images"):
         train(config)
 
 

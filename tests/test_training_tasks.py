@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 from pathlib import Path
@@ -13,7 +14,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, ViTImageProcessor
+from transformers import (
+    BitImageProcessor,
+    ConvNextConfig,
+    ConvNextImageProcessor,
+    TimmWrapperConfig,
+    ViTImageProcessor,
+)
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
 from e3va_peft.errors import UserError
@@ -173,6 +180,20 @@ def test_image_and_label_map_stay_aligned(augment, crop):
     assert np.mean(decided) > 0.4
 
 
+@pytest.mark.parametrize("augment", [False, {"scale": [0.5, 0.5], "crop": 32, "flip": False}])
+def test_a_label_map_lies_where_its_image_does_to_a_fraction_of_a_pixel(augment):
+    run = segmentation(image_size=32 if augment is False else 64, augment=augment)
+    y, x = np.ogrid[:256, :256]
+    disc = ((y - 120) ** 2 + (x - 130) ** 2 < 70**2).astype(np.int64)
+    found = run.training_view(run.build_processor())(
+        Image.fromarray((255 * disc).astype(np.uint8)).convert("RGB"), disc
+    )
+    image, labels = raw(found, run.build_processor())[0] / 255, found["labels"].float()
+    for weights in ((image, labels), (image.T, labels.T)):
+        centres = [(w.sum(1) * torch.arange(32)).sum() / w.sum() for w in weights]
+        assert abs(centres[0] - centres[1]) < 0.15
+
+
 @pytest.mark.parametrize(("flip", "vertical_flip"), [(True, False), (False, True), (True, True), (False, False)])
 @pytest.mark.parametrize("make", [classification, segmentation])
 def test_flips_happen_in_half_of_the_cases_and_only_where_asked_for(make, flip, vertical_flip):
@@ -276,6 +297,19 @@ def test_a_processor_keeps_the_models_mean_and_takes_the_runs_size(models, tmp_p
     segmenter = segmentation(tmp_path).build_processor()
     assert side(segmenter) == 32 and list(segmenter.image_mean) == own["image_mean"]
     assert segmenter(picture(40, 60), return_tensors="pt")["pixel_values"].shape[-2:] == (32, 48)
+
+
+def test_processors_of_convnext_and_timm_take_the_runs_size(tmp_path):
+    ConvNextConfig().save_pretrained(tmp_path / "convnext")
+    ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnext")
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 32, 32]}
+    TimmWrapperConfig(architecture="vit_tiny_patch16_224", pretrained_cfg=own).save_pretrained(tmp_path / "timm")
+    for name, size, augment in itertools.product(("convnext", "timm"), (None, 64), (True, False)):
+        run = classification(tmp_path / name, image_size=size, augment=augment)
+        found = run.build_processor()
+        for view in (run.training_view(found), run.evaluation_view(found)):
+            assert view(picture(80, 100), 0)["pixel_values"].shape == (3, size or 32, size or 32)
+    assert list(classification(tmp_path / "timm").build_processor().image_mean) == own["mean"]
 
 
 def test_a_model_without_processor_gets_the_values_of_imagenet(models):

@@ -107,8 +107,7 @@ def _open(
         if state.num_processes > 1:
             raise UserError("folder=None: several processes share a cache. Name a folder that all of them see.")
         temporary = folder = tempfile.mkdtemp(prefix="e3va-cache-")
-    seen = [_checksum(source[number][taker.image]) for number in _looked_at(source)] if folder == "auto" else []
-    folder = _own_folder({**identity, "seen": seen}) if folder == "auto" else Path(folder).expanduser()
+    folder = _own_folder(identity, source, taker.image) if folder == "auto" else Path(folder).expanduser()
     with state.main_process_first():
         store = Store(folder, identity, len(source))
     found = Cached(store, source, taker.image, types)
@@ -211,9 +210,25 @@ class Cached(ByEpoch):
         return [self[index] for index in indices]
 
 
-def _own_folder(identity: Mapping[str, Any]) -> Path:
-    """Return the folder of records of an identity."""
-    return cache_home() / "frozen" / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+def _own_folder(identity: Mapping[str, Any], source: Views, image: str) -> Path:
+    """Return the folder of records of an identity, and of a few examples: not all datasets have a `key`.
+
+    Raises:
+        UserError: The same view of an image is another one when it is drawn again.
+    """
+    seen, again = ([_seen(source[number], image) for number in _looked_at(source)] for _ in range(2))
+    if seen != again:
+        raise UserError(
+            "dataset: draws from other generators than Python's, NumPy's and PyTorch's own, so that no view is the "
+            "same twice. Let its transform draw from these."
+        )
+    known = json.dumps({**identity, "seen": seen}, sort_keys=True)
+    return cache_home() / "frozen" / hashlib.sha256(known.encode()).hexdigest()[:16]
+
+
+def _seen(example: Mapping[str, Any], image: str) -> list[int]:
+    """Return checksums of an example's image and of the rest."""
+    return [_checksum(example[image]), zlib.crc32(_rest_of(example, image))]
 
 
 def _check(dataset: Any, model: nn.Module, views: int, storage: str, batch_size: int) -> None:
@@ -265,7 +280,6 @@ def _fill(
         disable=None if state.is_main_process else True,  # None: where nobody looks
     )  # fmt: skip
     fits, sizes = False, dict.fromkeys(store.sizes())
-    most = None if limit is None else limit // state.num_processes
     try:
         with bar:
             for batch in loader:
@@ -275,7 +289,7 @@ def _fill(
                 for number, example, row in _taken(batch, taker):
                     rest, crc = _rest_of(example, taker.image), _checksum(example[taker.image])
                     fits = fits or store.check_room(len(row) + len(rest), limit)
-                    store.write(number, row, rest, crc, taker.size(example), state.process_index, most)
+                    store.write(number, row, rest, crc, taker.size(example), state.process_index, limit)
                     bar.update(state.num_processes)
     finally:
         store.close()

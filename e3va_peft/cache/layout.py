@@ -113,8 +113,6 @@ class Layout:
 
     def unpack(self, rows: Tensor) -> dict[str, Any]:
         """(B, bytes) -> what `replay.Replay` reads: of a tap what is kept of it, of the rest tensors."""
-        if rows.data_ptr() % ALIGNED:  # a record in the file's own memory, which nobody copied into a batch
-            rows = rows.clone()
         found: dict[str, Any] = {}
         for name, entry in self.entries.items():
             parts = [part.of(rows) for part in entry.parts]

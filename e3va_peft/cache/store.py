@@ -130,7 +130,7 @@ class Store:
 
     def write(
         self, number: int, row: Any, rest: bytes, source: int, size: tuple[int, int], file: int = 0,
-        most: int | None = None,
+        limit: int | None = None,
     ) -> None:  # fmt: skip
         """Write a record.
 
@@ -141,7 +141,7 @@ class Store:
             source: Checksum of the image.
             size: (H, W) of the image.
             file: Number of the process.
-            most: Bytes that the records of the process may have.
+            limit: Bytes that the records of all processes may have; looked at a thousand times.
 
         Raises:
             UserError: The disk is full, or there would be more bytes. What was written before is whole.
@@ -150,11 +150,13 @@ class Store:
         with self._full_disk_explained():
             data, index = self._writer = self._writer or self._open(file)
             offset = data.tell()
-            if most is not None and offset + len(row) + len(rest) > most:
-                raise UserError(
-                    f"limit: reached after {self.count - len(self.missing())} of {self.count} records; images of this "
-                    f"size, {size[0]}x{size[1]} px, take {(len(row) + len(rest)) / 1e6:.2f} MB each. {_FEWER}"
-                )
+            if limit is not None and number % (self.count // 1000 or 1) == 0:
+                there = sum(int(self.index[part].sum(dtype=np.int64)) for part in ("row", "rest"))
+                if there + len(row) + len(rest) > limit:
+                    raise UserError(
+                        f"limit={limit}: reached after {np.count_nonzero(self.index['row'])} of {self.count} records; "
+                        f"images of {size[0]}x{size[1]} px take {len(row) + len(rest)} bytes each. {_FEWER}"
+                    )
             data.write(row)
             data.write(rest)
             data.flush()
@@ -204,9 +206,6 @@ class Store:
     def read(self, number: int) -> tuple[np.ndarray[Any, Any], bytes]:
         """Return a record: its row, and the rest of the example.
 
-        The row is the file's own memory, because a batch copies it anyway. Who writes to it leaves the file as it is,
-        but this process reads from then on what was written.
-
         Raises:
             UserError: It is damaged, which is looked at when it is read for the first time.
         """
@@ -214,11 +213,11 @@ class Store:
         row, rest, offset, file = int(line["row"]), int(line["rest"]), int(line["offset"]), int(line["file"])
         if file not in self._data:
             try:
-                self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="c")
+                self._data[file] = np.memmap(self.folder / f"data-{file}.bin", dtype=np.uint8, mode="r")
             except (OSError, ValueError) as error:  # it is gone, or empty
                 raise self._damaged(f"data-{file}.bin") from error
         data = self._data[file]
-        record = np.asarray(data[offset : offset + row + rest])
+        record = np.array(data[offset : offset + row + rest])
         if not self._seen[number]:
             if len(record) < row + rest or zlib.crc32(record.data) != line["crc"] or not _is_whole(line):
                 raise self._damaged(f"record {number}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -19,7 +19,7 @@ from e3va_peft.errors import UserError
 from e3va_peft.exits import frozen_weights, layers_of
 from e3va_peft.fingerprint import checksum
 from e3va_peft.fused import own_parameters
-from e3va_peft.hooks import Hook
+from e3va_peft.hooks import Hook, refuse_placeholder
 from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
 
 RECORD = "frozen_pass"  # name of the rows in a batch
@@ -242,6 +242,7 @@ class FromCache(Hook):
         """Take the records out of the arguments."""
         _close(module)  # what an interrupt, behind which no hook is called, left open
         rows, image = kwargs.pop(RECORD, None), kwargs.get(self.image)
+        refuse_placeholder(args)
         if rows is None:
             if isinstance(image, Tensor) and image.dtype == torch.bool:
                 raise ValueError(
@@ -284,7 +285,8 @@ def _close(model: nn.Module) -> None:
     first = next((i for i, (module, _) in enumerate(opened) if module is model), len(opened))
     _OPEN.set(opened[:first])
     for _, context in reversed(opened[first:]):
-        context.__exit__(None, None, None)
+        with suppress(ValueError):  # it was opened in another context, such as that of an asyncio task
+            context.__exit__(None, None, None)
 
 
 def _hook(model: nn.Module, image: str) -> FromCache:
@@ -293,7 +295,7 @@ def _hook(model: nn.Module, image: str) -> FromCache:
         if isinstance(hook, FromCache) and hook.image == image:
             return hook
     reads = FromCache(image)
-    model.register_forward_pre_hook(reads, with_kwargs=True)
+    model.register_forward_pre_hook(reads, with_kwargs=True, prepend=True)  # in front of `ImageGuard`
     model.register_forward_hook(Forget(), always_call=True)
     return reads
 

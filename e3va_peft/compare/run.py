@@ -24,8 +24,9 @@ from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import CacheConfig, RunConfig, read_config
-from e3va_peft.training.folder import checkpoints, finished
-from e3va_peft.training.run import read_cache, train, verify
+from e3va_peft.training.folder import checkpoints
+from e3va_peft.training.results import number
+from e3va_peft.training.run import read_cache, train, trained_before, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -157,11 +158,11 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     split = _check_task(comparison, task, console)
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in comparison.methods}
     plan = [(seed, name) for seed in comparison.seeds for name in comparison.methods]
-    for number, (seed, name) in enumerate(plan, start=1):
+    for position, (seed, name) in enumerate(plan, start=1):
         config = comparison.run(name, seed)
-        record = None if overwrite else finished(config)
+        record = None if overwrite else trained_before(config)
         done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
-        console.print(f"[bold][{number}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
+        console.print(f"[bold][{position}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
         if record is None:
             record = train(config, overwrite)
             for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
@@ -258,7 +259,7 @@ def _rows(
     saved = {name: reports[0].saved_bytes for name, reports in steps.items()}
     rows = []
     for name, runs in records.items():
-        scores = [run["metrics"][metric] for run in runs]
+        scores = [number(run["metrics"][metric]) for run in runs]
         from_cache = steps.get(name + CACHED)
         share = None
         if {"full", "head-only"} <= saved.keys():

@@ -28,8 +28,16 @@ def read_classes(
     for name, rows in chosen.items():
         refuse_empty(config, name, rows)
     parts = {name: _columns(config, name, rows) for name, rows in chosen.items()}
-    labels = _labels(config, next(iter(parts.values()))) if model is None else list(model)
-    return {name: _class_ids(config, name, part, labels, model) for name, part in parts.items()}, labels
+    first = next(iter(parts.values()))
+    labels = _labels(config, first) if model is None else list(model)
+    named = {name: own_names(config, _names(part), model, name, _names(first), labels) for name, part in parts.items()}
+    return {name: _class_ids(config, name, part, labels, named[name]) for name, part in parts.items()}, labels
+
+
+def _names(rows: datasets.Dataset) -> list[str] | None:
+    """The names that a dataset gives its own label's numbers."""
+    feature = rows.features["label"]
+    return feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 
 def _columns(config: DataConfig, split: str, rows: datasets.Dataset) -> datasets.Dataset:
@@ -46,7 +54,7 @@ def _columns(config: DataConfig, split: str, rows: datasets.Dataset) -> datasets
 def _labels(config: DataConfig, rows: datasets.Dataset) -> list[str]:
     """Choose the class names: the config's, or the dataset's."""
     feature = rows.features["label"]
-    labels = class_names(config, feature.names if isinstance(feature, datasets.ClassLabel) else None)
+    labels = class_names(config, _names(rows))
     if labels is None:
         plain = isinstance(feature, datasets.Value)  # not a list of several labels
         labels = names_of({value for part in _parts(rows) for value in part}) if plain else None
@@ -64,13 +72,11 @@ def _parts(rows: datasets.Dataset) -> Iterator[list[Any]]:
 
 
 def _class_ids(
-    config: DataConfig, split: str, rows: datasets.Dataset, labels: list[str], model: Sequence[str] | None
+    config: DataConfig, split: str, rows: datasets.Dataset, labels: list[str], own: Sequence[str] | None
 ) -> datasets.Dataset:
     """Turn the label column into class ids and check each of them."""
     ids: list[int] = []
     numbers = {name: i for i, name in enumerate(labels)}
-    kind = rows.features["label"]
-    own = own_names(config, kind.names if isinstance(kind, datasets.ClassLabel) else None, model, split)
     for part in _parts(rows):
         for value in part:
             ids.append(class_id(value, own, numbers, f"{source_of(config)}, split {split!r}, row {len(ids)}"))

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 
 from e3va_peft.data.config import DataConfig, LabelKind
-from e3va_peft.data.images import IMAGE_SUFFIXES
+from e3va_peft.data.images import pictures_in
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, make_record, make_rows, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
@@ -254,10 +254,13 @@ def _locate(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
     if len(found) < len(set(names)):
         wanted = Counter(PureWindowsPath(name).name for name in set(names))  # which splits at / and \
         below: dict[str, list[Path]] = {}
-        for file in folder.rglob("*"):
-            if file.suffix.lower() in IMAGE_SUFFIXES:
-                below.setdefault(file.name, []).append(file)
-        bases = {name: PureWindowsPath(name).name for name in names if name not in found}
+        for file in pictures_in(folder):
+            below.setdefault(file.name, []).append(file)
+        # Where the folder that it names is there, the image is missing: another one of its name is of another split.
+        missing = [
+            n for n in names if n not in found and not ("/" in n and os.path.isdir(os.path.dirname(folder / n)))
+        ]
+        bases = {name: PureWindowsPath(name).name for name in missing}
         found |= {name: below[b][0] for name, b in bases.items() if wanted[b] == 1 and len(below.get(b, ())) == 1}
     absent = [name for name in names if name not in found]
     if absent:

@@ -10,7 +10,7 @@ import datasets
 from huggingface_hub import constants
 
 from e3va_peft.data.config import DataConfig, source_of
-from e3va_peft.data.images import IMAGE_SUFFIXES, outside
+from e3va_peft.data.images import IMAGE_SUFFIXES, outside, pictures_in
 from e3va_peft.data.splits import EVAL, TRAIN
 from e3va_peft.errors import UserError, reason, refuse_no_path
 
@@ -25,7 +25,15 @@ _TABLE = (
     "Put the list into the folder of the images as metadata.csv, with the columns file_name and label, and name that "
     "folder; or sort the images into one sub-folder per class."
 )
-_TOLD = ("metadata.*", "*/metadata.*", "*.parquet", "*/*.parquet", "*.arrow", "*/*.arrow")  # what needs no folders
+_TOLD = tuple(  # what needs no folders
+    f"{place}{name}"
+    for place in ("", "*/")
+    for name in ("metadata.*", "*.parquet", "*.arrow", "*.zip", "*.tar", "*.tar.gz", "*.tgz")
+)
+_LAYOUT = "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg."
+# Folders of splits by other names, as the `datasets` library calls them.
+_CALLED = dict.fromkeys(("val", "valid", "dev"), "validation") | {"training": "train"}
+_CALLED |= dict.fromkeys(("testing", "eval", "evaluation"), "test")
 
 
 def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -52,6 +60,8 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
         refuse_no_path("data.source", source)
         if path.is_file():
             raise UserError(f"data.source={source!r}: {_file_hint(path)}")
+        if path.is_dir() and not _is_told(path):
+            return _class_folders(config, path)
         place = str(path) if path.exists() else source
         return dict(datasets.load_dataset(place, config.name, revision=config.revision))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -61,8 +71,7 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
             error = error.__cause__  # which alone says what is wrong
         if path.is_dir():
             raise UserError(
-                f"data.source={source!r}: cannot be read ({reason(error)}). It holds {look(path)}. An image folder is "
-                "SPLIT/CLASS/image.jpg or CLASS/image.jpg."
+                f"data.source={source!r}: cannot be read ({reason(error)}). It holds {look(path)}. {_LAYOUT}"
             ) from None
         if path.exists():
             raise UserError(
@@ -73,6 +82,48 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
             f"Hub ({reason(error)}). Correct the path; or, for the Hub, the id, the network and, if it is private, "
             "`hf auth login`."
         ) from None
+
+
+def _is_told(folder: Path) -> bool:
+    """Whether something else than folders may say what the classes of the images below one are."""
+    if any(any(folder.glob(name)) for name in _TOLD):
+        return True
+    card = folder / "README.md"
+    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
+
+
+def _class_folders(config: DataConfig, folder: Path) -> dict[str, datasets.Dataset]:
+    """Read SPLIT/CLASS/image.jpg or CLASS/image.jpg, or images deeper in a class's folder.
+
+    Not by the `datasets` library, which takes the folder right above an image for its class, and words such as train
+    and test anywhere in a path for a split.
+    """
+    own = (config.train_split, config.eval_split)
+    found: dict[str, dict[str, list[Path]]] = {}
+    for place in _split_folders(config, folder) or [""]:
+        classes = found.setdefault((place if place in own else _CALLED.get(place, place)) or "train", {})
+        for name in _contents(folder / place)[1]:
+            classes.setdefault(name, []).extend(pictures_in(folder / place / name))
+    names = sorted({name for classes in found.values() for name, pictures in classes.items() if pictures})
+    if not names:
+        raise UserError(f"data.source={config.source!r}: holds {look(folder)}. {_LAYOUT}")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    rows = {}
+    for split, classes in found.items():
+        pairs = [(str(path.absolute()), names.index(name)) for name in sorted(classes) for path in classes[name]]
+        columns = {"image": [path for path, _ in pairs], "label": [label for _, label in pairs]}
+        rows[split] = datasets.Dataset.from_dict(columns, features=features)
+    return rows
+
+
+def _split_folders(config: DataConfig, folder: Path) -> list[str]:
+    """Name the sub-folders that are splits: of a usual name or the config's, with folders alone in them or alone."""
+    inside = {name: _contents(folder / name) for name, number in _contents(folder)[1].items() if number}
+    usual = {*TRAIN, *EVAL, *_CALLED, config.train_split, config.eval_split}
+    named = [name for name in inside if name in usual]
+    filled = [name for name, (images, below, _) in inside.items() if images or any(below.values())]
+    apart = [name for name in named if any(inside[name][1].values()) and not inside[name][0]]
+    return named if set(filled) <= set(named) else apart
 
 
 def _refuse_outside(config: DataConfig, found: Mapping[str, datasets.Dataset]) -> None:
@@ -137,11 +188,10 @@ def refuse_unsorted(config: DataConfig) -> None:
         UserError: It has a list instead of images, or images lie in no folder of a class, or all in one.
     """
     folder = Path(str(config.source))
-    if not folder.is_dir() or any(any(folder.glob(name)) for name in _TOLD):
+    if not folder.is_dir() or _is_told(folder):
         return
     direct, below, lists = _contents(folder)
-    usual = {*TRAIN, *EVAL, config.train_split, config.eval_split}
-    splits = [name for name in below if name in usual]
+    splits = _split_folders(config, folder)
     places = {name: _contents(folder / name) for name in splits} or {"": (direct, below, lists)}
     begin, sorts = (
         f"data.source={config.source!r}:",
@@ -154,8 +204,21 @@ def refuse_unsorted(config: DataConfig) -> None:
         where = f"directly in {' and '.join(bare)}" if splits else "in it directly"
         table = f" Or, with {lists[0]}: {_TABLE}" if lists else ""
         raise UserError(f"{begin} its images lie {where}, and nothing says what their classes are. {sorts}{table}")
-    for name, (_, classes, _) in places.items():
+    for name, (images, classes, _) in places.items():
         filled = [label for label, number in classes.items() if number]
+        if images and filled:
+            raise UserError(
+                f"{begin} has images {f'directly in {name}' if name else 'directly in it'}, {_some(images)}, beside "
+                f"those in folders, {_some(filled)}. Move each into the folder of its class. {sorts}"
+            )
+        within = [] if splits else [_contents(folder / label) for label in filled]
+        same = set.intersection(*(set(below) for _, below, _ in within)) if len(within) > 1 else set()
+        if same and not any(images for images, _, _ in within):
+            raise UserError(
+                f"{begin} its folders {_some(filled)} hold folders of the same names, {_some(sorted(same))}: which of "
+                "them are classes, and which splits? Name splits train and val, or by data.train_split and "
+                "data.eval_split; or move the images of each class into its folder."
+            )
         if len(filled) == 1 and name not in EVAL:
             images, inner, _ = _contents(folder / name / filled[0])
             if images and not inner:
@@ -172,7 +235,7 @@ def _contents(folder: Path) -> tuple[list[str], dict[str, int], list[str]]:
     lists = [
         entry.name for entry in entries if entry.name.lower().endswith((".csv", ".tsv", ".json", ".txt", ".xlsx"))
     ]
-    below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and entry.name[0] != "."}
+    below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and entry.name[0] not in "._"}
     return images, below, lists
 
 

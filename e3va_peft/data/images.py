@@ -34,6 +34,18 @@ def outside(paths: Iterable[str], folders: Iterable[str | Path]) -> list[str]:
     return [path for path in paths if not places[os.path.dirname(path)]]
 
 
+def pictures_in(folder: str | Path) -> list[Path]:
+    """List the images below a folder. Links to folders are followed, and a folder is looked into once."""
+    found, seen = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for path in (Path(place, name) for name in files) if path.suffix.lower() in IMAGE_SUFFIXES]
+    return sorted(found)
+
+
 def open_image(item: dict[str, Any], where: str) -> Image.Image:
     """Open an image as 8-bit RGB, turned as its EXIF tag says.
 
@@ -56,10 +68,14 @@ def open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[i
     Raises:
         UserError: It cannot be read as an image.
     """
-    image, raw = _decoded(item, where), None
+    image, raw = _open(item, where), None
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
         if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-            image, raw = ImageOps.exif_transpose(image), image.size[::-1]
+            raw = image.size[::-1]
+    image = _loaded(image, where)
+    with contextlib.suppress(Exception):
+        if raw is not None:  # of a TIFF, Pillow turns the pixels and drops the tag
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -80,7 +96,7 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
     Raises:
         UserError: It cannot be read, or has colours.
     """
-    image = _decoded(item, where)
+    image = _loaded(_open(item, where), where)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise UserError(
             f"{where}: is a {image.mode} image; a label map has one number per pixel. Save class ids as an 8-bit "
@@ -127,8 +143,7 @@ def _open(item: dict[str, Any], where: str) -> Image.Image:
     return image
 
 
-def _decoded(item: dict[str, Any], where: str) -> Image.Image:
-    image = _open(item, where)
+def _loaded(image: Image.Image, where: str) -> Image.Image:
     try:
         image.load()
     except (OSError, SyntaxError, ValueError, EOFError) as error:

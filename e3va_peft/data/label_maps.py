@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from e3va_peft.data.config import DataConfig, LabelKind, source_of
 from e3va_peft.data.hub import column, load_dataset, two_columns, undecoded
-from e3va_peft.data.images import IMAGE_SUFFIXES, open_label_map
+from e3va_peft.data.images import open_label_map, pictures_in
 from e3va_peft.data.names import class_names, refuse_names
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
 from e3va_peft.errors import UserError
@@ -90,7 +90,7 @@ def _pairs(images: Path, masks: Path) -> datasets.Dataset:
 def _by_name(folder: Path) -> dict[Path, Path]:
     """Find images by their path below a folder, without suffix."""
     found: dict[Path, Path] = {}
-    for path in sorted(_pictures(folder)):
+    for path in pictures_in(folder):
         name = path.relative_to(folder).with_suffix("")
         if name in found:
             raise UserError(
@@ -99,10 +99,6 @@ def _by_name(folder: Path) -> dict[Path, Path]:
             )
         found[name] = path
     return found
-
-
-def _pictures(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
 def _columns(config: DataConfig, split: str, rows: datasets.Dataset) -> datasets.Dataset:

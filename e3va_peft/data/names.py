@@ -57,12 +57,38 @@ def match_names(config: DataConfig, own: Sequence[str], model: Sequence[str], wh
 
 
 def own_names(
-    config: DataConfig, classes: Sequence[str] | None, model: Sequence[str] | None, split: str
+    config: DataConfig,
+    classes: Sequence[str] | None,
+    model: Sequence[str] | None,
+    split: str,
+    first: Sequence[str] | None,
+    labels: Sequence[str],
 ) -> Sequence[str] | None:
-    """Name the numbers of a split's labels; None where the split has no names, or the config renames them."""
+    """Name the numbers of a split's labels; None where the split has no names.
+
+    Args:
+        config: Where the data is. Its labels may rename those of the split that is trained on, in their order.
+        classes: The split's own names.
+        model: A model's, which stand for those of the split that is trained on.
+        split: Its name.
+        first: The own names of the split that is trained on.
+        labels: The names of the classes, all in all.
+
+    Raises:
+        UserError: The split has a class that is not among them.
+    """
+    where = f"{source_of(config)}, split {split!r}"
     if classes is not None and model is not None:
-        return match_names(config, classes, model, f"{source_of(config)}, split {split!r}")
-    return classes if config.labels is None else None
+        return match_names(config, classes, model, where)
+    if classes is None or config.labels is None:
+        return classes
+    renamed = dict(zip(first if first is not None else labels, labels, strict=True))
+    if odd := [name for name in classes if name not in renamed]:
+        raise UserError(
+            f"{where}: has the classes {odd[:10]}, which the split that is trained on does not have; it has "
+            f"{list(renamed)[:10]}. Rename or remove them."
+        )
+    return [renamed[name] for name in classes]
 
 
 def names_of(seen: Iterable[Any]) -> list[str] | None:

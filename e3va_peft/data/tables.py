@@ -59,7 +59,8 @@ def read_tables(
         raise UserError(f"data.objects_column: {columns[train].name!r} holds classes that are neither ids nor names.")
     refuse_names(names, 1)
     numbers = {name: i for i, name in enumerate(names)}
-    own = {split: own_names(config, each.classes, model, split) for split, each in columns.items()}
+    first = columns[train].classes
+    own = {split: own_names(config, each.classes, model, split, first, names) for split, each in columns.items()}
     return {
         split: _table(config, kind, rows, split, columns[split], own[split], numbers) for split, rows in chosen.items()
     }, names

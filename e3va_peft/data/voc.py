@@ -40,7 +40,8 @@ def find_voc(config: DataConfig, folders: Mapping[str, Path]) -> dict[str, list[
     for prefix, folder in folders.items():
         for path in sorted(folder.glob("ImageSets/Main/*.txt")):
             lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-            if not lines or lines[0].split()[1:] not in (["-1"], ["0"], ["1"]):  # such lists are of one class
+            of_one_class = lines and all(line.split()[1:] in (["-1"], ["0"], ["1"]) for line in lines)
+            if not of_one_class or (folder / "Annotations" / f"{lines[0]}.xml").is_file():
                 found[prefix + path.stem] = [(folder, line) for line in lines]
     if not found:
         raise UserError(

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 
 from e3va_peft.data.config import DataConfig, LabelKind
-from e3va_peft.data.images import IMAGE_SUFFIXES, outside
+from e3va_peft.data.images import outside, pictures_in
 from e3va_peft.data.names import class_names, match_names, refuse_names
 from e3va_peft.data.records import Record, finite_number, make_record, make_rows, refuse_broken, shown
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
@@ -142,8 +142,7 @@ def _images(split: YoloSplit, name: str) -> list[Path]:
                 f"{', '.join(map(str, split.roots))}. Put the images there, or correct the path."
             )
         if place.is_dir():
-            pictures = (path for path in place.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-            found |= dict.fromkeys(sorted(pictures))
+            found |= dict.fromkeys(pictures_in(place))
         else:
             found |= dict.fromkeys(_listed(place, split.roots))
     return list(found)

@@ -126,7 +126,7 @@ def _plate(
     color: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Write a name on a plate above its box, or as near as it stays inside of the picture."""
-    margin = font.size // 5
+    margin, text = font.size // 5, " ".join(text.split())
     width, height = pen.textlength(text, font) + 2 * margin, font.size + 2 * margin
     x = max(0, min(float(box[0]), image.width - width))
     y = max(0, min(float(box[1]) - height, image.height - height))

@@ -28,7 +28,7 @@ from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples
 from e3va_peft.data.formats import load_eval_split
-from e3va_peft.data.images import IMAGE_SUFFIXES, open_image
+from e3va_peft.data.images import IMAGE_SUFFIXES, open_image, pictures_in
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections
 from e3va_peft.detection import Detector
@@ -40,7 +40,7 @@ from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
-from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, read_run
+from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, read_run
 from e3va_peft.training.results import plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
@@ -260,6 +260,8 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     split = load_eval_split(config.data, task.label_kind, trained.labels, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
+    if config is trained.config and config.data.eval_fraction is not None:
+        _refuse_other_draw(Path(source) / METRICS, config, split.rows_fingerprint())
     labels = tuple(class_names(config.data, None) or split.labels)
     if labels != trained.labels:
         raise UserError(
@@ -280,6 +282,18 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
         )
         loss = trainer.evaluate()["eval_loss"]
     return {"loss": loss, **trainer.scores}, split.labels
+
+
+def _refuse_other_draw(metrics: Path, config: RunConfig, now: str) -> None:
+    """Refuse images set aside that are not those of the run: it may have been trained on some of them."""
+    record = json.loads(metrics.read_text(encoding="utf-8"))
+    before = record.get("rows", {}).get("eval", now)
+    if before != now:
+        raise UserError(
+            f"data.eval_fraction={config.data.eval_fraction}: sets aside {now}, and when the model was trained, "
+            f"{before}: images came, went or changed, and the model may have learned some that are now set aside. "
+            "Restore the data of then, or name images that it has not seen: --data my.yaml with an eval_split."
+        )
 
 
 def predict(
@@ -307,7 +321,7 @@ def predict(
         FileExistsError: `output` holds predictions already, or other label maps.
         UserError: There are no images, or nothing that can be loaded.
     """
-    files = _files(images)
+    files = _files(images, output)
     _locate(source)  # what is there already is no matter to somebody who has named the wrong run
     _refuse_existing(output, overwrite)
     return _predict({output: load_trained(source)}, files, top, threshold)[output]
@@ -342,7 +356,7 @@ def predict_together(
         UserError: See `predict`; or two sources have one name, one has no highway, or they have other frozen weights
             or image processors. Nothing has been written.
     """
-    files = _files(images)
+    files = _files(images, output)
     folders = _folders(sources, output)
     for source in sources:
         _locate(source)
@@ -472,14 +486,16 @@ def _found(
         return {"error": str(error)}
 
 
-def _files(images: Sequence[str]) -> dict[str, Path]:
+def _files(images: Sequence[str], output: Path) -> dict[str, Path]:
     """Find the images; name each by its path below the folder that was given, without suffix."""
     files: dict[str, Path] = {}
     for given in images:
         path = Path(given).expanduser()
         if not path.exists():
             raise UserError(f"image={given!r}: no such file or folder (from {Path.cwd()}).")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        inside = [path]
+        if path.is_dir():  # without what an earlier prediction drew there
+            inside = [file for file in pictures_in(path) if not file.resolve().is_relative_to(output.resolve())]
         for file in inside:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
             if name in files:

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +26,7 @@ from transformers import TrainingArguments
 
 from e3va_peft.card import record_metrics, write_card_of_run
 from e3va_peft.config import E3VAConfig
+from e3va_peft.data.examples import Split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.files import write_whole
 from e3va_peft.methods import METHODS
@@ -118,15 +119,23 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
         raise UserError(f"{folder}: {error}") from None
 
 
-def trained_on(rows: str, arguments: TrainingArguments) -> dict[str, Any]:
+def fingerprints(splits: Sequence[Split | None]) -> dict[str, str | None]:
+    """Say what the examples are that are trained and evaluated on, see `Split.rows_fingerprint`."""
+    pairs = zip(("train", "eval"), splits, strict=True)
+    return {name: None if split is None else split.rows_fingerprint() for name, split in pairs}
+
+
+def trained_on(rows: Mapping[str, str | None], arguments: TrainingArguments) -> dict[str, Any]:
     """Describe what a resumed run must share with its checkpoint: the examples, and how many are in a step.
 
     Args:
-        rows: Fingerprint of the examples.
+        rows: See `fingerprints`.
         arguments: Those of the training.
     """
     images = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    return {"rows": rows} | ({} if arguments.auto_find_batch_size else {"images_a_step": images})
+    return {"rows": rows["train"], "eval_rows": rows["eval"]} | (
+        {} if arguments.auto_find_batch_size else {"images_a_step": images}
+    )
 
 
 def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: int) -> None:
@@ -147,6 +156,12 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: i
         raise UserError(
             f"{checkpoint}: was trained on {before['rows']}, and the data now has {now['rows']}. Restore the images "
             "and labels of then to resume, or train on those of now from the beginning with --overwrite."
+        )
+    if before["eval_rows"] != now["eval_rows"]:
+        raise UserError(
+            f"{checkpoint}: was evaluated on {before['eval_rows']}, and the data now has {now['eval_rows']}: its "
+            "scores and the coming ones could not be compared. Restore the images and labels of then to resume, or "
+            "train from the beginning with --overwrite."
         )
     images = before.get("images_a_step")
     if images != now.get("images_a_step", images):
@@ -309,6 +324,11 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def number(value: float | None) -> float:
+    """Read what `plain` made of a number: null was not a finite one."""
+    return math.nan if value is None else value
 
 
 def push(folder: Path, repo_id: str, token: str | None, console: Console) -> None:

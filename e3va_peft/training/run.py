@@ -46,12 +46,14 @@ from e3va_peft.training.folder import (
     METRICS,
     begin,
     check_output,
+    finished,
     locked,
 )
 from e3va_peft.training.logs import reported
 from e3va_peft.training.results import (
     check_disk,
     check_hub,
+    fingerprints,
     full_disk_explained,
     last_checkpoint,
     push,
@@ -127,7 +129,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     if config.data.verify and checkpoint is None and state.is_main_process:
         verify(splits, console)
     state.wait_for_everyone()
-    rows = splits[0].rows_fingerprint()
+    rows = fingerprints(splits)
     arguments = build_arguments(config, task, has_eval=splits[1] is not None)
     if checkpoint is not None:
         refuse_other_training(checkpoint, trained_on(rows, arguments), state.num_processes)
@@ -153,6 +155,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         seconds = _run(trainer, checkpoint, overwrite)
         _evaluate_at_end(trainer)
     record = _record(config, trainer, splits[0].labels, trained, seconds, resumed=checkpoint is not None)
+    record["rows"] = rows
     record |= {} if config.cache is None else {"cache_seconds": round(filled, 1)}
     weights = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None  # all processes
     if state.is_main_process:
@@ -166,6 +169,24 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
         if hub is not None:
             push(folder, hub, config.training.get("hub_token"), console)
     state.wait_for_everyone()
+    return record
+
+
+def trained_before(config: RunConfig) -> dict[str, Any] | None:
+    """The content of `metrics.json` of a run that is finished, on the data as it is now; None where it is not.
+
+    Raises:
+        FileExistsError: `config.output` holds a run with other settings.
+        UserError: The data has changed since.
+    """
+    record = finished(config)
+    if record is not None and "rows" in record:
+        rows = fingerprints(load_splits(config.data, task_of(config).label_kind, config.seed))
+        if rows != record["rows"]:
+            raise UserError(
+                f"output={config.output!r}: its scores are of {record['rows']}, and the data now has {rows}. Restore "
+                "the images and labels of then, choose another output, or train again with --overwrite."
+            )
     return record
 
 

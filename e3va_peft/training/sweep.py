@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from e3va_peft.data.formats import load_splits
 from e3va_peft.errors import UserError
 from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, parse_config, set_field
-from e3va_peft.training.folder import MARKER, finished
-from e3va_peft.training.run import process, train
+from e3va_peft.training.folder import MARKER
+from e3va_peft.training.results import number, plain
+from e3va_peft.training.run import process, train, trained_before
 from e3va_peft.training.tasks import task_of
 
 SWEEP = "sweep.json"
@@ -34,6 +36,8 @@ def runs_of(config: RunConfig) -> dict[str, RunConfig]:
         chosen = dict(zip(config.sweep, values, strict=True))
         name = ",".join(f"{key.rpartition('.')[2]}={value}" for key, value in chosen.items())
         fields = replace(config, sweep={}).to_dict()
+        token = config.training.get("hub_token")  # which is not written down
+        fields["training"] |= {} if token is None else {"hub_token": token}
         fields["output"] = str(Path(config.output) / name)
         for key, value in chosen.items():
             set_field(fields, key if "." in key else f"training.{key}", value, f"sweep.{key}")
@@ -60,16 +64,22 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     if (output / MARKER).exists():
         raise UserError(f"output={config.output!r}: holds a single run. Choose another folder for a sweep.")
     runs = runs_of(config)
+    if config.training.get("push_to_hub"):
+        raise UserError(
+            "training.push_to_hub: every run of a sweep would replace the last one. Push the best by itself."
+        )
     _refuse_unscored(next(iter(runs.values())))
     scores = {}
     for name, own in runs.items():
-        record = None if overwrite else finished(own)
+        record = None if overwrite else trained_before(own)
         record = record or train(own, overwrite)
-        scores[name] = record["metrics"][metric]
-    ranked = sorted(scores, key=lambda name: -scores[name])
+        scores[name] = number(record["metrics"][metric])
+    ranked = sorted(scores, key=lambda name: (math.isnan(scores[name]), -scores[name]))
+    if math.isnan(scores[ranked[0]]):
+        raise UserError(f"{metric}: is nan in every run: nothing in the evaluation split counts. Look at its labels.")
     result = {"metric": metric, "sweep": config.sweep, "runs": {name: scores[name] for name in ranked}}
     if PartialState().is_main_process:
-        write_whole(output / SWEEP, json.dumps(result, indent=2) + "\n")
+        write_whole(output / SWEEP, json.dumps(plain(result), indent=2) + "\n")
         _show(output, result)
     return result
 

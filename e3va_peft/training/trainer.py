@@ -63,7 +63,7 @@ class VisionTrainer(Trainer):
     Attributes:
         scores: Scores of the last evaluation, per-class scores included.
         confusion: Of the last evaluation, which class was taken for which; None where objects are found.
-        rows: Fingerprint of the examples that are trained on, for the manifests of checkpoints.
+        rows: See `results.fingerprints`, for the manifests of checkpoints.
     """
 
     def __init__(self, task: Task, processor: Any, callbacks: Sequence[TrainerCallback] = (), **kwargs: Any) -> None:
@@ -71,7 +71,7 @@ class VisionTrainer(Trainer):
         self.processor = processor
         self.scores: dict[str, Any] = {}
         self.confusion: torch.Tensor | None = None
-        self.rows = ""
+        self.rows: dict[str, str | None] = {"train": None, "eval": None}
         self._evidence: Any = None
         self._looked_for_idle = False
         super().__init__(compute_metrics=self._score, **kwargs)

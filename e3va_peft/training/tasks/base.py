@@ -16,8 +16,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import v2
-from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode, v2
+from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel, ViTImageProcessor
 from transformers.utils import cached_file
 
 from e3va_peft.cache.taking import RECORD
@@ -260,7 +261,12 @@ def find_processor(model: str) -> Any:
         UserError: Its file is there and broken.
     """
     try:
-        return AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+        found = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
+        known = getattr(found, "data_config", None)  # timm's, which knows no options of transformers'
+        if known is None:
+            return found
+        size = dict(zip(("height", "width"), known["input_size"][-2:], strict=True))
+        return ViTImageProcessor(image_mean=list(known["mean"]), image_std=list(known["std"]), size=size)
     except (OSError, ValueError) as error:
         file = None
         with contextlib.suppress(OSError):  # no such model: its own loading says so
@@ -290,6 +296,19 @@ def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
         if name not in known:
             raise UserError(f"processor.{name}: {cls.__name__} has no such option.{nearest(name, known)}")
     return cls(**options)
+
+
+class MasksInPlace(v2.Transform):
+    """Lets a transform of torchvision resize masks to where their image is: its nearest pixel is half a pixel off."""
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Resize an image, or a mask."""
+        if isinstance(inpt, tv_tensors.Mask):
+            size = params.get("size") or self.size
+            plain = inpt.as_subclass(Tensor).unsqueeze(0)  # torchvision 0.25 heeds no interpolation for masks
+            resized = v2.functional.resize(plain, size, InterpolationMode.NEAREST_EXACT).squeeze(0)
+            return tv_tensors.wrap(resized, like=inpt)
+        return super().transform(inpt, params)
 
 
 def grey(processor: Any) -> list[int]:

@@ -58,6 +58,8 @@ class ImageClassification(Task):
             if found is not None and getattr(found, "do_center_crop", False):
                 ratio = edge(found.size) / side(found)
                 options |= {"size": {"shortest_edge": round(size * ratio)}, "crop_size": square}
+            elif "shortest_edge" in options.get("size", ()):
+                options |= {"size": {"shortest_edge": size}}
             else:
                 options |= {"size": square}
         return make_processor(cls, options | self.config.processor)

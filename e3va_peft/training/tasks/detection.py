@@ -35,6 +35,7 @@ from e3va_peft.training.average_precision import coco_scores, voc_scores
 from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
+    MasksInPlace,
     Task,
     View,
     grey,
@@ -290,15 +291,8 @@ def _trained_on(objects: Objects) -> tuple[Tensor, Tensor, Tensor | None]:
     return boxes, classes, torch.from_numpy(stack).to(torch.uint8)
 
 
-class _ShortestSize(v2.RandomShortestSize):
-    """torchvision's, with masks resized to where their image is: its own nearest pixel is half a pixel off."""
-
-    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
-        if isinstance(inpt, tv_tensors.Mask):
-            plain = inpt.as_subclass(Tensor)  # torchvision 0.25 heeds no interpolation for masks
-            resized = v2.functional.resize(plain, params["size"], InterpolationMode.NEAREST_EXACT)
-            return tv_tensors.wrap(resized, like=inpt)
-        return super().transform(inpt, params)
+class _ShortestSize(MasksInPlace, v2.RandomShortestSize):
+    pass
 
 
 def _augmented(

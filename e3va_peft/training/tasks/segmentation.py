@@ -32,6 +32,7 @@ from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
+    MasksInPlace,
     Task,
     View,
     grey,
@@ -112,10 +113,10 @@ class SemanticSegmentation(Task):
         size, ignored = side(processor), self.config.data.ignore_index
         fill = {tv_tensors.Image: grey(processor), tv_tensors.Mask: ignored, "others": 0}
         if self.config.augment is None:
-            steps: list[v2.Transform] = [v2.Resize(size), v2.CenterCrop(size)]
+            steps: list[v2.Transform] = [_Resize(size), v2.CenterCrop(size)]
         else:
             low, high = (round(factor * size) for factor in self.scale())
-            resize = v2.RandomResize(low, high + 1) if high > low else v2.Resize(low)
+            resize = _RandomResize(low, high + 1) if high > low else _Resize(low)
             crop = v2.RandomCrop(self.config.augment.crop or size, pad_if_needed=True, fill=fill)
             steps = [resize, crop, *self.flips(), *self.colors()]
         transform = v2.Compose([v2.ToImage(), *steps, *normalized(processor)[1:]])
@@ -185,6 +186,14 @@ def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
     names = stage_names(found)
     found.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
     return mask2former.new_config(found, model) if head == "mask2former" else UperNetConfig(backbone_config=found)
+
+
+class _Resize(MasksInPlace, v2.Resize):
+    pass
+
+
+class _RandomResize(MasksInPlace, v2.RandomResize):
+    pass
 
 
 def _augmented(
