@@ -27,6 +27,7 @@ from e3va_peft.hooks import (
     EndTap,
     Front,
     GridTap,
+    ImageGuard,
     LiveInput,
     LiveOutput,
     MergingInput,
@@ -140,7 +141,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
         self.e3va_tail = nn.ModuleDict()  # adapter -> trained copies of the modules behind the last block
         self._active_adapter = []
         self.merged_adapters = []
-        self.owner: Any = None  # what the model that it was made for is known by
+        self.owner: ImageGuard | None = None  # of the model that it was made for
         self.stages = family.stages(exit)
         self._register_hooks()
         self.training = exit.training

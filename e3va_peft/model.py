@@ -49,9 +49,14 @@ class E3VAModel(BaseTuner):
         is_new = not config.inference_mode and config.auto_mapping is None
         if is_new or config.base is not None:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        if not hasattr(model, _OWNER):
-            setattr(model, _OWNER, object())
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        first = _guard_of(model) is None
+        guarded = model.register_forward_pre_hook(ImageGuard(), with_kwargs=True) if first else None
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except BaseException:
+            if guarded is not None:
+                guarded.remove()
+            raise
         tails = {name for found in find_exits(model) for name in found.tail}
         for name in config.modules_to_save:
             if name not in tails:
@@ -59,8 +64,6 @@ class E3VAModel(BaseTuner):
                     model, name, adapter_name, adapter_name in self.active_adapters, config.inference_mode
                 )
         _ignore_input_gradients(model)
-        if not any(isinstance(hook, ImageGuard) for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(ImageGuard(), with_kwargs=True)
         if will_be_sharded():  # a sharded model cannot be asked any more
             note_base(model, self.peft_config[adapter_name], adapter_name)
         if not is_new and hasattr(model, _LOADER):
@@ -95,7 +98,7 @@ class E3VAModel(BaseTuner):
     ) -> None:
         found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
-        if isinstance(layer, E3VALayer) and layer.owner is not getattr(self.model, _OWNER):
+        if isinstance(layer, E3VALayer) and layer.owner is not _guard_of(self.model):
             raise ValueError(
                 f"{found.target}: is adapted already, in another model that shares it. Give each model a backbone of "
                 "its own (copy.deepcopy), or unload() the other one."
@@ -104,7 +107,7 @@ class E3VAModel(BaseTuner):
             names = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
             front = {name: self.model.get_submodule(name) for name in names}
             layer = E3VALayer(found.module, found.family, site.depth, peft_config, front)
-            layer.owner = getattr(self.model, _OWNER)
+            layer.owner = _guard_of(self.model)
         saved = self.peft_config[adapter_name].modules_to_save
         try:
             layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
@@ -253,7 +256,6 @@ def _warn_of_other_reading(saved: Mapping[str, Any], config: E3VAConfig) -> None
 
 _PEFT_PREFIX = "base_model.model."  # which keys have in a PeftModel, and not where transformers loads the adapter
 _LOADER = "_load_pretrained_model"  # by which transformers' own `model.load_adapter` loads weights
-_OWNER = "_e3va_owner"
 
 
 class _CheckedLoader:
@@ -332,6 +334,11 @@ class _IgnoredInputGradients:
 
     def __call__(self) -> None:
         """Do nothing. PEFT and Trainer call this when gradient checkpointing is on; it would crash Swin."""
+
+
+def _guard_of(model: nn.Module) -> ImageGuard | None:
+    """Return the guard of a base model, by which its layers know it; a copy of both has a copy of it."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ImageGuard)), None)
 
 
 def _ignore_input_gradients(model: nn.Module) -> None:

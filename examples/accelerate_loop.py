@@ -26,12 +26,8 @@ args = parser.parse_args()
 accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_steps=2)
 data = load_dataset("imagefolder", data_dir=args.data)
 names = data["train"].features["label"].names
-model = AutoModelForImageClassification.from_pretrained(
-    args.model,
-    id2label=dict(enumerate(names)),
-    label2id={name: i for i, name in enumerate(names)},
-    ignore_mismatched_sizes=True,  # the pretrained head has other classes
-)
+labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+model = AutoModelForImageClassification.from_pretrained(args.model, **labels, ignore_mismatched_sizes=True)
 model = get_peft_model(model, e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model)
 

@@ -26,12 +26,8 @@ args = parser.parse_args()
 
 data = load_dataset("imagefolder", data_dir=args.data)
 names = data["train"].features["label"].names
-model = AutoModelForImageClassification.from_pretrained(
-    args.model,
-    id2label=dict(enumerate(names)),
-    label2id={name: i for i, name in enumerate(names)},
-    ignore_mismatched_sizes=True,  # the pretrained head has other classes
-)
+labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+model = AutoModelForImageClassification.from_pretrained(args.model, **labels, ignore_mismatched_sizes=True)
 processor = AutoImageProcessor.from_pretrained(args.model)
 
 

@@ -33,12 +33,8 @@ for item in coco["annotations"]:
     if not item["iscrowd"]:
         objects[item["image_id"]].append(item)
 
-model = Mask2FormerForUniversalSegmentation.from_pretrained(
-    args.model,
-    id2label=dict(enumerate(names)),
-    label2id={name: i for i, name in enumerate(names)},
-    ignore_mismatched_sizes=True,  # the pretrained head has other classes
-)
+labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+model = Mask2FormerForUniversalSegmentation.from_pretrained(args.model, **labels, ignore_mismatched_sizes=True)
 model = get_peft_model(model, e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model, do_reduce_labels=False, ignore_index=0)  # 0: no object
 

@@ -25,12 +25,8 @@ parser.add_argument("--epochs", type=int, default=20)
 parser.add_argument("--batch-size", type=int, default=4)
 args = parser.parse_args()
 
-model = UperNetForSemanticSegmentation.from_pretrained(
-    args.model,
-    id2label=dict(enumerate(args.labels)),
-    label2id={name: i for i, name in enumerate(args.labels)},
-    ignore_mismatched_sizes=True,  # the pretrained head has other classes
-)
+labels = {"id2label": dict(enumerate(args.labels)), "label2id": {name: i for i, name in enumerate(args.labels)}}
+model = UperNetForSemanticSegmentation.from_pretrained(args.model, **labels, ignore_mismatched_sizes=True)
 model = get_peft_model(allow_single_values(model), e3va_peft.E3VAConfig())
 processor = AutoImageProcessor.from_pretrained(args.model, do_reduce_labels=args.first == 1)
 

@@ -31,13 +31,13 @@ from e3va_peft.methods import adapt
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.drawing import palette
 from e3va_peft.training.export import export
-from e3va_peft.training.predict import evaluate, load_trained, predict, predict_together
+from e3va_peft.training.predict import Trained, evaluate, load_trained, predict, predict_together
 from e3va_peft.training.run import train
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import find_config, find_processor
 from tests.helpers import pickle_weights
-from tests.inputs import classify, segment
+from tests.inputs import classify, segment, small_head
 from tests.models import BY_NAME
 
 LABELS = {0: "ground", 1: "disc", 2: "edge"}
@@ -142,6 +142,13 @@ def test_files_and_folders_can_be_given_together(adapters, pictures, tmp_path):
         str(adapters / "classifier"), [str(pictures / "b.v2.png"), str(pictures / "below")], tmp_path / "2"
     )
     assert [Path(entry["file"]).name for entry in entries] == ["b.v2.png", "a.png", "grey.tif"]
+
+
+def test_an_adapter_alone_counts_the_labels_of_a_mask2former_as_its_run_does(tmp_path):
+    run = parse_config(segment(tmp_path) | {"head": "mask2former", "model_options": small_head("mask2former")})
+    task = task_of(run)
+    model, processor = task.build_model(["ground", "disc"]), task.build_processor()
+    assert {Trained(model, processor, ("ground", "disc"), own).first_label for own in (run, None)} == {1}
 
 
 def test_what_was_drawn_before_is_not_predicted_again(adapters, pictures):

@@ -84,7 +84,8 @@ class Trained:
         """The value in the user's own label maps of the first class: 1 where 0 means that a pixel does not count."""
         if self.config is not None:
             return int(self.config.data.reduce_labels)
-        return int(bool(getattr(self.processor, "do_reduce_labels", False)))
+        reduced = bool(getattr(self.processor, "do_reduce_labels", False))
+        return int(getattr(self.base.config, "first_label", reduced))
 
     @property
     def task(self) -> str:
@@ -321,7 +322,7 @@ def predict(
         FileExistsError: `output` holds predictions already, or other label maps.
         UserError: There are no images, or nothing that can be loaded.
     """
-    files = _files(images, output)
+    files = _files(images, [output])
     _locate(source)  # what is there already is no matter to somebody who has named the wrong run
     _refuse_existing(output, overwrite)
     return _predict({output: load_trained(source)}, files, top, threshold)[output]
@@ -356,8 +357,8 @@ def predict_together(
         UserError: See `predict`; or two sources have one name, one has no highway, or they have other frozen weights
             or image processors. Nothing has been written.
     """
-    files = _files(images, output)
     folders = _folders(sources, output)
+    files = _files(images, folders)
     for source in sources:
         _locate(source)
     for folder in folders:
@@ -486,16 +487,17 @@ def _found(
         return {"error": str(error)}
 
 
-def _files(images: Sequence[str], output: Path) -> dict[str, Path]:
-    """Find the images; name each by its path below the folder that was given, without suffix."""
+def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
+    """Find the images, but for what predictions drew; name each by its path below its folder, without suffix."""
+    drawn = [(output / name).resolve() for output in outputs for name in ("masks", "overlays")]
     files: dict[str, Path] = {}
     for given in images:
         path = Path(given).expanduser()
         if not path.exists():
             raise UserError(f"image={given!r}: no such file or folder (from {Path.cwd()}).")
         inside = [path]
-        if path.is_dir():  # without what an earlier prediction drew there
-            inside = [file for file in pictures_in(path) if not file.resolve().is_relative_to(output.resolve())]
+        if path.is_dir():
+            inside = [file for file in pictures_in(path) if not any(map(file.resolve().is_relative_to, drawn))]
         for file in inside:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
             if name in files:

@@ -66,6 +66,7 @@ class SemanticSegmentation(Task):
         self.apply_options(config)
         self._set_ignore_index(config)
         if isinstance(config, Mask2FormerConfig):
+            config.first_label = int(self.config.data.reduce_labels)  # its image processor does not reduce labels
             return mask2former.build(config, self.config.task, self.config.model, new=config is not found)
         if config is found:
             model = load_weights(AutoModelForSemanticSegmentation, self.config.model, new=_HEADS, config=config)
