@@ -60,8 +60,6 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
         refuse_no_path("data.source", source)
         if path.is_file():
             raise UserError(f"data.source={source!r}: {_file_hint(path)}")
-        if path.is_dir() and not _is_told(path):
-            return _class_folders(config, path)
         place = str(path) if path.exists() else source
         return dict(datasets.load_dataset(place, config.name, revision=config.revision))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -92,12 +90,18 @@ def _is_told(folder: Path) -> bool:
     return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
 
 
-def _class_folders(config: DataConfig, folder: Path) -> dict[str, datasets.Dataset]:
-    """Read SPLIT/CLASS/image.jpg or CLASS/image.jpg, or images deeper in a class's folder.
+def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
+    """Load SPLIT/CLASS/image.jpg or CLASS/image.jpg, or images deeper in a class's folder; nothing of another source.
 
     Not by the `datasets` library, which takes the folder right above an image for its class, and words such as train
     and test anywhere in a path for a split.
+
+    Raises:
+        UserError: It is a folder without images.
     """
+    folder = Path(str(config.source))
+    if not folder.is_dir() or _is_told(folder):
+        return {}
     own = (config.train_split, config.eval_split)
     found: dict[str, dict[str, list[Path]]] = {}
     for place in _split_folders(config, folder) or [""]:
@@ -110,7 +114,7 @@ def _class_folders(config: DataConfig, folder: Path) -> dict[str, datasets.Datas
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
     rows = {}
     for split, classes in found.items():
-        pairs = [(str(path.absolute()), names.index(name)) for name in sorted(classes) for path in classes[name]]
+        pairs = [(str(path.absolute()), i) for i, name in enumerate(names) for path in classes.get(name, ())]
         columns = {"image": [path for path, _ in pairs], "label": [label for _, label in pairs]}
         rows[split] = datasets.Dataset.from_dict(columns, features=features)
     return rows
