@@ -700,12 +700,12 @@ def test_a_dataset_without_images_is_refused():
 
 def test_a_damaged_record_is_refused(tmp_path):
     case = BY_NAME["vit-classifier"]
-    read = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    read = cached(Images(case, 8), adapted(case), folder=tmp_path / "cache")
     data = tmp_path / "cache" / "data-0.bin"
     content = bytearray(data.read_bytes())
     content[int(read.store.index[1]["offset"]) + 40] ^= 1
     data.write_bytes(content)
-    fresh = cached(Images(case), adapted(case), folder=tmp_path / "cache")
+    fresh = cached(Images(case, 8), adapted(case), folder=tmp_path / "cache")
     assert fresh[0]
     with pytest.raises(UserError, match="record 1 is damaged"):
         fresh[1]
