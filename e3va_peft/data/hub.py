@@ -122,10 +122,13 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
 
 def _split_folders(config: DataConfig, folder: Path) -> list[str]:
     """Name the sub-folders that are splits: of a usual name or the config's, with folders alone in them or alone."""
-    inside = {name: _contents(folder / name) for name, number in _contents(folder)[1].items() if number}
+    below = [name for name, number in _contents(folder)[1].items() if number]
     usual = {*TRAIN, *EVAL, *_CALLED, config.train_split, config.eval_split}
-    named = [name for name in inside if name in usual]
-    filled = [name for name, (images, below, _) in inside.items() if images or any(below.values())]
+    named = [name for name in below if name in usual]
+    if not named:  # the folders of classes, which may hold a million images, need no look
+        return []
+    inside = {name: _contents(folder / name) for name in below}
+    filled = [name for name, (images, classes, _) in inside.items() if images or any(classes.values())]
     apart = [name for name in named if any(inside[name][1].values()) and not inside[name][0]]
     return named if set(filled) <= set(named) else apart
 

@@ -94,11 +94,8 @@ class Trained:
             return "instance-segmentation" if getattr(self.base.config, "masks", False) else "object-detection"
         if isinstance(self.base, Mask2FormerForUniversalSegmentation):
             return str(getattr(self.base.config, "task", "instance-segmentation"))
-        return (
-            "image-classification"
-            if type(self.base).__name__.endswith("ForImageClassification")
-            else "semantic-segmentation"
-        )
+        classifies = type(self.base).__name__.endswith("ForImageClassification")
+        return "image-classification" if classifies else "semantic-segmentation"
 
     def outputs(self, image: Image.Image) -> Any:
         """Run the model on one image, RGB.
