@@ -1,9 +1,11 @@
-"""Cut a dataset with masks into square tiles: images with a few objects each, which a small model learns from scratch.
+"""Cut images of objects into square tiles, as images with a few objects each or, sorted by their number, as classes.
 
 python benchmarks/tiles.py DATA TILES --side 64  # dsb2018/{images,annotations}; a new folder of the same layout
+python benchmarks/tiles.py DATA TILES --side 160 --count RBC  # bccd; a new folder TILES/SPLIT/CELLS/TILE.png
 
 Tiles lie side by side from the upper left corner; what is left over at the right and lower edges is not used. An
-object is cut along with its image, and left out of a tile where fewer than 16 of its pixels lie.
+object is cut along with its image, and left out of a tile where fewer than 16 of its pixels lie. It is counted in the
+tile where the centre of its box lies; tiles with three or more are one class.
 """
 
 from __future__ import annotations
@@ -17,11 +19,14 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
+from e3va_peft.data.config import DataConfig
+from e3va_peft.data.formats import load_splits
 from e3va_peft.data.objects import encode_masks
 from e3va_peft.detection.annotations import encode_segmentation
 
 SPLITS = ("train", "val")
 LEAST = 16
+MOST = 3
 
 
 def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
@@ -61,13 +66,35 @@ def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": content["categories"]}
 
 
+def sort_by_count(data: Path, tiles: Path, side: int, name: str) -> None:
+    """Cut the splits of a dataset in Pascal VOC's layout; each tile goes into the folder of its number of objects."""
+    for splits in (("train", "val"), ("trainval", "test")):
+        loaded = load_splits(DataConfig(str(data), train_split=splits[0], eval_split=splits[1]), "boxes")
+        for called, split in zip(splits, loaded, strict=True):
+            assert split is not None  # both are named
+            for index in range(len(split)):
+                image, objects = split[index]
+                boxes = objects.boxes[objects.labels == split.labels.index(name)]
+                places = (boxes[:, :2] + boxes[:, 2:]) / 2 // side  # of the tiles, x and y
+                for y in range(0, image.height - side + 1, side):
+                    for x in range(0, image.width - side + 1, side):
+                        count = int((places == (x // side, y // side)).all(1).sum())
+                        folder = tiles / called / (str(count) if count < MOST else f"{MOST} or more")
+                        folder.mkdir(parents=True, exist_ok=True)
+                        image.crop((x, y, x + side, y + side)).save(folder / f"{index}-{y}-{x}.png")
+
+
 def main() -> None:
-    """Cut both splits."""
+    """Cut all splits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("tiles", type=Path)
     parser.add_argument("--side", type=int, default=64, help="in pixels (default: 64)")
+    parser.add_argument("--count", metavar="NAME", help="sort the tiles by their number of objects of this class")
     args = parser.parse_args()
+    if args.count:
+        sort_by_count(args.data, args.tiles, args.side, args.count)
+        return
     (args.tiles / "annotations").mkdir(parents=True)
     for split in SPLITS:
         content = cut(args.data, args.tiles, split, args.side)
