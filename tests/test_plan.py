@@ -377,6 +377,19 @@ def test_a_detector_needs_what_is_planned_or_less(head, method, configs):
     assert real.peak_bytes < 1.02 * planned.peak < (3 if "mask" in head else 1.1) * real.peak_bytes
 
 
+def test_the_largest_batch_of_a_detector_is_found_by_few_steps(configs):
+    build = model_builder(str(configs / "swin-classifier"), "object-detection", 3, small, "retinanet")
+    step, asked = FakeStep(build, BY_METHOD["E3VA"], "object-detection", 64, None, "cpu"), set()
+
+    def trace(batch: int) -> Any:
+        asked.add(batch)
+        return step.trace(batch)
+
+    memory = needed_bytes(step.trace(40).peak)
+    assert abs(largest_batch(trace, 2, memory + 100) - 40) <= 1 and len(asked) <= 3
+    assert largest_batch(step.trace, 2, needed_bytes(step.trace(5).peak) + 100) == 5
+
+
 def test_a_detector_is_planned_by_its_task_and_head(configs, tmp_path, monkeypatch):
     monkeypatch.setattr("e3va_peft.plan.estimate.settings", lambda: {"E3VA": {"name": "e3va"}})
     output = tmp_path / "plan.json"

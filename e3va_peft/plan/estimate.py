@@ -419,7 +419,8 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
     With the batch the sizes of tensors grow on straight lines, and the operations stay the same ones. So two steps
     give the live bytes after each operation at any batch size, and their maximum is the peak there, exactly. A batch
     of one image may run other operations (batch norms), and is asked by itself; so is every batch where two steps
-    differ.
+    differ, as with detectors, whose heads go through the images one by one: up to `_SOME` images, beyond which the
+    peak is taken to grow as it does up to there.
 
     Args:
         trace: Runs a step with a batch of this size.
@@ -428,6 +429,11 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
     """
     one = max(2, batch_size)
     other = _guess(trace(one), one, memory)
+    if other > _SOME != one and len(trace(one).totals) != len(trace(_SOME).totals):
+        half, full = needed_bytes(trace(_SOME // 2).peak), needed_bytes(trace(_SOME).peak)
+        if full <= memory:
+            return _SOME + (memory - full) * (_SOME // 2) // (full - half)
+        other = _SOME
     first, second = trace(one).totals, trace(other).totals
 
     def peak(batch: int) -> int:
@@ -448,6 +454,9 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
         middle = (fitting + failing) // 2
         fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
     return fitting
+
+
+_SOME = 16
 
 
 def _guess(at: Trace, batch_size: int, memory: int) -> int:
