@@ -53,8 +53,9 @@ class E3VAModel(BaseTuner):
         guarded = model.register_forward_pre_hook(ImageGuard(), with_kwargs=True) if first else None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except BaseException:
+        except BaseException:  # a refusal, out of memory, Ctrl-C
             if guarded is not None:
+                self._put_back(model)
                 guarded.remove()
             raise
         tails = {name for found in find_exits(model) for name in found.tail}
@@ -69,6 +70,17 @@ class E3VAModel(BaseTuner):
         if not is_new and hasattr(model, _LOADER):
             setattr(model, _LOADER, _CheckedLoader(model, adapter_name))
 
+    def _put_back(self, model: nn.Module) -> None:
+        """Put back the exits that were replaced before it came to an error."""
+        own = _guard_of(model)
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, E3VALayer) and layer.owner is own:
+                exit = layer.unload_and_optionally_merge_module(False, False, None)
+                for module in layer.front.values():
+                    remove_hooks(module)
+                parent, _, child = name.rpartition(".")
+                self._replace_module(model.get_submodule(parent), child, exit, layer)
+
     def _prepare_adapter_config(self, peft_config: E3VAConfig, model_config: dict[str, Any]) -> E3VAConfig:
         """Resolve the names in the config and refuse what cannot work, before anything is changed.
 
@@ -76,14 +88,20 @@ class E3VAModel(BaseTuner):
         `inject_adapter` wraps.
         """
         resolve(self.model, peft_config)
-        places = []
-        for found in find_exits(self.model):
-            if found.target in peft_config.target_modules:  # type: ignore[operator]
-                places.append(found.place)
-                if found.family.methods and not hasattr(found.module, METHOD_CHILD):
-                    found.module.add_module(METHOD_CHILD, nn.Identity())  # which the layer will replace
+        chosen = [found for found in find_exits(self.model) if found.target in peft_config.target_modules]  # type: ignore[operator]
+        present = dict(self.model.named_modules(remove_duplicate=False))
+        for found in chosen:
+            layer = present.get(found.place)
+            if isinstance(layer, E3VALayer) and layer.owner is not _guard_of(self.model):
+                raise ValueError(
+                    f"{found.target}: is adapted already, in another model that shares it. Give each model a backbone "
+                    "of its own (copy.deepcopy), or unload() the other one."
+                )
+        for found in chosen:
+            if found.family.methods and not hasattr(found.module, METHOD_CHILD):
+                found.module.add_module(METHOD_CHILD, nn.Identity())  # which the layer will replace
         for_peft = copy.copy(peft_config)
-        for_peft.target_modules = "|".join(map(re.escape, places))
+        for_peft.target_modules = "|".join(re.escape(found.place) for found in chosen)
         for_peft.exclude_modules = for_peft.modules_to_save = None
         return for_peft
 
@@ -98,11 +116,6 @@ class E3VAModel(BaseTuner):
     ) -> None:
         found = next(found for found in find_exits(self.model) if found.place == current_key)
         site, layer = found.site, target
-        if isinstance(layer, E3VALayer) and layer.owner is not _guard_of(self.model):
-            raise ValueError(
-                f"{found.target}: is adapted already, in another model that shares it. Give each model a backbone of "
-                "its own (copy.deepcopy), or unload() the other one."
-            )
         if not isinstance(layer, E3VALayer):
             names = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
             front = {name: self.model.get_submodule(name) for name in names}

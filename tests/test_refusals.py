@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForImageClassification, ViTConfig, ViTModel
 
 from e3va_peft import Backbone, E3VAConfig, E3VALayer, register_backbone, registered_backbones
+from e3va_peft.hooks import Hook
 from tests.helpers import assert_same, outputs, ways
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
@@ -243,6 +244,33 @@ def test_a_backbone_that_two_models_share_is_adapted_once(name):
     assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
     first.unload()
     get_peft_model(second, E3VAConfig(modules_to_save=[], r=2))
+
+
+@pytest.mark.parametrize("name", ["vit-classifier", "timm-vit"])
+def test_a_model_of_several_backbones_is_adapted_whole_or_not_at_all(name, monkeypatch):
+    shared = BY_NAME[name].base()
+    several = nn.ModuleList([BY_NAME[name].base(), shared])
+    other = get_peft_model(nn.Sequential(shared), E3VAConfig(modules_to_save=[]))
+    before = [name for name, _ in several.named_modules()]
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+        get_peft_model(several, E3VAConfig(modules_to_save=[]))
+    assert [name for name, _ in several.named_modules()] == before
+    other.unload()
+    update, calls = E3VALayer.update_layer, []
+
+    def second_time(layer, *args):
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        update(layer, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(E3VALayer, "update_layer", second_time)
+        with pytest.raises(KeyboardInterrupt):
+            get_peft_model(several, E3VAConfig(modules_to_save=[]))
+    assert not any(isinstance(module, E3VALayer) for module in several.modules())
+    assert not any(isinstance(hook, Hook) for part in several.modules() for hook in part._forward_pre_hooks.values())
+    assert sum(isinstance(part, E3VALayer) for part in get_peft_model(several, E3VAConfig()).modules()) == 2
 
 
 @pytest.mark.parametrize("name", ["vit-classifier", "timm-vit"])
