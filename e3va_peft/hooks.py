@@ -218,12 +218,16 @@ class FrozenGuard(Hook):
             FRONT.set({**FRONT.get(), self.name: Front(image_size(args), wants_gradient(args), wanting)})
 
 
+PLACEHOLDERS: set[str] = set()
+"""Names of the images for which, in datasets that this process has cached, something of bools stands."""
+
+
 class ImageGuard(Hook):
     """A pre-hook, with keywords, on the base model: no placeholder of a cached dataset is taken for an image."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse it, see `refuse_placeholder`."""
-        refuse_placeholder((*args, *kwargs.values()))
+        refuse_placeholder(args, kwargs)
 
 
 class FrozenOutput(FrozenGuard):
@@ -239,13 +243,16 @@ class FrozenOutput(FrozenGuard):
             FRONT.set({**FRONT.get(), self.name: seen._replace(origin=Origin(module, args, kwargs, output))})
 
 
-def refuse_placeholder(args: Sequence[Any]) -> None:
+def refuse_placeholder(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Refuse what stands for the image in the examples of a cached dataset, where the backbone would read it.
 
     Raises:
         ValueError: One of the arguments is one.
     """
-    if any(isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.bool for value in args):
+    if not PLACEHOLDERS:  # no dataset was cached, and what is of bools is the user's own
+        return
+    images = (*args, *(value for name, value in kwargs.items() if name in PLACEHOLDERS))
+    if any(isinstance(value, Tensor) and value.dim() == 4 and value.dtype == torch.bool for value in images):
         raise ValueError(
             "the image is the placeholder of a cached dataset, and its record is not read: a cache serves the model "
             "that was given to e3va_peft.cached, called by keywords as the Trainer does, model(**batch). Call "

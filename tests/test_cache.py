@@ -295,6 +295,11 @@ def test_views_change_where_nobody_says_the_epoch_and_several_processes_share_th
         order = torch.randperm(8).tolist()
         found = {own.number(i) // 8 for rank, own in enumerate(shared) for i in order[rank::4]}
         assert found == {epoch}
+    shared = [Repeated(Views(Images(BY_NAME["vit-classifier"], 7), 4, 0)) for _ in range(4)]
+    for epoch in range(8):  # the last process sees an image again, so that all have as many
+        order = [*torch.randperm(7).tolist(), 0]
+        found = {own.number(i) // 7 for rank, own in enumerate(shared) for i in order[rank::4]}
+        assert found == {epoch % 4}
 
 
 def arguments(folder: Path, **options) -> TrainingArguments:
@@ -485,6 +490,23 @@ def test_a_placeholder_that_would_be_read_as_the_image_is_refused(case):
             call(image)
 
 
+def test_masks_and_labels_of_bools_are_the_models_own(monkeypatch):
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit = BY_NAME["vit-classifier"].base()
+
+        def forward(self, mask, pixel_values, labels=None):
+            return self.vit(pixel_values=pixel_values * mask).logits, labels
+
+    pixel_values = BY_NAME["vit-classifier"].batch()["pixel_values"]
+    mask = torch.ones_like(pixel_values[:, :1], dtype=torch.bool)
+    model = get_peft_model(Masked(), E3VAConfig())
+    model(mask=mask, pixel_values=pixel_values, labels=mask)
+    monkeypatch.setattr("e3va_peft.hooks.PLACEHOLDERS", set())
+    model(mask, pixel_values, labels=mask)
+
+
 @pytest.mark.parametrize("name", ["vit-classifier", "dinov2-classifier"])
 def test_a_cached_batch_that_is_called_by_position_is_refused_by_a_head_alone(name):
     case = BY_NAME[name]
@@ -626,6 +648,20 @@ def test_changed_labels_are_refused(tmp_path):
     images.examples[0]["labels"] = images.examples[0]["labels"] + 1
     with pytest.raises(UserError, match="labels of image 0"):
         cached(images, adapted(case), folder=tmp_path / "cache")
+
+
+def test_what_is_said_of_an_example_in_another_way_is_no_change(tmp_path):
+    case = BY_NAME["vit-classifier"]
+    images = Images(case)
+    images.examples = [
+        {**example, "path": "here/0.png", "labels": int(example["labels"])} for example in images.examples
+    ]
+    cached(images, adapted(case), folder=tmp_path / "cache")
+    images.examples = [
+        {"path": "there/0.png", "labels": torch.tensor(example["labels"]), "pixel_values": example["pixel_values"]}
+        for example in images.examples
+    ]
+    cached(images, adapted(case), folder=tmp_path / "cache")
 
 
 def test_two_datasets_of_one_length_have_folders_of_their_own(tmp_path, monkeypatch):
@@ -819,12 +855,13 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
         "boxes": {"boxes": torch.rand(2, 4), "names": ["a", "b"], "none": None},
         "masks": [np.zeros((2, 3), dtype=np.uint8), torch.ones(2, dtype=torch.bool)],
         "size": (4, 5.5),
+        "shape": torch.Size([2, 3]),
         "number": np.int64(7),
         "a.b": torch.zeros(1),
         "a": {"b": torch.ones(1)},
     }
     found = from_bytes(to_bytes(example))
-    assert found["labels"] == 3 and found["size"] == (4, 5.5) and found["number"] == 7
+    assert found["labels"] == 3 and found["size"] == (4, 5.5) and found["number"] == 7 and found["shape"] == (2, 3)
     assert found["boxes"]["names"] == ["a", "b"] and found["boxes"]["none"] is None
     assert torch.equal(found["boxes"]["boxes"], example["boxes"]["boxes"])
     assert isinstance(found["masks"][0], np.ndarray) and found["masks"][1].dtype == torch.bool

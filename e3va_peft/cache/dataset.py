@@ -18,18 +18,20 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from e3va_peft.cache.layout import STORAGES
-from e3va_peft.cache.rest import from_bytes, to_bytes
+from e3va_peft.cache.rest import comparable, from_bytes, to_bytes
 from e3va_peft.cache.store import Store
 from e3va_peft.cache.taking import RECORD, Taker
 from e3va_peft.errors import UserError
 from e3va_peft.files import cache_home, number_of_bytes
+from e3va_peft.hooks import PLACEHOLDERS
 
 LOOKED_AT = 4  # examples that are made again to see whether a cache that exists is still of this dataset
+_WORKERS = 256
 
 
 def cached(
@@ -149,8 +151,10 @@ class ByEpoch(Dataset[Any]):
         self.views, self._images = source.views, len(source) // source.views
         # Shared, so that workers that persist see them too. The epoch is -1 until somebody says which it is.
         self._epoch = torch.tensor(-1).share_memory_()
-        self._visits = torch.zeros(self._images, dtype=torch.int32).share_memory_()
         self._processes = PartialState().num_processes
+        # Of each image; of several processes, how many images each worker of this one has read.
+        places = self._images if self._processes == 1 else _WORKERS
+        self._visits = torch.zeros(places, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         return self._images
@@ -168,10 +172,13 @@ class ByEpoch(Dataset[Any]):
         """Return the number of the view that an image shows now, see `Views`."""
         index = range(len(self))[index]
         epoch = int(self._epoch)
-        if epoch < 0:
-            visits = self._visits[index] if self._processes == 1 else self._visits.sum() * self._processes // len(self)
-            epoch = int(visits)
+        if epoch < 0 and self._processes == 1:
+            epoch = int(self._visits[index])
             self._visits[index] += 1
+        elif epoch < 0:
+            worker = get_worker_info()
+            epoch = int(self._visits.sum()) // -(-len(self) // self._processes)  # each reads as many, so some twice
+            self._visits[worker.id % _WORKERS if worker else 0] += 1
         return epoch % self.views * self._images + index
 
 
@@ -199,6 +206,7 @@ class Cached(ByEpoch):
     def __init__(self, store: Store, source: Views, image: str, types: Sequence[type] = ()) -> None:
         super().__init__(source)
         self.store, self.image, self.types = store, image, types
+        PLACEHOLDERS.add(image)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, rest = self.store.read(self.number(index))
@@ -341,7 +349,7 @@ def _refuse_changed(store: Store, source: Views, taker: Taker) -> None:
                 "made: its file or its transform changed, or the transform draws from other generators than Python's, "
                 "NumPy's and PyTorch's own. Choose another folder, or remove this one."
             )
-        if _rest_of(example, taker.image) != store.read(number)[1]:
+        if comparable(_rest_of(example, taker.image)) != comparable(store.read(number)[1]):
             raise UserError(
                 f"folder={str(store.folder)!r}: the labels of image {index} of the dataset, or what else its example "
                 "holds, are not what they were when this cache was made. Choose another folder, or remove this one."

@@ -39,10 +39,29 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> dict[str, Any]:
     return _filled(json.loads(data[_LENGTH : _LENGTH + length]), tensors, known)
 
 
+def comparable(data: bytes) -> Any:
+    """Return what is in bytes so that it can be compared: without order of keys, and without texts, such as paths."""
+    length = int.from_bytes(data[:_LENGTH], "little")
+    tensors = load(data[_LENGTH + length :])
+
+    def plain(outline: Mapping[str, Any]) -> Any:
+        ((kind, value),) = outline.items()
+        if kind in ("list", "tuple"):
+            return [plain(own) for own in value]
+        if kind in ("tensor", "array") or (kind == "value" and isinstance(value, int | float)):
+            tensor = torch.as_tensor(value) if kind == "value" else tensors[value]
+            return tensor.shape, tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()
+        if kind == "value":
+            return value if value is None else str
+        return {name: plain(own) for name, own in value.items()} if kind == "mapping" else plain(value)
+
+    return plain(json.loads(data[_LENGTH : _LENGTH + length]))
+
+
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"mapping": {key: _outline(own, tensors, f"{path}.{key}".strip(".")) for key, own in value.items()}}
-    if type(value) in (list, tuple):  # a named tuple would lose its names
+    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):  # a named tuple would lose its names
         kind = "list" if isinstance(value, list) else "tuple"
         return {kind: [_outline(v, tensors, f"{path}.{i}") for i, v in enumerate(value)]}
     if isinstance(value, np.generic):

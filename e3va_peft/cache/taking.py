@@ -242,7 +242,7 @@ class FromCache(Hook):
         """Take the records out of the arguments."""
         _close(module)  # what an interrupt, behind which no hook is called, left open
         rows, image = kwargs.pop(RECORD, None), kwargs.get(self.image)
-        refuse_placeholder(args)
+        refuse_placeholder(args, {})
         if rows is None:
             if isinstance(image, Tensor) and image.dtype == torch.bool:
                 raise ValueError(
