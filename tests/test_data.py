@@ -154,6 +154,56 @@ def test_folders_that_may_be_splits_or_classes_and_images_beside_folders_are_ref
     refused(DataConfig(source=str(tmp_path / "photos")), "directly in train, stray.png, beside")
 
 
+def test_folders_around_the_splits_are_gone_through_and_doubled_ones_are_refused(tmp_path):
+    image_folder(tmp_path / "a" / "data")
+    train, evaluation = loaded(DataConfig(source=str(tmp_path / "a")))
+    assert train.labels == ("cat", "dog") and len(train) == len(evaluation) == 6
+    (tmp_path / "b" / "default").mkdir(parents=True)
+    parquet(tmp_path / "b" / "default", train=table([0, 1], datasets.Value("int64")))
+    assert len(single(DataConfig(source=str(tmp_path / "b")))) == 2
+    image_folder(tmp_path / "c" / "photos", splits=("seg_train/seg_train", "seg_test/seg_test"))
+    config = DataConfig(source=str(tmp_path / "c"), train_split="seg_train", eval_split="seg_test")
+    refused(config, "one folder of the same name each", "seg_test/seg_test up into seg_test", "data.train_split")
+    refused(DataConfig(source=str(tmp_path / "c")), "one folder of the same name each")
+    for split in ("seg_train", "seg_test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "c" / "photos" / split / split / name).rename(tmp_path / "c" / "photos" / split / name)
+        (tmp_path / "c" / "photos" / split / split).rmdir()
+    assert len(loaded(config)[1]) == 6
+    for name in ("cat", "dog"):
+        image_folder(tmp_path / "d" / name, splits=("images",))
+    assert single(DataConfig(source=str(tmp_path / "d"))).labels == ("cat", "dog")
+
+
+def test_hidden_files_are_no_images_and_names_with_an_underscore_are_classes(tmp_path):
+    photos = image_folder(tmp_path / "photos")
+    for split in ("train", "val"):
+        (photos / split / "dog").rename(photos / split / "_negative_")
+    for junk in ("train/cat/.ipynb_checkpoints", "train/.git", "__MACOSX", "train/__MACOSX"):
+        (photos / junk).mkdir()
+        picture().save(photos / junk / "0-checkpoint.png")
+    for junk in ("._a.png", "train/._a.png", "train/cat/._0.png"):
+        (photos / junk).write_bytes(b"a resource fork")
+    for suffix, kind in (("jfif", "JPEG"), ("gif", "GIF")):
+        picture().save(photos / "train" / "cat" / f"more.{suffix}", kind)
+    train, _ = loaded(DataConfig(source=str(photos)))
+    assert train.labels == ("_negative_", "cat") and len(train) == 8
+
+
+def test_a_class_that_cannot_be_read_or_is_not_trained_on_is_refused(tmp_path):
+    photos = image_folder(tmp_path / "photos")
+    (photos / "val" / "notes").mkdir()
+    (photos / "val" / "notes" / "a.txt").write_text("no image")
+    assert loaded(DataConfig(source=str(photos)))[0].labels == ("cat", "dog")
+    (photos / "val" / "images").mkdir()
+    picture().save(photos / "val" / "images" / "0.png")
+    refused(DataConfig(source=str(photos)), "split 'validation'", "['images']", "does not have")
+    assert loaded(DataConfig(source=str(photos), eval_fraction=0.5))[0].labels == ("cat", "dog")
+    (photos / "train" / "fox").mkdir()
+    (photos / "train" / "fox" / "0.heic").write_bytes(b"")
+    refused(DataConfig(source=str(photos), eval_fraction=0.5), "fox", ".heic", "Convert")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege")
 def test_links_to_folders_are_followed_once(tmp_path):
     image_folder(tmp_path / "elsewhere", splits=("",))
@@ -783,7 +833,8 @@ def test_a_broken_exif_block_does_not_matter():
 
 
 def test_a_mask_in_the_orientation_one_sees_is_accepted_and_in_the_raw_one_refused(tmp_path):
-    split = single(mask_folder(tmp_path), kind="label-map")
+    config = mask_folder(tmp_path)
+    split = single(config, kind="label-map")
     image = tmp_path / "images" / "training" / "scene" / "0.jpg"
     mask = tmp_path / "annotations" / "training" / "scene" / "0.png"
     rotated(image, picture())
@@ -791,6 +842,9 @@ def test_a_mask_in_the_orientation_one_sees_is_accepted_and_in_the_raw_one_refus
     turned = np.rot90(label_map(), k=-1)
     Image.fromarray(turned).save(mask)
     assert np.array_equal(split[0][1], turned)
+    image.unlink()
+    rotated(image.with_suffix(".tif"), picture())  # Pillow turns it by itself
+    assert np.array_equal(single(config, kind="label-map")[0][1], turned)
 
 
 def test_the_indices_of_a_palette_mask_are_the_classes():

@@ -189,6 +189,13 @@ def test_an_image_that_is_missing_where_its_folder_is_there_is_not_taken_from_an
     (tmp_path / "images" / "train").mkdir()
     with pytest.raises(UserError, match=r"1 of its 1 images are not in .*train/x\.jpg"):
         load_splits(config, "boxes")
+    picture(tmp_path / "images" / "val" / "deeper" / "y.jpg")
+    (tmp_path / "images" / "val" / "x.jpg").unlink()
+    for name in ("val/y.jpg", str(tmp_path / "images" / "train" / "y.jpg")):  # as on another machine
+        found = json.loads((tmp_path / "result.json").read_text())
+        found["images"][0]["file_name"] = name
+        (tmp_path / "result.json").write_text(json.dumps(found))
+        assert len(load_splits(config, "boxes")[0]) == 1
 
 
 def test_two_entries_do_not_share_an_image_by_its_name(tmp_path):

@@ -256,12 +256,13 @@ def _locate(names: Sequence[str], folder: Path, path: Path) -> list[Path]:
         below: dict[str, list[Path]] = {}
         for file in pictures_in(folder):
             below.setdefault(file.name, []).append(file)
-        # Where the folder that it names is there, the image is missing: another one of its name is of another split.
-        missing = [
-            n for n in names if n not in found and not ("/" in n and os.path.isdir(os.path.dirname(folder / n)))
-        ]
-        bases = {name: PureWindowsPath(name).name for name in missing}
-        found |= {name: below[b][0] for name, b in bases.items() if wanted[b] == 1 and len(below.get(b, ())) == 1}
+        for name in set(names) - set(found):
+            base, place = PureWindowsPath(name).name, (folder / name).parent
+            files = below.get(base, [])
+            named = "/" in name and not os.path.isabs(name) and place.is_dir()
+            other = named and not all(file.is_relative_to(place) for file in files)  # of another split
+            if wanted[base] == 1 and len(files) == 1 and not other:
+                found[name] = files[0]
     absent = [name for name in names if name not in found]
     if absent:
         raise UserError(

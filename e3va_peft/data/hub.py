@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mimetypes
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ import datasets
 from huggingface_hub import constants
 
 from e3va_peft.data.config import DataConfig, source_of
-from e3va_peft.data.images import IMAGE_SUFFIXES, outside, pictures_in
-from e3va_peft.data.splits import EVAL, TRAIN
+from e3va_peft.data.images import IMAGE_SUFFIXES, is_hidden, is_picture, outside, pictures_in
+from e3va_peft.data.names import refuse_alike
+from e3va_peft.data.splits import EVAL, TRAIN, choose_eval_split
 from e3va_peft.errors import UserError, reason, refuse_no_path
 
 _HINTS = {
@@ -25,11 +27,7 @@ _TABLE = (
     "Put the list into the folder of the images as metadata.csv, with the columns file_name and label, and name that "
     "folder; or sort the images into one sub-folder per class."
 )
-_TOLD = tuple(  # what needs no folders
-    f"{place}{name}"
-    for place in ("", "*/")
-    for name in ("metadata.*", "*.parquet", "*.arrow", "*.zip", "*.tar", "*.tar.gz", "*.tgz")
-)
+_TOLD = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")  # what needs no folders, nor does metadata.*
 _LAYOUT = "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg."
 # Folders of splits by other names, as the `datasets` library calls them.
 _CALLED = dict.fromkeys(("val", "valid", "dev"), "validation") | {"training": "train"}
@@ -82,12 +80,34 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
         ) from None
 
 
+def _root(config: DataConfig) -> Path | None:
+    """Return the folder of the classes or splits; None where something else than folders may say what the classes are.
+
+    It is the one that a config names, or the first in it that holds more than one other.
+    """
+    folder = Path(str(config.source))
+    while folder.is_dir() and not _is_told(folder):
+        direct, below, _ = _contents(folder)
+        (only, *others) = below or [""]
+        if direct or others or not only or only in _usual(config) or _contents(folder / only)[0]:
+            return folder
+        folder /= only
+    return None
+
+
 def _is_told(folder: Path) -> bool:
-    """Whether something else than folders may say what the classes of the images below one are."""
-    if any(any(folder.glob(name)) for name in _TOLD):
-        return True
     card = folder / "README.md"
-    return card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace")
+    if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
+        return True
+    with os.scandir(folder) as entries:
+        places = [str(folder), *(entry.path for entry in entries if entry.is_dir())]
+    names = (name for place in places for name in os.listdir(place))
+    return any(name.startswith("metadata.") or name.endswith(_TOLD) for name in names)
+
+
+def _usual(config: DataConfig) -> set[str | None]:
+    """Return what folders of splits are called."""
+    return {*TRAIN, *EVAL, *_CALLED, config.train_split, config.eval_split}
 
 
 def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -97,18 +117,22 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     and test anywhere in a path for a split.
 
     Raises:
-        UserError: It is a folder without images.
+        UserError: It is a folder without images, or with a class of images of no known kind or that is not trained on.
     """
-    folder = Path(str(config.source))
-    if not folder.is_dir() or _is_told(folder):
+    folder = _root(config)
+    if folder is None:
         return {}
-    own = (config.train_split, config.eval_split)
+    called = {"": "train"} | _CALLED | {name: name for name in (config.train_split, config.eval_split) if name}
     found: dict[str, dict[str, list[Path]]] = {}
     for place in _split_folders(config, folder) or [""]:
-        classes = found.setdefault((place if place in own else _CALLED.get(place, place)) or "train", {})
+        classes = found.setdefault(called.get(place, place), {})
         for name in _contents(folder / place)[1]:
-            classes.setdefault(name, []).extend(pictures_in(folder / place / name))
-    names = sorted({name for classes in found.values() for name, pictures in classes.items() if pictures})
+            pictures = pictures_in(folder / place / name)
+            if not pictures:
+                _refuse_unknown(folder / place / name)
+            else:
+                classes.setdefault(name, []).extend(pictures)
+    names = _class_names(config, {split: set(classes) for split, classes in found.items()})
     if not names:
         raise UserError(f"data.source={config.source!r}: holds {look(folder)}. {_LAYOUT}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -120,11 +144,38 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     return rows
 
 
+def _class_names(config: DataConfig, found: Mapping[str, set[str]]) -> list[str]:
+    """Name the classes of the splits that are trained and evaluated on; of all, where the former is not there."""
+    train = next((name for name in (config.train_split, *TRAIN) if name in found), None)
+    if train is None:
+        return sorted(set().union(*found.values()))
+    chosen = None if config.eval_fraction else choose_eval_split(config, found)
+    names = sorted(found[train] | found.get(chosen or train, set()))
+    odd = [name for name in names if name not in found[train]]
+    if odd and config.labels is None:
+        refuse_alike(names, source_of(config))
+        raise UserError(
+            f"{source_of(config)}, split {chosen!r}: has the classes {odd[:10]}, which the split that is trained on, "
+            f"{train!r}, does not have; it has {sorted(found[train])[:10]}. Rename or remove them, or name all by "
+            "data.labels."
+        )
+    return names
+
+
+def _refuse_unknown(folder: Path) -> None:
+    """Refuse the folder of a class whose images are all of a kind that is not read."""
+    kinds = {Path(name).suffix for name in os.listdir(folder) if str(mimetypes.guess_type(name)[0])[:6] == "image/"}
+    if kinds:
+        raise UserError(
+            f"{folder}: holds images as {', '.join(sorted(kinds))} alone, which are not read. Convert them to one of "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or remove the folder."
+        )
+
+
 def _split_folders(config: DataConfig, folder: Path) -> list[str]:
     """Name the sub-folders that are splits: of a usual name or the config's, with folders alone in them or alone."""
     below = [name for name, number in _contents(folder)[1].items() if number]
-    usual = {*TRAIN, *EVAL, *_CALLED, config.train_split, config.eval_split}
-    named = [name for name in below if name in usual]
+    named = [name for name in below if name in _usual(config)]
     if not named:  # the folders of classes, which may hold a million images, need no look
         return []
     inside = {name: _contents(folder / name) for name in below}
@@ -194,8 +245,8 @@ def refuse_unsorted(config: DataConfig) -> None:
     Raises:
         UserError: It has a list instead of images, or images lie in no folder of a class, or all in one.
     """
-    folder = Path(str(config.source))
-    if not folder.is_dir() or _is_told(folder):
+    folder = _root(config)
+    if folder is None:
         return
     direct, below, lists = _contents(folder)
     splits = _split_folders(config, folder)
@@ -211,6 +262,13 @@ def refuse_unsorted(config: DataConfig) -> None:
         where = f"directly in {' and '.join(bare)}" if splits else "in it directly"
         table = f" Or, with {lists[0]}: {_TABLE}" if lists else ""
         raise UserError(f"{begin} its images lie {where}, and nothing says what their classes are. {sorts}{table}")
+    outer = splits or [name for name, number in below.items() if number]
+    if len(outer) > 1 and all(_is_doubled(folder / name) for name in outer):
+        raise UserError(
+            f"{begin} its folders {_some(outer)} hold one folder of the same name each, as some archives do, so that "
+            f"these look like classes. Move what is in {outer[0]}/{outer[0]} up into {outer[0]}, likewise the others; "
+            "and name splits by data.train_split and data.eval_split."
+        )
     for name, (images, classes, _) in places.items():
         filled = [label for label, number in classes.items() if number]
         if images and filled:
@@ -219,30 +277,36 @@ def refuse_unsorted(config: DataConfig) -> None:
                 f"those in folders, {_some(filled)}. Move each into the folder of its class. {sorts}"
             )
         within = [] if splits else [_contents(folder / label) for label in filled]
-        same = set.intersection(*(set(below) for _, below, _ in within)) if len(within) > 1 else set()
-        if same and not any(images for images, _, _ in within):
+        inner = [set(below) for _, below, _ in within] if not any(images for images, _, _ in within) else []
+        same = set.intersection(*inner) if len(inner) > 1 else set()
+        if len(same) > 1:  # one alone cannot be the classes
             raise UserError(
                 f"{begin} its folders {_some(filled)} hold folders of the same names, {_some(sorted(same))}: which of "
                 "them are classes, and which splits? Name splits train and val, or by data.train_split and "
                 "data.eval_split; or move the images of each class into its folder."
             )
         if len(filled) == 1 and name not in EVAL:
-            images, inner, _ = _contents(folder / name / filled[0])
-            if images and not inner:
+            images, deeper, _ = _contents(folder / name / filled[0])
+            if images and not deeper:
                 raise UserError(
                     f"{begin} has images of one class alone, in the sub-folder {filled[0]!r}{name and f' of {name}'}. "
                     f"A classifier tells two or more apart. {sorts}"
                 )
 
 
+def _is_doubled(folder: Path) -> bool:
+    images, below, _ = _contents(folder)
+    return not images and list(below) == [folder.name]
+
+
 def _contents(folder: Path) -> tuple[list[str], dict[str, int], list[str]]:
     """Return the images of a folder, its sub-folders with the number of what is in each, and its lists."""
     entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    images = [entry.name for entry in entries if Path(entry.name).suffix.lower() in IMAGE_SUFFIXES]
+    images = [entry.name for entry in entries if is_picture(entry.name)]
     lists = [
         entry.name for entry in entries if entry.name.lower().endswith((".csv", ".tsv", ".json", ".txt", ".xlsx"))
     ]
-    below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and entry.name[0] not in "._"}
+    below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and not is_hidden(entry.name)}
     return images, below, lists
 
 

@@ -17,7 +17,7 @@ from e3va_peft.errors import UserError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
 def outside(paths: Iterable[str], folders: Iterable[str | Path]) -> list[str]:
@@ -35,15 +35,26 @@ def outside(paths: Iterable[str], folders: Iterable[str | Path]) -> list[str]:
 
 
 def pictures_in(folder: str | Path) -> list[Path]:
-    """List the images below a folder. Links to folders are followed, and a folder is looked into once."""
+    """List the images below a folder, but hidden ones. Links are followed, and a folder is looked into once."""
     found, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
         if (real := os.path.realpath(place)) in seen:
             folders.clear()
             continue
         seen.add(real)
-        found += [path for path in (Path(place, name) for name in files) if path.suffix.lower() in IMAGE_SUFFIXES]
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(place, name) for name in files if is_picture(name)]
     return sorted(found)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not the user's: `._a.jpg` of macOS, `.ipynb_checkpoints`, `__MACOSX`."""
+    return name.startswith((".", "__"))
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file is an image by its name, and not a hidden one."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def open_image(item: dict[str, Any], where: str) -> Image.Image:
@@ -68,14 +79,14 @@ def open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[i
     Raises:
         UserError: It cannot be read as an image.
     """
-    image, raw = _open(item, where), None
+    image, raw, turn = _open(item, where), None, 1
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        if image.getexif().get(ExifTags.Base.Orientation) in range(2, 9):
-            raw = image.size[::-1]
+        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
     image = _loaded(image, where)
     with contextlib.suppress(Exception):
-        if raw is not None:  # of a TIFF, Pillow turns the pixels and drops the tag
+        if turn in range(2, 9):  # of a TIFF, Pillow turns the pixels and drops the tag
             image = ImageOps.exif_transpose(image)
+            raw = image.size if turn > 4 else image.size[::-1]  # 5 to 8 swap height and width
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
