@@ -30,6 +30,9 @@ def inputs(tmp_path_factory) -> Path:
     classify(root)
     red = root / "colors" / "train" / "red"
     (root / "empty").mkdir()
+    for name in "ab":
+        (root / "sweep" / name).mkdir(parents=True)
+        (root / "sweep" / name / "config.yaml").touch()
     shutil.copytree(red, root / "flat")
     shutil.copytree(red, root / "one" / "train" / "red")
     shutil.copytree(red, root / "one-unsplit" / "red")
@@ -139,6 +142,7 @@ def test_text_that_yaml_reads_otherwise_is_told_to_go_in_quotes(tmp_path):
         (["eval", "labels.csv"], ["labels.csv: is a file", "e3va eval RUN"]),
         (["eval", "runs/nope"], ["runs/nope: no such folder (from "]),
         (["predict", "colors", "colors"], ["colors: is not a run", "the run comes first"]),
+        (["predict", "sweep", "colors"], ["sweep: is not a run", "It holds the runs a, b; name one"]),
     ],
 )
 def test_what_stands_in_the_place_of_a_run_is_named(words, said, inputs, monkeypatch):

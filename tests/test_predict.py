@@ -155,6 +155,9 @@ def test_what_was_drawn_before_is_not_predicted_again(adapters, pictures):
     source, output = str(adapters / "classifier"), pictures / "found"
     first, again = (predict(source, [str(pictures)], output, overwrite=True) for _ in range(2))
     assert [entry["file"] for entry in first] == [entry["file"] for entry in again]
+    (pictures / "found" / "masks").mkdir()
+    shutil.copy(first[0]["file"], pictures / "found" / "masks" / "a.png")
+    assert len(predict(source, [str(pictures / "found" / "masks")], output, overwrite=True)) == 1  # asked for by name
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -643,7 +646,7 @@ def test_a_run_is_scored_on_the_samples_that_it_was_scored_on_in_training(finish
     assert len(drawn[0]) == 4 and drawn[0] == drawn[1]
 
 
-def test_images_set_aside_that_are_not_those_of_the_run_are_no_test(tmp_path):
+def test_images_set_aside_that_are_not_those_of_the_run_are_no_test(tmp_path, monkeypatch):
     values = classify(tmp_path, num_train_epochs=1)
     values["data"] |= {"eval_fraction": 0.3}
     train(parse_config(values))
@@ -652,6 +655,10 @@ def test_images_set_aside_that_are_not_those_of_the_run_are_no_test(tmp_path):
     shutil.copy(image, image.with_name(f"more-{image.name}"))
     with pytest.raises(UserError, match=r"data\.eval_fraction=0\.3: sets aside .* when the model was trained, "):
         evaluate(str(tmp_path / "run"))
+    (tmp_path / "run" / "metrics.json").unlink()  # nobody knows any more which they were
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert evaluate("~/run")[0]["accuracy"] >= 0
 
 
 def test_scoring_makes_no_folder_that_a_config_names(finished):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -302,14 +303,17 @@ def test_a_processor_keeps_the_models_mean_and_takes_the_runs_size(models, tmp_p
 def test_processors_of_convnext_and_timm_take_the_runs_size(tmp_path):
     ConvNextConfig().save_pretrained(tmp_path / "convnext")
     ConvNextImageProcessor(size={"shortest_edge": 32}).save_pretrained(tmp_path / "convnext")
-    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 32, 32]}
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 32, 32], "crop_pct": 0.8}
     TimmWrapperConfig(architecture="vit_tiny_patch16_224", pretrained_cfg=own).save_pretrained(tmp_path / "timm")
     for name, size, augment in itertools.product(("convnext", "timm"), (None, 64), (True, False)):
         run = classification(tmp_path / name, image_size=size, augment=augment)
         found = run.build_processor()
         for view in (run.training_view(found), run.evaluation_view(found)):
             assert view(picture(80, 100), 0)["pixel_values"].shape == (3, size or 32, size or 32)
-    assert list(classification(tmp_path / "timm").build_processor().image_mean) == own["mean"]
+    found = classification(tmp_path / "timm").build_processor()
+    assert list(found.image_mean) == own["mean"]
+    image, theirs = picture(80, 100), timm.data.create_transform(**own, interpolation="bicubic")
+    assert (found(image, return_tensors="pt")["pixel_values"][0] - theirs(image)).abs().max() < 0.1
 
 
 def test_a_model_without_processor_gets_the_values_of_imagenet(models):

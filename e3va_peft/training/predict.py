@@ -28,9 +28,10 @@ from e3va_peft.cache.once import backbone_once, have_same_backbone, hold_once
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Examples
 from e3va_peft.data.formats import load_eval_split
-from e3va_peft.data.images import IMAGE_SUFFIXES, open_image, pictures_in
+from e3va_peft.data.images import IMAGE_SUFFIXES, is_picture, open_image, pictures_in
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections
+from e3va_peft.data.records import shown
 from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason, refuse_no_path
 from e3va_peft.exits import layers_of
@@ -163,10 +164,12 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
     if not folder.is_dir():
         return None, None
     if not any((folder / name).is_file() for name in ("adapter_config.json", "config.json")):
-        images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in islice(folder.rglob("*"), _LOOKED_AT))
+        runs = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+        images = not runs and any(is_picture(path.name) for path in islice(folder.rglob("*"), _LOOKED_AT))
         raise UserError(
             f"{source}: is not a run, adapter or model: neither config.yaml nor adapter_config.json is there."
             + (" It holds images; the run comes first, then the images." if images else "")
+            + (f" It holds the runs {shown(runs)}; name one of them." if runs else "")
         )
     return folder, None
 
@@ -259,7 +262,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if config is trained.config and config.data.eval_fraction is not None:
-        _refuse_other_draw(Path(source) / METRICS, config, split.rows_fingerprint())
+        _refuse_other_draw(Path(source).expanduser() / METRICS, config, split.rows_fingerprint())
     labels = tuple(class_names(config.data, None) or split.labels)
     if labels != trained.labels:
         raise UserError(
@@ -284,8 +287,10 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
 
 def _refuse_other_draw(metrics: Path, config: RunConfig, now: str) -> None:
     """Refuse images set aside that are not those of the run: it may have been trained on some of them."""
-    record = json.loads(metrics.read_text(encoding="utf-8"))
-    before = record.get("rows", {}).get("eval", now)
+    try:
+        before = json.loads(metrics.read_text(encoding="utf-8")).get("rows", {}).get("eval", now)
+    except (OSError, ValueError):  # config and adapter alone were kept
+        return
     if before != now:
         raise UserError(
             f"data.eval_fraction={config.data.eval_fraction}: sets aside {now}, and when the model was trained, "
@@ -486,7 +491,7 @@ def _found(
 
 def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
     """Find the images, but for what predictions drew; name each by its path below its folder, without suffix."""
-    drawn = [(output / name).resolve() for output in outputs for name in ("masks", "overlays")]
+    drawn = {(output / name).resolve() for output in outputs for name in ("masks", "overlays")}
     files: dict[str, Path] = {}
     for given in images:
         path = Path(given).expanduser()
@@ -494,7 +499,8 @@ def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
             raise UserError(f"image={given!r}: no such file or folder (from {Path.cwd()}).")
         inside = [path]
         if path.is_dir():
-            inside = [file for file in pictures_in(path) if not any(map(file.resolve().is_relative_to, drawn))]
+            others = drawn - {path.resolve()}  # which may be just what is asked for
+            inside = [file for file in pictures_in(path) if not any(map(file.resolve().is_relative_to, others))]
         for file in inside:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
             if name in files:

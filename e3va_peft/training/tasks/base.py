@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from transformers import AutoConfig, AutoImageProcessor, DetrImageProcessor, PreTrainedModel, ViTImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, CLIPImageProcessor, DetrImageProcessor, PreTrainedModel
 from transformers.utils import cached_file
 
 from e3va_peft.cache.taking import RECORD
@@ -265,8 +266,14 @@ def find_processor(model: str) -> Any:
         known = getattr(found, "data_config", None)  # timm's, which knows no options of transformers'
         if known is None:
             return found
-        size = dict(zip(("height", "width"), known["input_size"][-2:], strict=True))
-        return ViTImageProcessor(image_mean=list(known["mean"]), image_std=list(known["std"]), size=size)
+        height, width = known["input_size"][-2:]
+        return CLIPImageProcessor(  # which resizes and crops as timm does
+            size={"shortest_edge": math.floor(min(height, width) / known["crop_pct"])},
+            crop_size={"height": height, "width": width},
+            resample=Image.Resampling[known["interpolation"].upper()],
+            image_mean=list(known["mean"]),
+            image_std=list(known["std"]),
+        )
     except (OSError, ValueError) as error:
         file = None
         with contextlib.suppress(OSError):  # no such model: its own loading says so

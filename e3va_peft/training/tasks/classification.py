@@ -58,7 +58,7 @@ class ImageClassification(Task):
             if found is not None and getattr(found, "do_center_crop", False):
                 ratio = edge(found.size) / side(found)
                 options |= {"size": {"shortest_edge": round(size * ratio)}, "crop_size": square}
-            elif "shortest_edge" in options.get("size", ()):
+            elif "crop_pct" in options:  # ConvNeXt's, which resizes and crops by itself
                 options |= {"size": {"shortest_edge": size}}
             else:
                 options |= {"size": square}
