@@ -190,6 +190,17 @@ def test_hidden_files_are_no_images_and_names_with_an_underscore_are_classes(tmp
     assert train.labels == ("_negative_", "cat") and len(train) == 8
 
 
+def test_images_of_a_split_that_nobody_asks_for_need_no_classes(tmp_path):
+    photos = image_folder(tmp_path / "photos", splits=("train",))
+    (photos / "test").mkdir()
+    picture().save(photos / "test" / "0.png")
+    refused(DataConfig(source=str(photos)), "directly in test")
+    assert len(loaded(DataConfig(source=str(photos), eval_fraction=0.5))[0]) == 3
+    image_folder(tmp_path / "photos", splits=("val",))
+    train, evaluation = loaded(DataConfig(source=str(photos)))
+    assert len(train) == len(evaluation) == 6
+
+
 def test_a_class_that_cannot_be_read_or_is_not_trained_on_is_refused(tmp_path):
     photos = image_folder(tmp_path / "photos")
     (photos / "val" / "notes").mkdir()

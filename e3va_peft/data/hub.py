@@ -105,6 +105,11 @@ def _is_told(folder: Path) -> bool:
     return any(name.startswith("metadata.") or name.endswith(_TOLD) for name in names)
 
 
+def _called(config: DataConfig, place: str) -> str:
+    """Return what the split of a folder is called; without a folder of its own, train."""
+    return place if place in (config.train_split, config.eval_split) else _CALLED.get(place, place) or "train"
+
+
 def _usual(config: DataConfig) -> set[str | None]:
     """Return what folders of splits are called."""
     return {*TRAIN, *EVAL, *_CALLED, config.train_split, config.eval_split}
@@ -122,10 +127,9 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     folder = _root(config)
     if folder is None:
         return {}
-    called = {"": "train"} | _CALLED | {name: name for name in (config.train_split, config.eval_split) if name}
     found: dict[str, dict[str, list[Path]]] = {}
     for place in _split_folders(config, folder) or [""]:
-        classes = found.setdefault(called.get(place, place), {})
+        classes = found.setdefault(_called(config, place), {})
         for name in _contents(folder / place)[1]:
             pictures = pictures_in(folder / place / name)
             if not pictures:
@@ -250,7 +254,12 @@ def refuse_unsorted(config: DataConfig) -> None:
         return
     direct, below, lists = _contents(folder)
     splits = _split_folders(config, folder)
-    places = {name: _contents(folder / name) for name in splits} or {"": (direct, below, lists)}
+    named = {name: _called(config, name) for name in splits}
+    found = dict.fromkeys(named.values())
+    evaluated = None if config.eval_fraction or not splits else choose_eval_split(config, found)
+    wanted = (evaluated, config.train_split, *TRAIN)  # what is in others, such as a contest's own test, is no matter
+    places = {name: _contents(folder / name) for name, split in named.items() if split in wanted}
+    places = places or {"": (direct, below, lists)}
     begin, sorts = (
         f"data.source={config.source!r}:",
         "Give each class a sub-folder: SPLIT/CLASS/image.jpg, or CLASS/image.jpg.",
