@@ -13,7 +13,7 @@ from e3va_peft.data.classes import read_classes
 from e3va_peft.data.coco import find_coco, find_coco_export, read_coco
 from e3va_peft.data.config import DataConfig, LabelKind, source_of
 from e3va_peft.data.examples import Split
-from e3va_peft.data.hub import load_class_folders, load_dataset, refuse_unsorted
+from e3va_peft.data.hub import load_class_folders, load_dataset
 from e3va_peft.data.label_maps import find_label_maps, read_label_maps
 from e3va_peft.data.splits import choose_eval_split, choose_splits
 from e3va_peft.data.tables import read_tables
@@ -89,7 +89,6 @@ def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str], 
 def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
     """Find the splits of a config's data, and the reader of their format."""
     if kind == "class":
-        refuse_unsorted(config)
         return load_class_folders(config) or load_dataset(config), read_classes
     if kind == "label-map":
         return find_label_maps(config), read_label_maps

@@ -106,8 +106,8 @@ def _is_told(folder: Path) -> bool:
 
 
 def _called(config: DataConfig, place: str) -> str:
-    """Return what the split of a folder is called; without a folder of its own, train."""
-    return place if place in (config.train_split, config.eval_split) else _CALLED.get(place, place) or "train"
+    """Return what the split of a folder is called."""
+    return place if place in (config.train_split, config.eval_split) else _CALLED.get(place, place)
 
 
 def _usual(config: DataConfig) -> set[str | None]:
@@ -122,21 +122,26 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     and test anywhere in a path for a split.
 
     Raises:
-        UserError: It is a folder without images, or with a class of images of no known kind or that is not trained on.
+        UserError: It is a folder without images, or one that says nothing of their classes, or with a class of images
+            of no known kind or that is not trained on.
     """
     folder = _root(config)
     if folder is None:
         return {}
+    places = {place: _called(config, place) for place in _split_folders(config, folder)}
+    searched = places and not config.eval_fraction
+    evaluated = choose_eval_split(config, dict.fromkeys(places.values())) if searched else None
+    _refuse_unsorted(config, folder, places, evaluated)
     found: dict[str, dict[str, list[Path]]] = {}
-    for place in _split_folders(config, folder) or [""]:
-        classes = found.setdefault(_called(config, place), {})
+    for place, split in (places or {"": "train"}).items():
+        classes = found.setdefault(split, {})
         for name in _contents(folder / place)[1]:
             pictures = pictures_in(folder / place / name)
             if not pictures:
                 _refuse_unknown(folder / place / name)
             else:
                 classes.setdefault(name, []).extend(pictures)
-    names = _class_names(config, {split: set(classes) for split, classes in found.items()})
+    names = _class_names(config, {split: set(classes) for split, classes in found.items()}, evaluated)
     if not names:
         raise UserError(f"data.source={config.source!r}: holds {look(folder)}. {_LAYOUT}")
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
@@ -148,19 +153,18 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     return rows
 
 
-def _class_names(config: DataConfig, found: Mapping[str, set[str]]) -> list[str]:
+def _class_names(config: DataConfig, found: Mapping[str, set[str]], evaluated: str | None) -> list[str]:
     """Name the classes of the splits that are trained and evaluated on; of all, where the former is not there."""
     train = next((name for name in (config.train_split, *TRAIN) if name in found), None)
     if train is None:
         return sorted(set().union(*found.values()))
-    chosen = None if config.eval_fraction else choose_eval_split(config, found)
-    names = sorted(found[train] | found.get(chosen or train, set()))
+    names = sorted(found[train] | found.get(evaluated or train, set()))
     odd = [name for name in names if name not in found[train]]
     if odd and config.labels is None:
         refuse_alike(names, source_of(config))
         raise UserError(
-            f"{source_of(config)}, split {chosen!r}: has the classes {odd[:10]}, which the split that is trained on, "
-            f"{train!r}, does not have; it has {sorted(found[train])[:10]}. Rename or remove them, or name all by "
+            f"{source_of(config)}, split {evaluated!r}: has the classes {odd[:10]}, which the split that is trained "
+            f"on, {train!r}, does not have; it has {sorted(found[train])[:10]}. Rename or remove them, or name all by "
             "data.labels."
         )
     return names
@@ -243,22 +247,21 @@ def look(folder: Path) -> str:
     return ", ".join(found) or "nothing that is read"
 
 
-def refuse_unsorted(config: DataConfig) -> None:
+def _refuse_unsorted(config: DataConfig, folder: Path, splits: Mapping[str, str], evaluated: str | None) -> None:
     """Refuse a folder of images that says nothing of their classes, after one look at it.
+
+    Args:
+        config: Where the data is.
+        folder: What holds the classes or splits.
+        splits: Sub-folder -> name of the splits.
+        evaluated: Name of the split that is evaluated on.
 
     Raises:
         UserError: It has a list instead of images, or images lie in no folder of a class, or all in one.
     """
-    folder = _root(config)
-    if folder is None:
-        return
     direct, below, lists = _contents(folder)
-    splits = _split_folders(config, folder)
-    named = {name: _called(config, name) for name in splits}
-    found = dict.fromkeys(named.values())
-    evaluated = None if config.eval_fraction or not splits else choose_eval_split(config, found)
     wanted = (evaluated, config.train_split, *TRAIN)  # what is in others, such as a contest's own test, is no matter
-    places = {name: _contents(folder / name) for name, split in named.items() if split in wanted}
+    places = {name: _contents(folder / name) for name, split in splits.items() if split in wanted}
     places = places or {"": (direct, below, lists)}
     begin, sorts = (
         f"data.source={config.source!r}:",
@@ -271,7 +274,7 @@ def refuse_unsorted(config: DataConfig) -> None:
         where = f"directly in {' and '.join(bare)}" if splits else "in it directly"
         table = f" Or, with {lists[0]}: {_TABLE}" if lists else ""
         raise UserError(f"{begin} its images lie {where}, and nothing says what their classes are. {sorts}{table}")
-    outer = splits or [name for name, number in below.items() if number]
+    outer = list(splits) or [name for name, number in below.items() if number]
     if len(outer) > 1 and all(_is_doubled(folder / name) for name in outer):
         raise UserError(
             f"{begin} its folders {_some(outer)} hold one folder of the same name each, as some archives do, so that "
