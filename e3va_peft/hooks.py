@@ -230,6 +230,11 @@ class ImageGuard(Hook):
         refuse_placeholder(args, kwargs)
 
 
+def guard_of(model: nn.Module) -> ImageGuard | None:
+    """Return the guard of a base model, by which its layers know it; a copy of both has a copy of it."""
+    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ImageGuard)), None)
+
+
 class FrozenOutput(FrozenGuard):
     """A hook, with keywords, on the same modules: a note of how they made what they return."""
 

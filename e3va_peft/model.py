@@ -20,7 +20,7 @@ from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
 from e3va_peft.exits import find_exits
 from e3va_peft.fingerprint import tensors_checksum
-from e3va_peft.hooks import FrozenGuard, FrozenOutput, ImageGuard, remove_hooks
+from e3va_peft.hooks import FrozenGuard, FrozenOutput, ImageGuard, guard_of, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
 from e3va_peft.refusals import backbone_fingerprint, check_backbone, check_outside, outside_fingerprints
 from e3va_peft.resolve import resolve
@@ -49,7 +49,7 @@ class E3VAModel(BaseTuner):
         is_new = not config.inference_mode and config.auto_mapping is None
         if is_new or config.base is not None:
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        first = _guard_of(model) is None
+        first = guard_of(model) is None
         guarded = model.register_forward_pre_hook(ImageGuard(), with_kwargs=True) if first else None
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -72,7 +72,7 @@ class E3VAModel(BaseTuner):
 
     def _put_back(self, model: nn.Module) -> None:
         """Put back the exits that were replaced before it came to an error."""
-        own = _guard_of(model)
+        own = guard_of(model)
         for name, layer in list(model.named_modules()):
             if isinstance(layer, E3VALayer) and layer.owner is own:
                 exit = layer.unload_and_optionally_merge_module(False, False, None)
@@ -89,14 +89,6 @@ class E3VAModel(BaseTuner):
         """
         resolve(self.model, peft_config)
         chosen = [found for found in find_exits(self.model) if found.target in peft_config.target_modules]  # type: ignore[operator]
-        present = dict(self.model.named_modules(remove_duplicate=False))
-        for found in chosen:
-            layer = present.get(found.place)
-            if isinstance(layer, E3VALayer) and layer.owner is not _guard_of(self.model):
-                raise ValueError(
-                    f"{found.target}: is adapted already, in another model that shares it. Give each model a backbone "
-                    "of its own (copy.deepcopy), or unload() the other one."
-                )
         for found in chosen:
             if found.family.methods and not hasattr(found.module, METHOD_CHILD):
                 found.module.add_module(METHOD_CHILD, nn.Identity())  # which the layer will replace
@@ -120,7 +112,7 @@ class E3VAModel(BaseTuner):
             names = () if found.family.methods else site.frozen  # a method's frozen modules run inside of it
             front = {name: self.model.get_submodule(name) for name in names}
             layer = E3VALayer(found.module, found.family, site.depth, peft_config, front)
-            layer.owner = _guard_of(self.model)
+            layer.owner = guard_of(self.model)
         saved = self.peft_config[adapter_name].modules_to_save
         try:
             layer.update_layer(adapter_name, peft_config, [own for full, own in found.tail.items() if full in saved])
@@ -347,11 +339,6 @@ class _IgnoredInputGradients:
 
     def __call__(self) -> None:
         """Do nothing. PEFT and Trainer call this when gradient checkpointing is on; it would crash Swin."""
-
-
-def _guard_of(model: nn.Module) -> ImageGuard | None:
-    """Return the guard of a base model, by which its layers know it; a copy of both has a copy of it."""
-    return next((hook for hook in model._forward_pre_hooks.values() if isinstance(hook, ImageGuard)), None)
 
 
 def _ignore_input_gradients(model: nn.Module) -> None:

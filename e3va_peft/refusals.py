@@ -27,7 +27,7 @@ from e3va_peft.exits import (
 )
 from e3va_peft.fingerprint import KINDS, VECTORS, are_plain, checksum, described, noted, tensors_checksum
 from e3va_peft.fused import wraps_quantized
-from e3va_peft.hooks import Hook, is_offloaded
+from e3va_peft.hooks import Hook, guard_of, is_offloaded
 from e3va_peft.layer import AdaptedMethod, has_units
 from e3va_peft.saved import will_be_sharded
 
@@ -70,7 +70,8 @@ def check_exit(model: nn.Module, found: Exit) -> None:
     blocks = [block for stage in stages for block in stage.blocks]
     for block in blocks:
         found.family.tap_points(found.module, block)
-    if not any(layer.exit is found.module for layer in layers_of(model)) and any(
+    own = guard_of(model)
+    if not any(layer.exit is found.module and layer.owner is own for layer in layers_of(model)) and any(
         isinstance(hook, Hook)
         for block in blocks
         for part in found.module.get_submodule(block).modules()
