@@ -27,7 +27,7 @@ from transformers import Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Repeated, Views
-from e3va_peft.cache.rest import from_bytes, to_bytes
+from e3va_peft.cache.rest import comparable, from_bytes, to_bytes
 from e3va_peft.cache.store import IDENTITY, INDEX, Store
 from e3va_peft.cache.taking import RECORD
 from e3va_peft.errors import UserError
@@ -866,6 +866,8 @@ def test_the_rest_of_an_example_comes_back_as_it_was():
     assert torch.equal(found["boxes"]["boxes"], example["boxes"]["boxes"])
     assert isinstance(found["masks"][0], np.ndarray) and found["masks"][1].dtype == torch.bool
     assert found["a.b"] == 0 and found["a"]["b"] == 1
+    one, same, other = {"a": b"x", "b": 1}, {"b": torch.tensor(1), "a": b"x"}, {"a": b"y", "b": 1}
+    assert comparable(to_bytes(one)) == comparable(to_bytes(same)) != comparable(to_bytes(other))
     pair = namedtuple("Pair", "a b")(1, 2)
     for value in (object(), {1: 2}, pair, np.array(["a"])):
         with pytest.raises(TypeError, match=r"labels\.0: is a "):

@@ -31,7 +31,7 @@ from e3va_peft.files import cache_home, number_of_bytes
 from e3va_peft.hooks import PLACEHOLDERS
 
 LOOKED_AT = 4  # examples that are made again to see whether a cache that exists is still of this dataset
-_WORKERS = 256
+_WORKERS = 256  # places of a loader's workers, each to count for itself
 
 
 def cached(

@@ -33,29 +33,34 @@ def from_bytes(data: bytes, types: Sequence[type] = ()) -> dict[str, Any]:
         data: What `to_bytes` returned.
         types: The dataclasses that may be in it; none is imported by name.
     """
-    length = int.from_bytes(data[:_LENGTH], "little")
-    tensors = load(data[_LENGTH + length :])
-    known = {own.__qualname__: own for own in types}
-    return _filled(json.loads(data[_LENGTH : _LENGTH + length]), tensors, known)
+    return _filled(*_parts(data), {own.__qualname__: own for own in types})
 
 
 def comparable(data: bytes) -> Any:
     """Return what is in bytes so that it can be compared: without order of keys, and without texts, such as paths."""
+    return _comparable(*_parts(data))
+
+
+def _comparable(outline: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, value),) = outline.items()
+    if kind == "mapping":
+        return {name: _comparable(own, tensors) for name, own in value.items()}
+    if kind in ("list", "tuple"):
+        return [_comparable(own, tensors) for own in value]
+    if kind == "bytes" or value is None:
+        return value
+    if kind == "value" and isinstance(value, str):
+        return str
+    if kind in ("tensor", "array", "value"):  # 3 is what a tensor of 3 is
+        tensor = torch.as_tensor(value) if kind == "value" else tensors[value]
+        return tensor.shape, tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()
+    return _comparable(value, tensors)  # of a dataclass
+
+
+def _parts(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the outline in an example's bytes, and the tensors that it names."""
     length = int.from_bytes(data[:_LENGTH], "little")
-    tensors = load(data[_LENGTH + length :])
-
-    def plain(outline: Mapping[str, Any]) -> Any:
-        ((kind, value),) = outline.items()
-        if kind in ("list", "tuple"):
-            return [plain(own) for own in value]
-        if kind in ("tensor", "array") or (kind == "value" and isinstance(value, int | float)):
-            tensor = torch.as_tensor(value) if kind == "value" else tensors[value]
-            return tensor.shape, tensor.dtype, tensor.flatten().view(torch.uint8).numpy().tobytes()
-        if kind == "value":
-            return value if value is None else str
-        return {name: plain(own) for name, own in value.items()} if kind == "mapping" else plain(value)
-
-    return plain(json.loads(data[_LENGTH : _LENGTH + length]))
+    return json.loads(data[_LENGTH : _LENGTH + length]), load(data[_LENGTH + length :])
 
 
 def _outline(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
