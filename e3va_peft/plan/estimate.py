@@ -45,6 +45,8 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "fp16": torch.float16
 CONTEXT_BYTES = int(0.6 * GIB)
 # The allocator rounds blocks up and cannot always reuse the gaps between them.
 FRAGMENTATION = 0.05
+# Images up to which the steps of a detector are run to find the largest batch.
+RUN_UP_TO = 16
 
 
 Prepare = Callable[[PreTrainedModel], nn.Module]
@@ -419,8 +421,8 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
     With the batch the sizes of tensors grow on straight lines, and the operations stay the same ones. So two steps
     give the live bytes after each operation at any batch size, and their maximum is the peak there, exactly. A batch
     of one image may run other operations (batch norms), and is asked by itself; so is every batch where two steps
-    differ, as with detectors, whose heads go through the images one by one: up to `_SOME` images, beyond which the
-    peak is taken to grow as it does up to there.
+    differ, as with detectors, whose heads go through the images one by one: up to `RUN_UP_TO` images, beyond
+    which the peak is taken to grow as it does up to there.
 
     Args:
         trace: Runs a step with a batch of this size.
@@ -429,11 +431,12 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
     """
     one = max(2, batch_size)
     other = _guess(trace(one), one, memory)
-    if other > _SOME != one and len(trace(one).totals) != len(trace(_SOME).totals):
-        half, full = needed_bytes(trace(_SOME // 2).peak), needed_bytes(trace(_SOME).peak)
+    probe = RUN_UP_TO if one != RUN_UP_TO else RUN_UP_TO // 2
+    if other > RUN_UP_TO and len(trace(one).totals) != len(trace(probe).totals):
+        half, full = (needed_bytes(trace(batch).peak) for batch in (RUN_UP_TO // 2, RUN_UP_TO))
         if full <= memory:
-            return _SOME + (memory - full) * (_SOME // 2) // (full - half)
-        other = _SOME
+            return RUN_UP_TO + (memory - full) * (RUN_UP_TO // 2) // (full - half)
+        other = probe
     first, second = trace(one).totals, trace(other).totals
 
     def peak(batch: int) -> int:
@@ -454,9 +457,6 @@ def largest_batch(trace: Callable[[int], Trace], batch_size: int, memory: int) -
         middle = (fitting + failing) // 2
         fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
     return fitting
-
-
-_SOME = 16
 
 
 def _guess(at: Trace, batch_size: int, memory: int) -> int:
