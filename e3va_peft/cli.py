@@ -196,7 +196,10 @@ def compare(
     output: Annotated[Path, typer.Option(help="Folder for runs, table, JSON and plots.")],
     methods: Annotated[
         str | None,
-        typer.Option(help=f"Some of them, separated by commas; by default all. Methods: {', '.join(_METHODS)}."),
+        typer.Option(
+            help="Some of them, separated by commas, with options behind colons if wanted (e3va:live_blocks=2); by "
+            f"default all. Methods: {', '.join(_METHODS)}."
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas: one run of every method for each.")] = "0",
     overrides: Overrides = None,
@@ -220,6 +223,7 @@ def compare(
         e3va compare my.yaml --output runs/compare
         e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2 --set cache.views=4
         e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
+        e3va compare my.yaml --output runs/compare --methods lora:r=8,lora:r=64,e3va,e3va:live_blocks=2:r=32
     """
     with _errors_in_plain_words():
         from e3va_peft.compare.run import compare as run

@@ -26,6 +26,7 @@ from e3va_peft.compare.run import Comparison, compare, read_comparison
 from e3va_peft.errors import UserError
 from e3va_peft.methods import METHODS
 from e3va_peft.training import trainer
+from e3va_peft.training.config import read_config
 from e3va_peft.training.run import train
 from tests.helpers import Stop, adapter_weights, stop_after
 from tests.inputs import classify, segment, write
@@ -212,12 +213,35 @@ def test_the_help_lists_every_method():
 def test_the_configs_own_method_keeps_its_options_and_its_rate(tmp_path):
     values = classify(tmp_path, learning_rate=0.5) | {"method": {"name": "lora", "r": 3}}
     comparison = read_comparison(write(tmp_path / "c.yaml", values), tmp_path / "out")
-    assert comparison.methods == tuple(METHODS)
+    assert tuple(comparison.methods) == tuple(METHODS)
     assert comparison.run("lora", 0).method == {"name": "lora", "r": 3}
     assert comparison.run("lora-checkpointing", 0).method == {"name": "lora-checkpointing", "r": 3}
     assert comparison.run("e3va", 0).method == {"name": "e3va"}
     rates = [comparison.run(name, 4).training["learning_rate"] for name in ("lora", "e3va")]
     assert rates == [0.5, 2e-3] and comparison.run("e3va", 4).seed == 4
+
+
+def test_settings_of_a_method_are_compared_side_by_side(tmp_path):
+    titles = ("e3va", "e3va:live_blocks=1", "e3va:live_blocks=1:r=4")
+    rows = compare(plan(tmp_path, methods=",".join(titles), rates=["e3va=3e-3", "e3va:live_blocks=1=1e-3"]))
+    assert [row.method for row in rows] == list(titles)
+    assert [row.learning_rate for row in rows] == [3e-3, 1e-3, 3e-3]
+    assert rows[0].trained_parameters == rows[1].trained_parameters > rows[2].trained_parameters
+    assert rows[0].saved_bytes != rows[1].saved_bytes
+    folders = ["e3va-seed0", "e3va-live_blocks-1-seed0", "e3va-live_blocks-1-r-4-seed0"]
+    assert [read_config(tmp_path / "out" / "runs" / name / "config.yaml").method for name in folders] == [
+        {"name": "e3va"},
+        {"name": "e3va", "live_blocks": 1},
+        {"name": "e3va", "live_blocks": 1, "r": 4},
+    ]
+
+
+def test_options_stand_over_those_of_the_config_and_have_a_cache_of_their_own(tmp_path):
+    values = classify(tmp_path) | {"method": {"name": "e3va", "r": 3}, "cache": {"folder": str(tmp_path / "frozen")}}
+    comparison = read_comparison(write(tmp_path / "c.yaml", values), tmp_path / "out", "e3va:live_blocks=1,e3va:r=4")
+    first, second = (comparison.run(title, 0) for title in comparison.methods)
+    assert first.method == {"name": "e3va", "r": 3, "live_blocks": 1} and second.method == {"name": "e3va", "r": 4}
+    assert first.cache.folder != second.cache.folder and first.output != second.output
 
 
 @pytest.mark.parametrize(
@@ -230,6 +254,12 @@ def test_the_configs_own_method_keeps_its_options_and_its_rate(tmp_path):
         ({"seeds": "-1"}, "seeds=.*'-1'"),
         ({"seeds": "1,1"}, "seeds='1,1'"),
         ({"rates": ["lora=1e-3"]}, "'lora' .*full, head-only, adapter"),
+        ({"methods": "e3va:lr=3"}, "method.lr"),
+        ({"methods": "e3va:r=0"}, "method.r=0"),
+        ({"methods": "mona:r=3"}, "method.r: mona has no options"),
+        ({"methods": "e3va:r"}, "methods='e3va:r': write key=value, e.g. e3va:r=8"),
+        ({"methods": "e3va:r=8,e3va: r=8"}, "twice"),
+        ({"methods": "e3va:r=8", "rates": ["e3va:r=4=1e-3"]}, "'e3va:r=4' .*e3va:r=8, e3va"),
         ({"rates": ["adapter"]}, "--learning-rate adapter="),
         ({"rates": ["adapter=-1"]}, "adapter=-1"),
         ({"overrides": ["method=lora"]}, "--methods"),

@@ -44,13 +44,18 @@ def draw_tradeoff(
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     for (name, mean, deviation), x in zip(places, costs, strict=True):
-        color, marker, size = _STYLES.get(name, _OTHERS)
+        color, marker, size = _style(name)
         axes.errorbar(x, mean, deviation, fmt=marker, color=color, markersize=size, capsize=3, elinewidth=1)
     axes.set_xlim(0, 1.12 * max(costs))
     widen(axes)
-    colors = [_STYLES.get(name, _OTHERS)[0] for name, _, _ in places]
+    colors = [_style(name)[0] for name, _, _ in places]
     label(axes, [(name, x, mean, color) for (name, mean, _), x, color in zip(places, costs, colors, strict=True)])
     save_figure(figure, path)
+
+
+def _style(name: str) -> tuple[str, str, float]:
+    """Colour, marker and size of a method, whatever its options."""
+    return _STYLES.get(name.partition(":")[0], _OTHERS)
 
 
 def widen(axes: Axes) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import re
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from e3va_peft.errors import UserError, nearest
 from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
-from e3va_peft.training.config import CacheConfig, RunConfig, read_config
+from e3va_peft.training.config import CacheConfig, RunConfig, apply_override, parse_method, read_config
 from e3va_peft.training.folder import checkpoints
 from e3va_peft.training.results import number
 from e3va_peft.training.run import read_cache, train, trained_before, verify
@@ -49,14 +50,14 @@ class Comparison:
     Attributes:
         config: The task: data, model, epochs. Its own method's options and learning rate hold for that method.
         output: Folder of runs and report.
-        methods: Names in `METHODS`.
+        methods: Title -> the `method` section of its runs; a title is a name in `METHODS`, or one with options.
         seeds: Each of them seeds head, data order and, without a cache, augmentation of one run of every method.
         rates: Learning rate of each method.
     """
 
     config: RunConfig
     output: Path
-    methods: tuple[str, ...]
+    methods: Mapping[str, Mapping[str, Any]]
     seeds: tuple[int, ...]
     rates: Mapping[str, float]
 
@@ -68,8 +69,8 @@ class Comparison:
         once = {"eval_strategy": "no", "save_strategy": "epoch", "load_best_model_at_end": False}
         return dataclasses.replace(
             self.config,
-            output=str(self.output / RUNS / f"{method}-seed{seed}"),
-            method=_options(self.config.method, method),
+            output=str(self.output / RUNS / f"{_word(method)}-seed{seed}"),
+            method=dict(self.methods[method]),
             data=dataclasses.replace(self.config.data, verify=False),  # once for all runs, before the first
             cache=self._cache(method, seed),
             training={"save_total_limit": 1}
@@ -87,12 +88,12 @@ class Comparison:
         cache, data = self.config.cache, self.config.data
         if cache is None or cache.storage == "none":
             return cache
-        if not METHODS[method].cacheable:
+        if not METHODS[self.methods[method]["name"]].cacheable:
             return dataclasses.replace(cache, storage="none")
         if cache.folder == "auto":
             return cache
         drawn = data.train_samples is not None or data.eval_samples is not None  # other images for each seed
-        own = Path(cache.folder) / (f"{method}-seed{seed}" if drawn else method)
+        own = Path(cache.folder) / (f"{_word(method)}-seed{seed}" if drawn else _word(method))
         return dataclasses.replace(cache, folder=str(own))
 
 
@@ -109,10 +110,10 @@ def read_comparison(
     Args:
         source: YAML file of a run, or the name of a recipe.
         output: Folder of runs and report.
-        methods: Names, separated by commas. None: all.
+        methods: Names, each with options if wanted (`e3va:live_blocks=2:r=8`), separated by commas. None: all.
         seeds: Numbers, separated by commas.
         overrides: `key=value` for the config.
-        rates: `method=rate`; the others keep their defaults.
+        rates: `method=rate`, for a name alone or with its options; the others keep their defaults.
 
     Raises:
         UserError: File, field or value cannot work; the message says which and what to do.
@@ -123,11 +124,14 @@ def read_comparison(
         if own is not None and not key.startswith("method."):
             raise UserError(f"--set {override}: a comparison sets it for each run by itself. Use {own}.")
     config = read_config(source, overrides)
-    names = tuple(METHODS) if methods is None else _names(methods)
-    learned = {name: METHODS[name].learning_rate for name in names}
+    chosen = _methods(",".join(METHODS) if methods is None else methods, config)
+    names = {title: section["name"] for title, section in chosen.items()}
+    learned = {name: METHODS[name].learning_rate for name in names.values()}
     if "learning_rate" in config.training and config.method_name in learned:
         learned[config.method_name] = config.training["learning_rate"]
-    return Comparison(config, Path(output).expanduser(), names, _seeds(seeds), learned | _rates(rates, names))
+    learned |= _rates(rates, dict.fromkeys([*names, *names.values()]))
+    rated = {title: learned.get(title, learned[name]) for title, name in names.items()}
+    return Comparison(config, Path(output).expanduser(), chosen, _seeds(seeds), rated)
 
 
 def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
@@ -199,7 +203,7 @@ def measure_steps(comparison: Comparison, task: Task, split: Split, rounds: int)
     Returns:
         Reports by method; of the step from the cache, where there is one, by its name and `CACHED`.
     """
-    first = comparison.run(comparison.methods[0], comparison.seeds[0])
+    first = comparison.run(next(iter(comparison.methods)), comparison.seeds[0])
     arguments = build_arguments(first, task, has_eval=True)
     set_seed(arguments.seed)
     batch = _batch(task, split, arguments)
@@ -247,7 +251,7 @@ def _batch(task: Task, split: Split, arguments: TrainingArguments) -> dict[str, 
 
 def _fresh_model(comparison: Comparison, task: Task, split: Split, name: str) -> torch.nn.Module:
     set_seed(comparison.seeds[0])
-    return adapt(task.build_model(split.labels), _options(comparison.config.method, name))
+    return adapt(task.build_model(split.labels), comparison.methods[name])
 
 
 def _rows(
@@ -310,30 +314,36 @@ def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
     split, eval_split = load_splits(data, task.label_kind, comparison.seeds[0])
     if eval_split is None:
         raise UserError("data.eval_split: there is no split to score on. Set it, or data.eval_fraction.")
-    build_arguments(comparison.run(comparison.methods[0], comparison.seeds[0]), task, has_eval=True)
-    if set(comparison.methods) - {"full"}:
+    build_arguments(comparison.run(next(iter(comparison.methods)), comparison.seeds[0]), task, has_eval=True)
+    if comparison.methods.keys() - {"full"}:
         trained_whole(task.build_model(split.labels))
     if data.verify and not (comparison.output / RUNS).is_dir():
         verify((split, eval_split), console)
     return split
 
 
-def _options(method: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the `method` section of a run: the config's options where they are of this method."""
-    own = method["name"] == name.removesuffix("-checkpointing")
-    return {**(method if own else {}), "name": name}
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(_parts(text))
-    for name in names:
+def _methods(text: str, config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return title -> `method` section for what `--methods` says; the config's own options hold for its method."""
+    found: dict[str, dict[str, Any]] = {}
+    for title in _parts(text):
+        name, *options = (part.strip() for part in title.split(":"))
         if name not in METHODS:
             raise UserError(f"methods={name!r}: must be among {', '.join(METHODS)}.{nearest(name, METHODS)}")
-        if names.count(name) > 1:
-            raise UserError(f"methods={text!r}: names {name} twice. Name each once.")
-    if not names:
+        own = config.method_name == name.removesuffix("-checkpointing")
+        values: dict[str, Any] = {"method": {**(config.method if own else {}), "name": name}}
+        for option in options:
+            apply_override(values, f"method.{option}", f"methods={title!r}", f"{name}:r=8")
+        if _word(title) in map(_word, found):
+            raise UserError(f"methods={text!r}: names {title} twice. Name each once.")
+        found[title] = parse_method(values["method"])
+    if not found:
         raise UserError(f"methods={text!r}: names none. Choose among {', '.join(METHODS)}.")
-    return names
+    return found
+
+
+def _word(title: str) -> str:
+    """Return a title as a part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", "-", title)
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -347,10 +357,10 @@ def _seeds(text: str) -> tuple[int, ...]:
     return numbers
 
 
-def _rates(pairs: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+def _rates(pairs: Sequence[str], names: Collection[str]) -> dict[str, float]:
     rates: dict[str, float] = {}
     for pair in pairs:
-        name, _, text = pair.partition("=")
+        name, text = pair.rsplit("=", 1) if "=" in pair else (pair, "")
         if name not in names:
             raise UserError(
                 f"learning-rate={pair!r}: {name!r} is not among the methods {', '.join(names)}.{nearest(name, names)}"

@@ -228,16 +228,26 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{source}: is not a mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
-        _apply(values, override)
+        apply_override(values, override, f"--set {override}", "training.learning_rate=1e-3")
     return parse_config(values)
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in nested mappings."""
+def apply_override(values: dict[str, Any], override: str, where: str, example: str) -> None:
+    """Set one field by `section.key=value`, the value in YAML, in nested mappings.
+
+    Args:
+        values: The mapping.
+        override: The field and its value.
+        where: What asks for it, for messages.
+        example: One that would work.
+
+    Raises:
+        UserError: It has no `=`, or there is a value where a section is needed.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override}: write key=value, e.g. --set training.learning_rate=1e-3.")
-    set_field(values, key.strip(), parse_yaml(text, f"--set {override}"), f"--set {override}")
+        raise UserError(f"{where}: write key=value, e.g. {example}.")
+    set_field(values, key.strip(), parse_yaml(text, where), where)
 
 
 def set_field(values: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -295,7 +305,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     values["augment"] = None if augment is False else _section("augment", augment, AugmentConfig)
     cache = {} if values.get("cache") is True else values.get("cache")
     values["cache"] = None if cache is None or cache is False else _section("cache", cache, CacheConfig)
-    values["method"] = _method(values.get("method", "e3va"))
+    values["method"] = parse_method(values.get("method", "e3va"))
     values["output"] = values["output"].replace("{method}", values["method"]["name"])
     for name in ("processor", "model_options", "training", "sweep"):
         values[name] = _mapping(name, values.get(name))
@@ -343,7 +353,12 @@ def _check_training(training: Mapping[str, Any]) -> None:
             raise UserError(f"training.max_steps={value!r}: must be at least 1, or -1 to train num_train_epochs.")
 
 
-def _method(value: Any) -> dict[str, Any]:
+def parse_method(value: Any) -> dict[str, Any]:
+    """Check a run's method, a name or a mapping with `name` and options, and return it as a mapping.
+
+    Raises:
+        UserError: There is no such method, or it has no such option or value.
+    """
     method = {"name": value} if isinstance(value, str) else _mapping("method", value)
     if "name" not in method:
         raise UserError(f"method={value!r}: has no name. Write method: e3va, or method: {{name: e3va, r: 8}}.")
