@@ -996,7 +996,8 @@ def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained
     [
         ({"learning_rate": 1e-3}, "sweep.learning_rate"),
         ({"learning_rate": []}, "sweep.learning_rate"),
-        ({"learning_rte": [1]}, "learning_rte"),
+        ({"learning_rte": [1]}, "sweep.learning_rte: .*learning_rate"),
+        ({"lr": [1]}, "sweep.lr: .*It is called sweep.learning_rate"),
         ({"method.rr": [1]}, "method.rr"),
     ],
 )

@@ -315,6 +315,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
+    _refuse_unknown("sweep", {name: 0 for name in config.sweep if "." not in name}, TrainingArguments)
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
@@ -465,6 +466,7 @@ _SYNONYMS = {
 }
 """Names of training arguments in other trainers."""
 _SYNONYMS_OF = {
+    "sweep": _SYNONYMS,
     "method": {"rank": "r", "lora_r": "r", "tap": "taps", "storage": "tap_storage", "norm": "tap_norm"},
     "data": {
         **dict.fromkeys(("labels_dir", "label_dir", "masks_dir", "mask", "segmentation", "annotations_dir"), "masks"),
