@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
+from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -14,6 +16,11 @@ from e3va_peft.backbones.base import submodule
 from e3va_peft.layer import METHOD_CHILD, E3VALayer
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
+
+
+def base_of(model: Any) -> Any:
+    """Return the model below a PEFT model's adapters; a model without any is its own."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 @dataclass(frozen=True)

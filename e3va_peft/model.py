@@ -18,7 +18,7 @@ from torch import nn
 
 from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import find_exits
+from e3va_peft.exits import base_of, find_exits
 from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.hooks import FrozenGuard, FrozenOutput, ImageGuard, guard_of, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
@@ -218,7 +218,7 @@ class E3VAModel(BaseTuner):
             if any(part in key for part in own)
         }
         _check_weights(expected, {key.removeprefix(_PEFT_PREFIX): value for key, value in mapped.items()})
-        vars(model.get_base_model() if isinstance(model, PeftModel) else model).pop(_LOADER, None)
+        vars(base_of(model)).pop(_LOADER, None)
         saved = config.auto_mapping or {}
         # once: what is loaded under this name later, a checkpoint, is not what this config was saved with
         checksum, backbone, outside = (saved.pop(name, None) for name in ("weights", "backbone", "outside"))

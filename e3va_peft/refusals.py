@@ -19,6 +19,7 @@ from e3va_peft.exits import (
     CONTAINERS,
     Exit,
     base_modules,
+    base_of,
     find_exits,
     frozen_weights,
     layers_of,
@@ -257,7 +258,7 @@ def outside_fingerprints(
     """
     if has_units(model):
         return {}
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     found = unsaved_outside(base, config.target_modules or (), config.modules_to_save or ())
     return {
         name: described(partial(tensors_checksum, tensors), tensors, None if saved is None else saved[name])

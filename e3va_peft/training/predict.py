@@ -34,7 +34,7 @@ from e3va_peft.data.objects import Detections
 from e3va_peft.data.records import shown
 from e3va_peft.detection import Detector
 from e3va_peft.errors import UserError, reason, refuse_no_path
-from e3va_peft.exits import layers_of
+from e3va_peft.exits import base_of, layers_of
 from e3va_peft.files import write_whole
 from e3va_peft.loading import from_safetensors, load_adapter, read_model_config, refuse_unbuildable
 from e3va_peft.methods import INSERTED, METHODS, adapt
@@ -78,7 +78,7 @@ class Trained:
     @property
     def base(self) -> Any:
         """The transformers model inside PEFT's wrapper."""
-        return _base(self.model)
+        return base_of(self.model)
 
     @property
     def first_label(self) -> int:
@@ -144,7 +144,7 @@ def load_trained(source: str) -> Trained:
     if processor is None:
         raise UserError(f"{source}: has no image processor (preprocessor_config.json). Save one beside the adapter.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Trained(model.to(device).eval(), processor, _class_names(_base(model).config), config, _name_of(source))
+    return Trained(model.to(device).eval(), processor, _class_names(base_of(model).config), config, _name_of(source))
 
 
 def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
@@ -172,10 +172,6 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
             + (f" It holds the runs {shown(runs)}; name one of them." if runs else "")
         )
     return folder, None
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _class_names(config: Any) -> tuple[str, ...]:

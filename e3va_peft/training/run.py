@@ -19,7 +19,6 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from rich import progress
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +34,7 @@ from e3va_peft.data.objects import Objects
 from e3va_peft.data.splits import EVAL
 from e3va_peft.data.verify import Checked, missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
+from e3va_peft.exits import base_of
 from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import MetricsToCard, build_arguments, check_precision
 from e3va_peft.training.config import RunConfig
@@ -306,7 +306,7 @@ def check_sizes(trainer: VisionTrainer) -> None:
 
 def uneven_size(size: int | None, model: Any) -> str:
     """Say that patches do not fill an image of a run's `image_size`, and the nearest size that they do; "" if so."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = base_of(model)
     config = getattr(base.config, "backbone_config", None) or base.config
     patch = getattr(config, "patch_size", None)
     if size is None or not isinstance(patch, int) or size % patch == 0:
@@ -401,7 +401,7 @@ def read_cache(
 
 def _summary(config: RunConfig, trainer: VisionTrainer, trained: int) -> str:
     """A line about what is trained, on what and where."""
-    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    model = base_of(trainer.model)
     scored_on = 0 if trainer.eval_dataset is None else len(trainer.eval_dataset)
     processes = trainer.args.world_size
     return (
