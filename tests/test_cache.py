@@ -36,9 +36,9 @@ from e3va_peft.layer import E3VALayer
 from e3va_peft.methods import adapt
 from e3va_peft.plan.estimate import FakeStep
 from e3va_peft.plan.reading import cached_image
-from e3va_peft.training.config import parse_config
+from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.run import train
-from e3va_peft.training.sweep import sweep
+from e3va_peft.training.sweep import runs_of, sweep
 from tests.helpers import by_two, every_model_in, replica_of, start
 from tests.inputs import classify, detect, segment
 from tests.models import BY_NAME, Case, every_model, loss_of
@@ -989,6 +989,17 @@ def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained
     with pytest.raises(UserError, match=r"sweep: .*data\.eval_split"):
         sweep(parse_config(values))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_takes_fields_of_the_run_of_its_method_and_of_training(tmp_path):
+    (tmp_path / "run.yaml").write_text(json.dumps(classify(tmp_path)))
+    options = ["sweep.method=[lora, e3va]", "sweep.method.r=[2, 4]", "sweep.seed=[1]"]
+    runs = runs_of(read_config(tmp_path / "run.yaml", options))
+    assert list(runs)[:2] == ["method=lora,r=2,seed=1", "method=lora,r=4,seed=1"]
+    assert [run.method for run in runs.values()] == [
+        {"name": name, "r": rank} for name in ("lora", "e3va") for rank in (2, 4)
+    ]
+    assert {run.seed for run in runs.values()} == {1}
 
 
 @pytest.mark.parametrize(

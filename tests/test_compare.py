@@ -242,6 +242,17 @@ def test_options_stand_over_those_of_the_config_and_have_a_cache_of_their_own(tm
     first, second = (comparison.run(title, 0) for title in comparison.methods)
     assert first.method == {"name": "e3va", "r": 3, "live_blocks": 1} and second.method == {"name": "e3va", "r": 4}
     assert first.cache.folder != second.cache.folder and first.output != second.output
+    lists = read_comparison(tmp_path / "c.yaml", tmp_path / "out", "e3va:taps=[attention, mlp]:r=4,lora")
+    assert list(lists.methods) == ["e3va:taps=[attention, mlp]:r=4", "lora"]
+    assert lists.methods["e3va:taps=[attention, mlp]:r=4"]["taps"] == ["attention", "mlp"]
+
+
+def test_a_row_that_cannot_be_is_named_before_another_is_trained(tmp_path, watched):
+    with pytest.raises(UserError, match=r"methods='e3va:live_blocks=99': .*live_blocks=99"):
+        compare(plan(tmp_path, methods="head-only,e3va:live_blocks=99"))
+    with pytest.raises(UserError, match=r"methods='lora:r=0': "):
+        compare(plan(tmp_path, methods="head-only,lora:r=0"))
+    assert not watched
 
 
 @pytest.mark.parametrize(
@@ -257,7 +268,8 @@ def test_options_stand_over_those_of_the_config_and_have_a_cache_of_their_own(tm
         ({"methods": "e3va:lr=3"}, "method.lr"),
         ({"methods": "e3va:r=0"}, "method.r=0"),
         ({"methods": "mona:r=3"}, "method.r: mona has no options"),
-        ({"methods": "e3va:r"}, "methods='e3va:r': write key=value, e.g. e3va:r=8"),
+        ({"methods": "e3va:r"}, "methods='e3va:r': 'r' has no value"),
+        ({"methods": "e3va:r="}, "methods='e3va:r=': 'r=' has no value. Write e3va:r=8"),
         ({"methods": "e3va:r=8,e3va: r=8"}, "twice"),
         ({"methods": "e3va:r=8", "rates": ["e3va:r=4=1e-3"]}, "'e3va:r=4' .*e3va:r=8, e3va"),
         ({"rates": ["adapter"]}, "--learning-rate adapter="),

@@ -143,7 +143,7 @@ def terminal_table(rows: Sequence[Row]) -> Table:
     for i in shown:
         table.add_column(SHORT.get(header[i], header[i]), justify="right" if i else "left", overflow="fold")
     for line in lines:
-        table.add_row(*(line[i] for i in shown))
+        table.add_row(*(escape(line[i]) for i in shown))
     return table
 
 

@@ -15,16 +15,18 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from rich.console import Console
+from rich.markup import escape
 from transformers import TrainingArguments, set_seed
 
 from e3va_peft.compare.report import Row, write_report
 from e3va_peft.data.examples import Examples, Split
 from e3va_peft.data.formats import load_splits
+from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.errors import UserError, nearest
 from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
-from e3va_peft.training.config import CacheConfig, RunConfig, apply_override, parse_method, read_config
+from e3va_peft.training.config import CacheConfig, RunConfig, parse_method, read_config, set_field
 from e3va_peft.training.folder import checkpoints
 from e3va_peft.training.results import number
 from e3va_peft.training.run import read_cache, train, trained_before, verify
@@ -166,7 +168,7 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
         config = comparison.run(name, seed)
         record = None if overwrite else trained_before(config)
         done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
-        console.print(f"[bold][{position}/{len(plan)}] {name}, seed {seed}[/bold]: {done}")
+        console.print(f"[bold][{position}/{len(plan)}] {escape(name)}, seed {seed}[/bold]: {done}")
         if record is None:
             record = train(config, overwrite)
             for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
@@ -186,8 +188,9 @@ def _warn_of_a_busy_machine(rows: Sequence[Row], console: Console) -> None:
     least, most = (1000 * pick(row.step_rounds) for pick in (min, max))
     if most > _UNEVEN * least:
         console.print(
-            f"[yellow]warning[/yellow]: a step of {row.method} took between {least:.0f} and {most:.0f} ms: something "
-            "else runs on this machine, and times say little. The same command measures them again and trains nothing."
+            f"[yellow]warning[/yellow]: a step of {escape(row.method)} took between {least:.0f} and {most:.0f} ms: "
+            "something else runs on this machine, and times say little. The same command measures them again and "
+            "trains nothing."
         )
 
 
@@ -317,6 +320,12 @@ def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
     build_arguments(comparison.run(next(iter(comparison.methods)), comparison.seeds[0]), task, has_eval=True)
     if comparison.methods.keys() - {"full"}:
         trained_whole(task.build_model(split.labels))
+    for title in comparison.methods:
+        if ":" in title and not Path(comparison.run(title, comparison.seeds[0]).output).exists():
+            try:
+                _fresh_model(comparison, task, split, title)
+            except UserError as error:
+                raise UserError(f"methods={title!r}: {error}") from error
     if data.verify and not (comparison.output / RUNS).is_dir():
         verify((split, eval_split), console)
     return split
@@ -325,14 +334,17 @@ def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
 def _methods(text: str, config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return title -> `method` section for what `--methods` says; the config's own options hold for its method."""
     found: dict[str, dict[str, Any]] = {}
-    for title in _parts(text):
+    for title in _parts(text, r",(?![^\[{]*[\]}])"):  # not at the commas of a list
         name, *options = (part.strip() for part in title.split(":"))
         if name not in METHODS:
             raise UserError(f"methods={name!r}: must be among {', '.join(METHODS)}.{nearest(name, METHODS)}")
         own = config.method_name == name.removesuffix("-checkpointing")
         values: dict[str, Any] = {"method": {**(config.method if own else {}), "name": name}}
         for option in options:
-            apply_override(values, f"method.{option}", f"methods={title!r}", f"{name}:r=8")
+            key, _, value = option.partition("=")
+            if not value:
+                raise UserError(f"methods={title!r}: {option!r} has no value. Write {name}:r=8.")
+            set_field(values, f"method.{key}", parse_yaml(value, f"methods={title!r}"), f"methods={title!r}")
         if _word(title) in map(_word, found):
             raise UserError(f"methods={text!r}: names {title} twice. Name each once.")
         found[title] = parse_method(values["method"])
@@ -374,5 +386,5 @@ def _rates(pairs: Sequence[str], names: Collection[str]) -> dict[str, float]:
     return rates
 
 
-def _parts(text: str) -> Iterator[str]:
-    return (part.strip() for part in text.split(",") if part.strip())
+def _parts(text: str, separator: str = ",") -> Iterator[str]:
+    return (part.strip() for part in re.split(separator, text) if part.strip())

@@ -137,7 +137,7 @@ class RunConfig:
         training: Fields of `transformers.TrainingArguments`; those that the run decides, e.g. output_dir, are refused.
         sweep: Fields with a list of values each, e.g. learning_rate: [1e-3, 2e-3]; method.r: [8, 16]. Every
             combination is trained, in a folder of its own in `output`, and ranked in its sweep.json. A name without a
-            dot is a training argument.
+            dot is a field of this file, or else a training argument.
     """
 
     task: TaskName
@@ -228,26 +228,16 @@ def read_config(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{source}: is not a mapping of fields to values. `e3va recipes NAME` prints one that works.")
     for override in overrides:
-        apply_override(values, override, f"--set {override}", "training.learning_rate=1e-3")
+        _apply(values, override)
     return parse_config(values)
 
 
-def apply_override(values: dict[str, Any], override: str, where: str, example: str) -> None:
-    """Set one field by `section.key=value`, the value in YAML, in nested mappings.
-
-    Args:
-        values: The mapping.
-        override: The field and its value.
-        where: What asks for it, for messages.
-        example: One that would work.
-
-    Raises:
-        UserError: It has no `=`, or there is a value where a section is needed.
-    """
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value` in nested mappings."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"{where}: write key=value, e.g. {example}.")
-    set_field(values, key.strip(), parse_yaml(text, where), where)
+        raise UserError(f"--set {override}: write key=value, e.g. --set training.learning_rate=1e-3.")
+    set_field(values, key.strip(), parse_yaml(text, f"--set {override}"), f"--set {override}")
 
 
 def set_field(values: dict[str, Any], key: str, value: Any, where: str) -> None:
@@ -262,7 +252,7 @@ def set_field(values: dict[str, Any], key: str, value: Any, where: str) -> None:
     Raises:
         UserError: There is a value where a section is needed.
     """
-    *sections, last = key.split(".")
+    *sections, last = key.split(".", 1) if key.startswith("sweep.") else key.split(".")  # whose keys have dots
     place = values
     for i, section in enumerate(sections):
         inner = place.get(section)
@@ -315,7 +305,10 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
-    _refuse_unknown("sweep", {name: 0 for name in config.sweep if "." not in name}, TrainingArguments)
+    own = {each.name for each in dataclasses.fields(RunConfig)}
+    _refuse_unknown(
+        "sweep", {name: 0 for name in config.sweep if "." not in name and name not in own}, TrainingArguments
+    )
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")

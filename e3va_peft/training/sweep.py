@@ -40,7 +40,8 @@ def runs_of(config: RunConfig) -> dict[str, RunConfig]:
         fields["training"] |= {} if token is None else {"hub_token": token}
         fields["output"] = str(Path(config.output) / name)
         for key, value in chosen.items():
-            set_field(fields, key if "." in key else f"training.{key}", value, f"sweep.{key}")
+            place = key if "." in key or key in fields else f"training.{key}"
+            set_field(fields, place, value, f"sweep.{key}")
         found[name] = parse_config(fields)
     return found
 
