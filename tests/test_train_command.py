@@ -222,8 +222,8 @@ def test_the_learning_rate_of_a_run_falls_at_its_lr_steps(tmp_path):
 
 @pytest.mark.parametrize("method", ["e3va", "full", "mona"])
 def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
-    arguments = {"load_best_model_at_end": False, "num_train_epochs": 4}
-    options = {"method": method, "model_options": {"drop_path_rate": 0.0}}
+    arguments = {"load_best_model_at_end": False, "num_train_epochs": 4, "dataloader_num_workers": 1}
+    options = {"method": method, "model_options": {"drop_path_rate": 0.3}}
     whole = train(parse_config(classify(tmp_path, "whole", **arguments) | options))
     config = parse_config(classify(tmp_path, "cut", **arguments) | options)
     train_until(7, config, monkeypatch)

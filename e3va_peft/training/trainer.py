@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
@@ -99,6 +100,23 @@ class VisionTrainer(Trainer):
             self.lr_scheduler: Any = LambdaLR(optimizer or self.optimizer, partial(_stepped, warmup, milestones))
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the loader of the training images, see `_apart`."""
+        return self._apart(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
+        """Return the loader of the evaluation images, see `_apart`."""
+        return self._apart(super().get_eval_dataloader(*args, **kwargs))
+
+    def _apart(self, loader: Any) -> DataLoader[Any]:
+        """Let a loader draw its workers' seeds from a generator of its own.
+
+        PyTorch's takes them from the global one whenever it starts workers, once in a run and once more behind a
+        checkpoint, after which dropout would draw other numbers.
+        """
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Train on a batch.
