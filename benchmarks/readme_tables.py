@@ -427,9 +427,10 @@ def when() -> str:
         ViT-B.""",
         f"""**Few epochs, a plain ViT:** LoRA or Mona, {tissue["lora"]} and {tissue["mona"]} on MRI tissue; E3VA+
         {tissue["e3va-plus"]}, full {tissue["full"]}.""",
-        f"""**Few epochs, a Swin:** E3VA, last two stages live: {nuclei["e3va-8"]} on nuclei; LoRA {nuclei["lora"]},
-        full {nuclei["full"]}, head only {nuclei["head-only"]}. Under detectors too: {masks["e3va-8"]} to
-        {masks["lora"]} (mask AP of nuclei), {boxes["e3va-8"]} to {boxes["lora"]} (box AP of blood cells).""",
+        f"""**Few epochs, a Swin:** E3VA, last two stages live: {nuclei["e3va-8"]} on nuclei; Mona {nuclei["mona"]},
+        LoRA {nuclei["lora"]}, full {nuclei["full"]}, head only {nuclei["head-only"]}. Under detectors too:
+        {masks["e3va-8"]} to {masks["lora"]} (mask AP of nuclei), {boxes["e3va-8"]} to {boxes["lora"]} (box AP of blood
+        cells).""",
         f"""**Classes far from what the backbone knows:** E3VA, 8 of 12 blocks live, cached:
         {cifar["e3va-8-kept-cached"]} on CIFAR-10, LoRA {cifar["lora"]}.""",
     ]
