@@ -260,6 +260,12 @@ def evaluate(
         from e3va_peft.training.scores import metrics_table
 
         _check_new_file(output)
+        for override in overrides or ():
+            if override.partition("=")[0].partition(".")[0].strip() not in ("data", "training"):
+                raise UserError(
+                    f"--set {override}: has no say in an evaluation, which takes from the trained model all but the "
+                    "data and how it is loaded. Set fields of data, e.g. data.eval_split=test."
+                )
         if data is None and not (Path(source) / CONFIG).is_file():
             if Path(source).is_file():
                 raise UserError(

@@ -272,6 +272,8 @@ def test_a_row_that_cannot_be_is_named_before_another_is_trained(tmp_path, watch
         ({"methods": "e3va:r="}, "methods='e3va:r=': 'r=' has no value. Write e3va:r=8"),
         ({"methods": "e3va:r=8,e3va: r=8"}, "twice"),
         ({"methods": "e3va:r=8", "rates": ["e3va:r=4=1e-3"]}, "'e3va:r=4' .*e3va:r=8, e3va"),
+        ({"rates": ["1e-3"]}, "learning-rate='1e-3': must be METHOD=RATE"),
+        ({"overrides": ["sweep.seed=[1, 2]"]}, "sweep: .*--methods"),
         ({"rates": ["adapter"]}, "--learning-rate adapter="),
         ({"rates": ["adapter=-1"]}, "adapter=-1"),
         ({"overrides": ["method=lora"]}, "--methods"),

@@ -140,6 +140,7 @@ def test_text_that_yaml_reads_otherwise_is_told_to_go_in_quotes(tmp_path):
     ("words", "said"),
     [
         (["eval", "labels.csv"], ["labels.csv: is a file", "e3va eval RUN"]),
+        (["eval", "sweep/a", "--set", "image_size=32"], ["--set image_size=32: has no say", "data.eval_split=test"]),
         (["eval", "runs/nope"], ["runs/nope: no such folder (from "]),
         (["predict", "colors", "colors"], ["colors: is not a run", "the run comes first"]),
         (["predict", "sweep", "colors"], ["sweep: is not a run", "It holds the runs a, b; name one"]),

@@ -220,6 +220,12 @@ def test_a_wrong_run_is_named_before_earlier_predictions(pictures, tmp_path):
             predict_together([source, str(tmp_path)], [str(pictures)], tmp_path)
 
 
+def test_a_file_in_the_place_of_the_folder_for_predictions_is_named(adapters, pictures, tmp_path):
+    (tmp_path / "found").write_text("mine")
+    with pytest.raises(UserError, match=r"output='.*found': is a file"):
+        predict(str(adapters / "segmenter"), [str(pictures)], tmp_path / "found")
+
+
 def test_the_label_maps_of_a_dataset_are_not_overwritten(adapters, pictures, tmp_path):
     truth = tmp_path / "dataset" / "masks" / "a.png"
     truth.parent.mkdir(parents=True)

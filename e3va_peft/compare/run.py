@@ -126,6 +126,10 @@ def read_comparison(
         if own is not None and not key.startswith("method."):
             raise UserError(f"--set {override}: a comparison sets it for each run by itself. Use {own}.")
     config = read_config(source, overrides)
+    if config.sweep:
+        raise UserError(
+            "sweep: a comparison trains no combinations. Leave it out, or name rows: --methods e3va:r=8,e3va:r=16."
+        )
     chosen = _methods(",".join(METHODS) if methods is None else methods, config)
     names = {title: section["name"] for title, section in chosen.items()}
     learned = {name: METHODS[name].learning_rate for name in names.values()}
@@ -375,7 +379,8 @@ def _rates(pairs: Sequence[str], names: Collection[str]) -> dict[str, float]:
         name, text = pair.rsplit("=", 1) if "=" in pair else (pair, "")
         if name not in names:
             raise UserError(
-                f"learning-rate={pair!r}: {name!r} is not among the methods {', '.join(names)}.{nearest(name, names)}"
+                f"learning-rate={pair!r}: must be METHOD=RATE, and {name!r} is not among the methods "
+                f"{', '.join(names)}.{nearest(name, names)}"
             )
         try:
             rates[name] = float(text)

@@ -423,6 +423,8 @@ def load_together(sources: Sequence[str]) -> list[Trained]:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
+    if output.is_file():
+        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
     there = [name for name in (PREDICTIONS, "masks", "overlays", CLASSES, SHEET) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
