@@ -1010,6 +1010,7 @@ def test_a_sweep_takes_fields_of_the_run_of_its_method_and_of_training(tmp_path)
         ({"learning_rte": [1]}, "sweep.learning_rte: .*learning_rate"),
         ({"lr": [1]}, "sweep.lr: .*It is called sweep.learning_rate"),
         ({"method.rr": [1]}, "method.rr"),
+        ({"output": ["a", "b"]}, "sweep.output"),
     ],
 )
 def test_a_bad_sweep_is_named_before_anything_is_trained(fields, named, tmp_path):

@@ -305,10 +305,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
-    own = {each.name for each in dataclasses.fields(RunConfig)}
-    _refuse_unknown(
-        "sweep", {name: 0 for name in config.sweep if "." not in name and name not in own}, TrainingArguments
-    )
+    _refuse_unknown("sweep", {name: 0 for name in config.sweep if swept_field(name) != name}, TrainingArguments)
     for name, listed in config.sweep.items():
         if not isinstance(listed, list) or not listed:
             raise UserError(f"sweep.{name}={listed!r}: must be a list of values, e.g. [1e-3, 2e-3].")
@@ -320,6 +317,12 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
             "it out, or see the same views without one: cache.storage: none."
         )
     return config
+
+
+def swept_field(name: str) -> str:
+    """Return the field of a run that a name in `sweep` stands for: what no run has by that name is in `training`."""
+    own = {each.name for each in dataclasses.fields(RunConfig)} - {"output", "training", "sweep"}
+    return name if "." in name or name in own else f"training.{name}"
 
 
 _LEAST = {

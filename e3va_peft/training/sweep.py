@@ -16,7 +16,7 @@ from rich.table import Table
 from e3va_peft.data.formats import load_splits
 from e3va_peft.errors import UserError
 from e3va_peft.files import write_whole
-from e3va_peft.training.config import RunConfig, parse_config, set_field
+from e3va_peft.training.config import RunConfig, parse_config, set_field, swept_field
 from e3va_peft.training.folder import MARKER
 from e3va_peft.training.results import number, plain
 from e3va_peft.training.run import process, train, trained_before
@@ -40,8 +40,7 @@ def runs_of(config: RunConfig) -> dict[str, RunConfig]:
         fields["training"] |= {} if token is None else {"hub_token": token}
         fields["output"] = str(Path(config.output) / name)
         for key, value in chosen.items():
-            place = key if "." in key or key in fields else f"training.{key}"
-            set_field(fields, place, value, f"sweep.{key}")
+            set_field(fields, swept_field(key), value, f"sweep.{key}")
         found[name] = parse_config(fields)
     return found
 
