@@ -324,8 +324,8 @@ def _check_task(comparison: Comparison, task: Task, console: Console) -> Split:
     build_arguments(comparison.run(next(iter(comparison.methods)), comparison.seeds[0]), task, has_eval=True)
     if comparison.methods.keys() - {"full"}:
         trained_whole(task.build_model(split.labels))
-    for title in comparison.methods:
-        if ":" in title and not Path(comparison.run(title, comparison.seeds[0]).output).exists():
+    for title, section in comparison.methods.items():
+        if len(section) > 1 and not Path(comparison.run(title, comparison.seeds[0]).output).exists():
             try:
                 _fresh_model(comparison, task, split, title)
             except UserError as error:
