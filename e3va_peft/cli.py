@@ -543,7 +543,7 @@ def recipes(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for table, adapter and picture.")] = Path("e3va-demo"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training slices; E3VA+ has 3 times as many.")
+        int, typer.Option(min=1, help="Passes over the training slices; E3VA+ has 2.5 times as many.")
     ] = 6,
     seed: Annotated[int, typer.Option(help="Seed of head, highway and batch order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,
@@ -551,7 +551,7 @@ def demo(
     """Segment grey and white matter in MRI: E3VA+ beside head-only training and LoRA.
 
     Takes a pretrained ViT and MRI slices out of installed packages (no download), trains each method, E3VA+ from a
-    cache for three times the epochs, and prints parameters, memory, time and mIoU. Then it saves the adapter of E3VA+,
+    cache for 2.5 times the epochs, and prints parameters, memory, time and mIoU. Then it saves the adapter of E3VA+,
     loads it in a fresh process and draws its predictions next to the truth.
 
     Example: [bold]e3va demo --epochs 9 --output my-run[/bold]

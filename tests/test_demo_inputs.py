@@ -163,6 +163,23 @@ def test_slices_are_upright(splits: tuple[MNI152Slices, MNI152Slices]) -> None:
     assert brain[: rows.min() + height // 2].sum() < brain[rows.min() + height // 2 :].sum()
 
 
+def test_augmented_slices_move_picture_and_labels_together(splits: tuple[MNI152Slices, MNI152Slices]) -> None:
+    plain, moved = splits[0], splits[0].augmented()
+    torch.manual_seed(0)
+    first, second = moved[0], moved[0]
+    for key in ("pixel_values", "labels"):
+        assert first[key].shape == plain[0][key].shape and first[key].dtype == plain[0][key].dtype
+        assert type(first[key]) is torch.Tensor and not torch.equal(first[key], second[key])
+    assert torch.equal(splits[0][0]["labels"], plain[0]["labels"])  # where nobody asks for it, nothing moves
+    same = (first["labels"] == second["labels"]).float().mean()
+    for example in (first, second):
+        means = [example["pixel_values"][0][example["labels"] == label].mean() for label in range(3)]
+        assert means[0] < means[1] < means[2]
+    swapped = [first["pixel_values"][0][second["labels"] == label].std() for label in (1, 2)]
+    own = [first["pixel_values"][0][first["labels"] == label].std() for label in (1, 2)]
+    assert same < 1 and all(a < b for a, b in zip(own, swapped, strict=True))
+
+
 def test_slices_survive_pickling_and_are_deterministic(splits: tuple[MNI152Slices, MNI152Slices]) -> None:
     copy = pickle.loads(pickle.dumps(splits[1]))
     for other in (copy, mni152_slices()[1]):

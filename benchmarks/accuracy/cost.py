@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import CACHED, HERE, RECORDS, SETTINGS, Protocol, moved, read_task, summary
+from run import CACHED, HERE, RECORDS, SETTINGS, Protocol, read_task, summary
 from torch import nn
 from torch.utils.data import Dataset, Subset, default_collate
 from transformers import set_seed
@@ -51,7 +51,7 @@ def parts(protocol: Protocol) -> tuple[Callable[[], nn.Module], Dataset[Any], Co
     """Return the base model's builder, the training examples, their collator, the batch size, autocast's dtype."""
     if protocol.task.recipe == "demo":
         vit, slices = focus_vit(), mni152_slices()[0]
-        slices = moved(slices) if protocol.task.moved else slices
+        slices = slices.augmented() if protocol.task.moved else slices
         return lambda: build_base(vit), slices, default_collate, BATCH, None
     config = protocol.config("cost", "head-only", 1e-3, 0)
     task = task_of(config)

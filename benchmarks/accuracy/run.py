@@ -26,10 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torchvision import tv_tensors
-from torchvision.transforms import v2
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as if started there: what benchmarks share
 from record import RESULTS, origin, quiet, spread
 from training import overrides
@@ -63,12 +59,6 @@ SETTINGS[f"e3va-8-kept{CACHED}"] = SETTINGS["e3va-8"] | {"checkpoint_live_blocks
 IN_TIME = "-in-time"  # behind a method's name: fewer epochs, so that it takes no longer than LoRA
 SETTINGS[f"e3va-8{IN_TIME}"] = SETTINGS["e3va-8"]
 SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
-MOVES = v2.Compose(
-    [
-        v2.RandomHorizontalFlip(),
-        v2.RandomAffine(2, (0.01, 0.01), (0.98, 1.02), interpolation=v2.InterpolationMode.BILINEAR),
-    ]
-)
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -88,7 +78,7 @@ class Task:
         epochs_in_time: Method -> epochs of a run that is scored on the evaluation images, where it has others.
         centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
-        moved: Whether the demo's slices, which it shows as they are, are augmented by `MOVES`.
+        moved: Whether the demo's slices are augmented, as in the demo.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
         search: More of them that set training images aside.
         quick: More of them that leave a few images.
@@ -188,7 +178,7 @@ class Protocol:
         if self.args.quick:
             fit, scored = choose(fit, range(8)), choose(scored, range(2))
         epochs, folder = self._epochs(method, search), self._folder(name)
-        views, fit = self._views(method, epochs), moved(fit) if self.task.moved else fit
+        views, fit = self._views(method, epochs), fit.augmented() if self.task.moved else fit
         model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, folder, epochs, seed, views)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         score = mean_iou(predict(model, scored), scored)
@@ -217,19 +207,6 @@ def bracketed(score: Callable[[float], float]) -> float:
         if beyond is None or not FEWEST <= beyond <= MOST:
             return best
         found[beyond] = score(beyond)
-
-
-class Moved(MNI152Slices):
-    """Slices that are mirrored, turned, shifted and scaled, otherwise each time."""
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image, label = MOVES(tv_tensors.Image(self.images[index, None]), tv_tensors.Mask(self.labels[index, None]))
-        return MNI152Slices(image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor), self.indices)[0]
-
-
-def moved(slices: MNI152Slices) -> MNI152Slices:
-    """Slices that are otherwise each time, by `MOVES`."""
-    return Moved(slices.images, slices.labels, slices.indices)
 
 
 def choose(slices: MNI152Slices, places: Sequence[int]) -> MNI152Slices:

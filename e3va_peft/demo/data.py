@@ -10,9 +10,15 @@ The template is the average of 152 people, mirrored: one brain, symmetric to the
 disease. A network that learns it has shown that its training works, not that it would read a patient's scan.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 
 from e3va_peft.demo.weights import IMAGE_MEAN, IMAGE_STD
 
@@ -23,6 +29,12 @@ _LEFT_RIGHT, _BACK_FRONT = slice(14, 182), slice(21, 213)  # 168 x 192 mm, centr
 _FIRST_SLICE = 62  # z = -10 mm
 _MIN_BRAIN = 0.1  # smallest share of grey and white matter in the picture
 _BLOCK, _GAP = 10, 2  # slices
+_MOVES = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomAffine(2, (0.01, 0.01), (0.98, 1.02), interpolation=v2.InterpolationMode.BILINEAR),
+    ]
+)
 
 
 class MNI152Slices(Dataset[dict[str, torch.Tensor]]):
@@ -32,19 +44,37 @@ class MNI152Slices(Dataset[dict[str, torch.Tensor]]):
         images: T1 intensity in [0, 1], `(K, H, W)`.
         labels: indices into `CLASSES`, `(K, H, W)` uint8.
         indices: the axial index of each slice in the template; its height is `index - 72` mm.
+        transform: what turns `tv_tensors.Image`, `(1, H, W)`, and `tv_tensors.Mask` into others of their kind, each
+            time that a slice is read.
     """
 
-    def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        indices: tuple[int, ...],
+        transform: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> None:
         self.images = images
         self.labels = labels
         self.indices = indices
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image: torch.Tensor = tv_tensors.Image(self.images[index, None])
+        mask: torch.Tensor = tv_tensors.Mask(self.labels[index, None])
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
         mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
-        return {"pixel_values": (self.images[index] - mean) / std, "labels": self.labels[index].long()}
+        pixels = (image.as_subclass(torch.Tensor) - mean) / std
+        return {"pixel_values": pixels, "labels": mask.as_subclass(torch.Tensor)[0].long()}
+
+    def augmented(self) -> MNI152Slices:
+        """Return the same slices, mirrored or not, turned (2 degrees), shifted (1 %) and scaled (2 %) when read."""
+        return MNI152Slices(self.images, self.labels, self.indices, _MOVES)
 
 
 def mni152_slices(size: tuple[int, int] = (224, 196)) -> tuple[MNI152Slices, MNI152Slices]:
