@@ -91,7 +91,7 @@ class Task:
     epochs: int
     search_epochs: int
     cached_epochs: int
-    epochs_in_time: Mapping[str, int] = field(default_factory=dict)
+    epochs_in_time: Mapping[str, float] = field(default_factory=dict)
     centres: Mapping[str, float] = field(default_factory=dict)
     views: int = 1
     moved: bool = False
@@ -154,15 +154,15 @@ class Protocol:
     def _folder(self, name: str) -> Path:
         return Path(self.args.runs) / self.task.name / name
 
-    def _epochs(self, method: str, search: bool) -> int:
+    def _epochs(self, method: str, search: bool) -> float:
         if self.args.quick:
             return 1
-        epochs = self.task.search_epochs if search else self.task.epochs
         default = self.task.cached_epochs if method.endswith(CACHED) else self.task.epochs
-        return epochs * self.task.epochs_in_time.get(method, default) // self.task.epochs
+        epochs = self.task.epochs_in_time.get(method, default)
+        return epochs * self.task.search_epochs // self.task.epochs if search else epochs
 
-    def _views(self, method: str, epochs: int) -> int:
-        return min(self.task.views, epochs) if method.endswith(CACHED) else 0
+    def _views(self, method: str, epochs: float) -> int:
+        return min(self.task.views, int(epochs)) if method.endswith(CACHED) else 0
 
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
@@ -182,7 +182,12 @@ class Protocol:
         model, _ = train_demo(SETTINGS[method], rate, focus_vit(), fit, folder, epochs, seed, views)
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         score = mean_iou(predict(model, scored), scored)
-        return {"score": score, "steps": epochs * -(-len(fit) // 2), "epochs": epochs, "trained_parameters": trained}
+        return {
+            "score": score,
+            "steps": round(epochs * -(-len(fit) // 2)),
+            "epochs": epochs,
+            "trained_parameters": trained,
+        }
 
     def best_rate(self, method: str) -> float:
         """The learning rate that did best on images set aside, with worse ones on both sides."""

@@ -97,7 +97,7 @@ def mean_iou(predicted: torch.Tensor, slices: MNI152Slices) -> float:
 
 
 def train(
-    method: dict[str, Any], rate: float, vit: Path, slices: MNI152Slices, folder: Path, epochs: int, seed: int,
+    method: dict[str, Any], rate: float, vit: Path, slices: MNI152Slices, folder: Path, epochs: float, seed: int,
     views: int = 0,
 ) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a method from the same head and in the same order of batches; return the model and the seconds.
