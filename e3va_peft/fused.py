@@ -18,7 +18,21 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from e3va_peft.frozen_pass import MergingCall
-from e3va_peft.storage import pack, read, read_at_once, standardized, unpack
+from e3va_peft.storage import pack, read, read_at_once, standardized, unpack, with_statistics
+
+
+class Merged(NamedTuple):
+    """What comes of carrying the lane through patch merging PM.
+
+    Attributes:
+        lane: PM(x + z) - PM(x).
+        entered: x + z.
+        left: PM(x + z); None where PM(x) is not the backbone's own output to the bit.
+    """
+
+    lane: Tensor
+    entered: Tensor
+    left: Tensor | None
 
 
 class Merging(NamedTuple):
@@ -70,7 +84,9 @@ def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]],
 
 
 def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", storage: str = "exact") -> Tensor:
-    """(..., C) -> (..., r + 1): an adapter up to its last factor, `s GELU(n(t) U1 V1 + b1) U2`, and s.
+    """(..., C) -> (..., r): an adapter up to its last factor, `GELU(n(t) U1 V1 + b1) U2`.
+
+    Where the answer is relative, (..., C) -> (..., r + 1): s times that, and s.
 
     Args:
         tap: The tap.
@@ -86,7 +102,7 @@ def reduce(tap: Tensor, factors: Sequence[Tensor], norm: str = "none", storage: 
 
 
 def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
-    """N x (..., r + 1) -> (..., C): the last factors of n adapters and their sum, as one matmul.
+    """N x (..., r or r + 1) -> (..., C): the last factors of n adapters and their sum, as one matmul.
 
     Args:
         reduced: The result of `reduce` for each tap.
@@ -98,27 +114,29 @@ def expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
         return _expand(reduced, v2.to(dtype), b2.to(dtype))
 
 
-def _bottleneck(normed: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> tuple[Tensor, Tensor]:
-    """(M, C) -> (M, r), (M, k): the first projection `p = n(t) U1` and the pre-activation `h = p V1 + b1`."""
-    p = normed @ u1
-    return p, torch.addmm(b1, p, v1)
+def _bottleneck(normed: Tensor, u1: Tensor, v1: Tensor, b1: Tensor) -> Tensor:
+    """(M, C) -> (M, k): the pre-activation `h = n(t) U1 V1 + b1`."""
+    return torch.addmm(b1, normed @ u1, v1)
 
 
 def _scaled(q: Tensor, scale: Tensor | None) -> Tensor:
-    """(M, r) -> (M, r + 1): `s q` and s, which is 1 where there is none."""
+    """(M, r) -> (M, r + 1): `s q` and s; without a scale q as it is."""
     if scale is None:
-        return F.pad(q, (0, 1), value=1.0)
+        return q
     scale = scale.to(q.dtype).reshape(-1, 1).expand(len(q), 1)
     return torch.cat((q * scale, scale), dim=1)
 
 
 def _reduce(normed: Tensor, scale: Tensor | None, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> Tensor:
-    _, h = _bottleneck(normed.reshape(-1, normed.shape[-1]), u1, v1, b1)
+    h = _bottleneck(normed.reshape(-1, normed.shape[-1]), u1, v1, b1)
     return _scaled(F.gelu(h) @ u2, scale)
 
 
 def _expand(reduced: Sequence[Tensor], v2: Tensor, b2: Tensor) -> Tensor:
-    return torch.cat(list(reduced), dim=-1) @ torch.cat((v2, b2.unsqueeze(1)), dim=1).flatten(0, 1)
+    joined = torch.cat(list(reduced), dim=-1)
+    if joined.shape[-1] == len(v2) * v2.shape[1]:
+        return F.linear(joined, v2.flatten(0, 1).T, b2.sum(0))
+    return joined @ torch.cat((v2, b2.unsqueeze(1)), dim=1).flatten(0, 1)
 
 
 class _Again(NamedTuple):
@@ -130,24 +148,50 @@ class _Again(NamedTuple):
     grads: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _again(t: Tensor, grad_q: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> _Again:
+class _Tokens(NamedTuple):
+    """What an adapter read, (M, C): t, or where its statistics are given `(t - mean) inverse`, which is not computed.
+
+    In its product with U1 the mean goes with that of U1's columns, and in its gradient behind it: two thin products
+    instead of a pass over t.
+    """
+
+    t: Tensor
+    mean: Tensor | None = None  # (M, 1)
+    inverse: Tensor | None = None  # (M, 1), of the deviation
+
+    def times(self, u1: Tensor) -> Tensor:
+        """(C, r) -> (M, r)."""
+        return self.t @ u1 if self.inverse is None else (self.t @ (u1 - u1.mean(0))).mul_(self.inverse)
+
+    def under(self, grad: Tensor) -> Tensor:
+        """(M, r) -> (r, C): the transposed gradient of U1, from that of their product."""
+        if self.inverse is None or self.mean is None:
+            return _over_tokens(grad, self.t)
+        grad = grad * self.inverse
+        return _over_tokens(grad, self.t).sub_(grad.T @ self.mean)
+
+
+def _again(tokens: _Tokens, grad_q: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> _Again:
     """Run an adapter again, up to `q = GELU(p V1 + b1) U2`, and back from the gradient of q (M, r)."""
-    p, h = _bottleneck(t, u1, v1, b1)
+    p = tokens.times(u1)
+    h = torch.addmm(b1, p, v1)
     activated = F.gelu(h)
     grad_u2 = _over_tokens(grad_q, activated)  # transposed: a third faster with the thin factor on the left
     grad_h = torch.ops.aten.gelu_backward(grad_q @ u2.T, h)
     grad_p = grad_h @ v1.T
-    grad_u1 = _over_tokens(grad_p, t)  # transposed
-    return _Again(p, activated @ u2, grad_p, (grad_u1.T, _over_tokens(p, grad_h), grad_h.sum(0), grad_u2.T))
+    return _Again(
+        p, activated @ u2, grad_p, (tokens.under(grad_p).T, _over_tokens(p, grad_h), grad_h.sum(0), grad_u2.T)
+    )
 
 
 def _over_tokens(left: Tensor, right: Tensor) -> Tensor:
     """(M, a), (M, b) -> (a, b): `left^T right`, by quarters of the tokens on a CPU: twice as fast for a small a."""
-    if left.device.type != "cpu":
+    if left.device.type != "cpu" or len(left) < 4:
         return left.T @ right
-    even = len(left) - len(left) % 4
-    quarters = torch.bmm(left[:even].unflatten(0, (4, -1)).transpose(1, 2), right[:even].unflatten(0, (4, -1)))
-    return quarters.sum(0).addmm_(left[even:].T, right[even:])
+    if rest := len(left) % 4:
+        return _over_tokens(left[:-rest], right[:-rest]).addmm_(left[-rest:].T, right[-rest:])
+    quarters = left.view(4, -1, left.shape[1]).transpose(1, 2), right.view(4, -1, right.shape[1])
+    return torch.bmm(*quarters).sum(0)
 
 
 class Gradients:
@@ -164,23 +208,22 @@ class Gradients:
 
     def __init__(self, factors: Sequence[Tensor], grad: Tensor, dtype: torch.dtype) -> None:
         self.dtypes = [factor.dtype for factor in factors]
-        self.factors = [factor.to(dtype) for factor in factors[:5]]
-        v2 = self.factors[4]
+        self.own = list(zip(*(factor.to(dtype).unbind() for factor in factors[:4]), strict=True))
+        v2 = factors[4].to(dtype)
         self.n, self.r, self.width = v2.shape
         self.grad = grad.to(dtype).reshape(-1, self.width)  # (M, C)
-        self.grad_reduced = self.grad @ v2.reshape(self.n * self.r, self.width).T  # (M, n * r)
+        self.grad_reduced = (self.grad @ v2.reshape(self.n * self.r, self.width).T).split(self.r, dim=1)  # n x (M, r)
         self.reduced: list[Tensor] = []
         self.found: list[tuple[Tensor, ...]] = []
 
-    def add(self, normed: Tensor, scale: Tensor | None) -> None:
-        """Add what the next adapter read, (..., C), and the scale that it answers in."""
-        i, r = len(self.found), self.r
-        u1, v1, b1, u2 = (factor[i] for factor in self.factors[:4])
-        t = normed.reshape(-1, self.width)
-        grad_q = self.grad_reduced[:, i * r : (i + 1) * r]
+    def add(self, read: Tensor, scale: Tensor | None, *statistics: Tensor) -> None:
+        """Add what the next adapter read, (..., C), or its tap with mean and inverse deviation; and its scale."""
+        i = len(self.found)
+        tokens = _Tokens(read.reshape(-1, self.width), *(each.reshape(-1, 1) for each in statistics))
+        grad_q = self.grad_reduced[i]
         if scale is not None:
             grad_q = grad_q * scale.to(grad_q.dtype).reshape(-1, 1)
-        again = _again(t, grad_q, u1, v1, b1, u2)
+        again = _again(tokens, grad_q, *self.own[i])
         self.reduced.append(_scaled(again.q, scale))
         self.found.append(again.grads)
 
@@ -191,34 +234,52 @@ class Gradients:
 
     def result(self) -> list[Tensor]:
         """Return the gradients of the six stacked factors."""
-        last = (torch.cat(self.reduced, dim=1).T @ self.grad).view(self.n, self.r + 1, self.width)
-        grads = [*(torch.stack(parts) for parts in zip(*self.found, strict=True)), last[:, :-1], last[:, -1]]
+        last = (torch.cat(self.reduced, dim=1).T @ self.grad).view(self.n, -1, self.width)
+        grad_b2 = last[:, self.r] if last.shape[1] > self.r else self.grad.sum(0).repeat(self.n, 1)
+        grads = [*(torch.stack(parts) for parts in zip(*self.found, strict=True)), last[:, : self.r], grad_b2]
         return [grad.to(dtype) for grad, dtype in zip(grads, self.dtypes, strict=True)]
 
 
 class _SumOfAdapters(torch.autograd.Function):
-    """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C)."""
+    """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C).
+
+    Where taps are kept as they are and read in full precision, their statistics are kept too, two numbers a token, and
+    backward does not norm them again.
+    """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, norm: str, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        ctx.dtype, ctx.norm = dtype, norm
         parameters, taps = _split(tensors)
+        noted = norm != "none" and len(taps[0]) == 1 and torch.finfo(dtype).bits >= 32
         with no_autocast(tensors[0]):
-            u1, v1, b1, u2, v2, b2 = (p.to(dtype) for p in parameters)
-            width, reduced = u1.shape[1], []
-            for i, tap in enumerate(taps):
-                reduced.append(_reduce(*read(tap, width, dtype, norm), u1[i], v1[i], b1[i], u2[i]))
+            *factors, v2, b2 = (p.to(dtype) for p in parameters)
+            width, reduced, statistics = v2.shape[2], [], []
+            for tap, *own in zip(taps, *(factor.unbind() for factor in factors), strict=True):
+                if noted:
+                    normed, mean, inverse = with_statistics(tap[0].to(dtype))
+                    statistics += [mean, inverse]
+                    scale = inverse.reciprocal() if norm == "relative" else None
+                else:
+                    normed, scale = read(tap, width, dtype, norm)
+                reduced.append(_reduce(normed, scale, *own))
+            ctx.dtype, ctx.norm, ctx.statistics = dtype, norm, len(statistics)
+            ctx.save_for_backward(*statistics, *tensors)
             return _expand(reduced, v2, b2).view(*taps[0][0].shape[:-1], width)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameters, taps = _split(ctx.saved_tensors)
+        saved = ctx.saved_tensors  # unpacked once: hooks may bring them from elsewhere
+        statistics, (parameters, taps) = saved[: ctx.statistics], _split(saved[ctx.statistics :])
         with no_autocast(grad):
             gradients = Gradients(parameters, grad, ctx.dtype)
-            for tap in taps:
-                gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
+            for i, tap in enumerate(taps):
+                if statistics:
+                    mean, inverse = statistics[2 * i : 2 * i + 2]
+                    scale = inverse.reciprocal() if ctx.norm == "relative" else None
+                    gradients.add(tap[0].to(ctx.dtype), scale, mean, inverse)
+                else:
+                    gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
             return (None, None, *gradients.result(), *(None for tap in taps for _ in tap))
 
 
@@ -248,7 +309,7 @@ class _Answer(torch.autograd.Function):
             ctx.save_for_backward(normed, scale, *factors)
             ctx.norm, ctx.dtype = norm, tap.dtype
             u1, v1, b1, u2, v2, b2 = (factor.to(dtype) for factor in factors)
-            h = _bottleneck(normed.reshape(-1, tap.shape[-1]), u1, v1, b1)[1]
+            h = _bottleneck(normed.reshape(-1, tap.shape[-1]), u1, v1, b1)
             own = torch.addmm(b2, F.gelu(h) @ u2, v2).view(tap.shape)
             return own * scale if norm == "relative" else own
 
@@ -262,9 +323,11 @@ class _Answer(torch.autograd.Function):
             relative, s = ctx.norm == "relative", scale.reshape(-1, 1)  # fp16 may not hold 1 / s
             grad = grad.to(t.dtype).reshape(t.shape)
             grad_q = grad @ v2.T
-            p, q, grad_p, grads = _again(t, (grad_q * s).to(t.dtype) if relative else grad_q, u1, v1, b1, u2)
+            p, q, grad_p, grads = _again(_Tokens(t), (grad_q * s).to(t.dtype) if relative else grad_q, u1, v1, b1, u2)
             last = _over_tokens(_scaled(q, s if relative else None), grad)
-            all_grads = [own.to(f.dtype) for own, f in zip((*grads, last[:-1], last[-1]), factors, strict=True)]
+            grad_b2 = last[-1] if relative else grad.sum(0)
+            found = *grads, last[: q.shape[1]], grad_b2
+            all_grads = [own.to(f.dtype) for own, f in zip(found, factors, strict=True)]
             if not ctx.needs_input_grad[2]:
                 return None, None, None, *all_grads
             if ctx.norm == "none":
@@ -283,8 +346,8 @@ def _split(tensors: Sequence[Tensor]) -> tuple[Sequence[Tensor], list[Sequence[T
     return parameters, [kept[i : i + per_tap] for i in range(0, len(kept), per_tap)]
 
 
-def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool) -> Tensor:
-    """Carry the lane through frozen patch merging, `PM(x + z) - PM(x)`, in z's dtype and without autocast.
+def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool) -> Merged:
+    """Carry the lane through frozen patch merging, in z's dtype and without autocast.
 
     Both terms are by the same function, so a zero lane stays exactly zero, and over a bf16 base the difference is not
     drowned by rounding.
@@ -302,14 +365,17 @@ def merge(merging: Merging, call: MergingCall, z: Tensor, grid: Any, lean: bool)
     x, frozen = call.x.to(z.dtype), call.output
     cast = in_dtype(modules, x.dtype)
     with no_autocast(x):
-        if frozen is None or x is not call.x or any(a is not b for a, b in zip(cast, modules, strict=True)):
+        own = frozen is not None and x is call.x and all(a is b for a, b in zip(cast, modules, strict=True))
+        if not own:
             with torch.no_grad():  # else the backbone did the same, to the bit
                 frozen = run(cast, x, grid, *call.args, **call.kwargs)
         y = x + z
         # torch.func cannot differentiate layers of packed integers (bitsandbytes); they keep their input then.
         if lean and all(p.is_floating_point() for module in modules for p in own_parameters(module).values()):
-            return _LeanMerging.apply(merging, grid, call.args, call.kwargs, y) - frozen
-        return run(cast, y, grid, *call.args, **call.kwargs) - frozen
+            left = _LeanMerging.apply(merging, grid, call.args, call.kwargs, y)
+        else:
+            left = run(cast, y, grid, *call.args, **call.kwargs)
+        return Merged(left - frozen, y, left if own else None)
 
 
 class _LeanMerging(torch.autograd.Function):

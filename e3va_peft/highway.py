@@ -112,7 +112,7 @@ class Stage(nn.Module):
             start: Index of the first adapter.
             mode: *sum*: n x (..., C) -> (..., C), of what is kept of each tap (`storage.keep`); taps get no gradient.
                 Where none is wanted it can be had in two halves that hold less: *reduce*,
-                (..., C) -> (..., r + 1), one adapter up to its last factor, and *expand*, n x (..., r + 1) ->
+                (..., C) -> (..., r or r + 1), one adapter up to its last factor, and *expand*, n x of these ->
                 (..., C), the rest of all of them. *answer*: (..., C) -> (..., C), one adapter in a live block.
         """
         factors = self.factors

@@ -49,6 +49,7 @@ class Lane:
         self.stage = self.block = 0
         self.z: Tensor | None = None
         self.passed: dict[tuple[int, int], Tensor] = {}  # (stage, block) -> the lane in front of that block
+        self.written: dict[tuple[int, int], Tensor] = {}  # likewise: the stream there with the lane written into it
         self.shapes: dict[int, tuple[Tensor, torch.Size]] = {}  # live stage -> its zero, and the shape of its stream
 
     @property
@@ -57,7 +58,7 @@ class Lane:
         return self.replays or (self.grad and self.storage != "recompute")
 
     def keep(self, stage: int, index: int, tap: Tensor) -> Sequence[Tensor]:
-        """The part of a tap (B, N, C) that is kept: packed, or (B, N, r + 1), reduced at once by each highway."""
+        """The part of a tap (B, N, C) that is kept: packed, or (B, N, r or r + 1), reduced at once by each highway."""
         if self.keeps_taps:
             return keep(tap, self.storage, self.norm)
         with torch.no_grad():
@@ -101,15 +102,28 @@ class Lane:
         self.frozen.check(stage + 1, 1, self.stage, 0) if (stage + 1, 0) not in self.passed else None
         return self.passed[stage + 1, 0]
 
+    def onto(self, x: Tensor, stage: int, block: int) -> Tensor:
+        """Return x, the stream in front of a block (B, N, C), with the lane written into it, in x's dtype.
+
+        Where merging has made that sum it is not made again: what is returned may be part of the lane's own graph.
+        """
+        if (stage, block) in self.written:
+            return self.written[stage, block].to(x)
+        z = self.behind(stage, block) if block else self.ahead(stage - 1)
+        return (x + z.to(x.device)).to(x.dtype)
+
     def leave(self, stage: int) -> None:
         """Carry the lane through the frozen patch merging behind a stage, which has just run."""
         with torch.set_grad_enabled(self.grad):
             behind, call = self.behind(stage, self.depth[stage]), self.frozen.mergings.pop(stage)
             z = behind.to(call.x.device).reshape(call.x.shape)  # of a map, where the stream is one
-            z = fused.merge(self.mergings[stage], call, z, self.frozen.grids.get(stage), self.storage != "exact")
+            grid, lean = self.frozen.grids.get(stage), self.storage != "exact"
+            z, entered, left = fused.merge(self.mergings[stage], call, z, grid, lean)
             self.z = z.flatten(1, -2) if z.dim() > 3 else z
         if self.keep_stages:
             self.passed |= {(stage, self.depth[stage]): behind, (stage + 1, 0): self.z}
+        if self.keep_stages and not self.replays:  # where outputs may be kept otherwise than what merging needs
+            self.written |= {(stage, self.depth[stage]): entered} | ({} if left is None else {(stage + 1, 0): left})
         self.stage, self.block = stage + 1, 0
 
     def enter(self, x: Tensor) -> Tensor:
@@ -127,6 +141,7 @@ class Lane:
         """Forget what was read: backward, which may ask live blocks for their answers again, must not hold it."""
         self.frozen, self.z, self.recompute = FrozenPass(), None, None
         self.passed.clear()
+        self.written.clear()
 
     def answer(self, stage: int, index: int, tap: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C): what the adapters add to the stream where they read it, in a live block."""

@@ -116,8 +116,13 @@ def deviation_of(tap: Tensor) -> Tensor:
 
 def standardized(tap: Tensor) -> tuple[Tensor, Tensor]:
     """(..., C) -> (..., C), (..., 1): `normalized` and `deviation_of` by one kernel; the latter has no gradient."""
-    normed, _, inverse = torch.native_layer_norm(tap, *_by_one(tap))
+    normed, _, inverse = with_statistics(tap)
     return normed, inverse.reciprocal()
+
+
+def with_statistics(tap: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., C) -> (..., C), (..., 1), (..., 1): a tap `normalized`, its mean, and the inverse of its deviation."""
+    return torch.native_layer_norm(tap, *_by_one(tap))
 
 
 def _by_one(tap: Tensor) -> tuple[torch.Size, Tensor, Tensor, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -177,6 +178,31 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
 
 
+@pytest.mark.parametrize("norm", ["normalized", "relative"])
+def test_a_stage_that_norms_keeps_two_numbers_a_token_beside_its_taps(norm):
+    stage = Stage(width=8, num_adapters=4, r=2, bottleneck=4, norm=norm)
+    taps = [torch.randn(2, 9, 8) for _ in range(4)]
+    saved: list[Tensor] = []
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        stage([(tap,) for tap in taps]).sum().backward()
+    known = {t.data_ptr() for t in [*stage.parameters(), *taps]}
+    assert [t.shape for t in saved if t.data_ptr() not in known] == [(2, 9, 1)] * 8
+
+
+@pytest.mark.parametrize("norm", ["normalized", "relative"])
+@pytest.mark.parametrize("tokens", [1, 3, 4, 37])
+def test_backward_with_statistics_has_the_gradient_of_the_plain_formula_also_far_from_zero(norm, tokens):
+    stage = Stage(width=24, num_adapters=2, r=3, bottleneck=8, norm=norm, init_weights=False)
+    taps = [20 + torch.randn(1, tokens, 24) for _ in range(2)]
+    stage([(tap,) for tap in taps]).square().sum().backward()
+    got = [p.grad.clone() for p in stage.parameters()]
+    exact = copy.deepcopy(stage).double()
+    exact.zero_grad()
+    sum(written_out(tap.double(), exact, i) for i, tap in enumerate(taps)).square().sum().backward()
+    for own, p in zip(got, exact.parameters(), strict=True):
+        assert (own - p.grad).norm() <= 2e-5 * p.grad.norm()
+
+
 def test_saved_taps_are_unpacked_once_and_can_be_checkpointed():
     stage = Stage(width=8, num_adapters=3, r=2, bottleneck=4, init_weights=False)
     taps = [torch.randn(2, 5, 8) for _ in range(3)]
@@ -292,11 +318,13 @@ def test_patch_merging_that_runs_equals_the_plain_formula_in_value_and_gradient(
     x, exact = x.to(dtype), module.to(dtype)
     frozen = exact(x, (3, 5)).detach()
     call = MergingCall(x, ((3, 5),), {}, frozen)
-    runs = fused.merge(fused.Merging([exact], in_turn), call, z, None, lean)
+    runs, entered, left = fused.merge(fused.Merging([exact], in_turn), call, z, None, lean)
     (got,) = torch.autograd.grad(runs.square().sum(), z)
     plain = merge(fused.Merging([module.float()], in_turn), x.float(), z, None, (3, 5))
     (expected,) = torch.autograd.grad(plain.square().sum(), z)
     torch.testing.assert_close(runs, plain)
+    assert torch.equal(entered, x + z) and (left is None) is (dtype is torch.bfloat16)
+    assert left is None or torch.equal(left - frozen, runs)
     assert (got - expected).norm() <= (1e-2 if lean else 1e-5) * expected.norm()
 
 
@@ -363,7 +391,7 @@ def test_inference_reduces_each_tap_at_once():
         lane = Lane([highway], FrozenPass(), [2], grad=False)
         for i in range(2):
             lane.frozen.taps[0, i] = lane.keep(0, i, tap)
-        assert [kept.shape for reads in lane.frozen.taps.values() for kept in reads] == [(2, 9, 3), (2, 9, 3)]
+        assert [kept.shape for reads in lane.frozen.taps.values() for kept in reads] == [(2, 9, 2), (2, 9, 2)]
         got = lane.behind(0, 2)
     expected = sum(written_out(tap, highway.stages[0], i) for i in range(2))
     torch.testing.assert_close(got, expected.detach())

@@ -103,12 +103,11 @@ def stages_of_tokens(outputs: Any, lane: Lane, call: ExitCall, hidden_before_mer
     for i, blocks in enumerate(call.depth):
         merged, last = i + 1 < len(call.depth), i + 1 == len(call.exit.layers)  # type: ignore[arg-type]
         state_before = before and hidden_before_merging
-        if maps and maps[i + 1] is not None:
-            maps[i + 1] = add_to_map(maps[i + 1], lane.ahead(i) if merged and not before else lane.behind(i, blocks))
+        if maps and (x := maps[i + 1]) is not None:
+            tokens = lane.onto(x.flatten(2).mT, *((i + 1, 0) if merged and not before else (i, blocks)))
+            maps[i + 1] = tokens.mT.reshape(x.shape)
         if hidden and hidden[i + 1] is not None and (merged or last or state_before):
-            hidden[i + 1] = add(
-                hidden[i + 1], lane.ahead(i) if merged and not state_before else lane.behind(i, blocks)
-            )
+            hidden[i + 1] = lane.onto(hidden[i + 1], *((i + 1, 0) if merged and not state_before else (i, blocks)))
         if last:
             changes["last_hidden_state"] = add(outputs.last_hidden_state, lane.behind(i, blocks))
     if hidden:
