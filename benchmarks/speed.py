@@ -3,9 +3,10 @@
     python benchmarks/speed.py [swin-b] [vit-b] [upernet-swin-b] [inference]  # on a quiet machine
 
 The loss is taken on the feature maps, without a head, so that nothing but backbone and adapters counts. Random
-weights, fp32, AdamW, two threads; medians over rounds that take one step of every method in turn, after one round to
-warm up. Inference is that of the Swin-B classifier, with the highway at random values, at batch sizes from 1 to 32:
-latency, and peak of live tensor bytes beyond the weights. What is measured again replaces its part of `speed.json`.
+weights, fp32, AdamW, two threads, an allocator that keeps its pages; medians over rounds that take one step of every
+method in turn, after one round to warm up. Inference is that of the Swin-B classifier, with the highway at random
+values, at batch sizes from 1 to 32: latency, and peak of live tensor bytes beyond the weights. What is measured again
+replaces its part of `speed.json`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from memory import METHODS, SETTINGS, STAGES, SWIN_B, Setting, adamw, methods_of
 from peft import get_peft_model
-from record import RESULTS, origin, quiet
+from record import RESULTS, keep_pages, origin, quiet
 from torch import Tensor, nn
 from transformers import SwinBackbone, SwinConfig, ViTConfig, ViTModel
 
@@ -132,6 +133,7 @@ def inference_rows() -> list[dict[str, Any]]:
 def main() -> None:
     """Measure what the command line names, all by default."""
     quiet()
+    keep_pages()
     torch.set_num_threads(2)
     path, order = RESULTS / "speed.json", [*(part.title for part in PARTS.values()), "inference"]
     for key in sys.argv[1:] or [*PARTS, "inference"]:
