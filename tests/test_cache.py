@@ -962,8 +962,10 @@ def test_a_sweep_trains_every_combination_on_one_store_and_ranks_them(tmp_path, 
         record = json.loads((tmp_path / "run" / name / "metrics.json").read_text())
         assert record["metrics"]["accuracy"] == result["runs"][name]
     assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == result
+    assert f"[2/4] {names[1]}\n" in capsys.readouterr().out
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("run/*/metrics.json")}
     assert sweep(parse_config(values)) == result  # nothing is trained again
+    assert f"[2/4] {names[1]}: trained before" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in before}
     next((tmp_path / "colors" / "test" / "red").iterdir()).unlink()
     with pytest.raises(UserError, match=r"its scores are of .*8 images .* now has .*7 images"):

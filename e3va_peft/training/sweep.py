@@ -11,6 +11,7 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from e3va_peft.data.formats import load_splits
@@ -70,8 +71,11 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
         )
     _refuse_unscored(next(iter(runs.values())))
     scores = {}
-    for name, own in runs.items():
+    console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)
+    for position, (name, own) in enumerate(runs.items(), start=1):
         record = None if overwrite else trained_before(own)
+        done = ": trained before" if record is not None else ""
+        console.print(f"[bold][{position}/{len(runs)}] {escape(name)}[/bold]{done}")
         record = record or train(own, overwrite)
         scores[name] = number(record["metrics"][metric])
     ranked = sorted(scores, key=lambda name: (math.isnan(scores[name]), -scores[name]))
