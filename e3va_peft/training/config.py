@@ -200,7 +200,9 @@ def recipe_text(name: str) -> str:
         UserError: There is no recipe of that name.
     """
     if name not in recipes():
-        raise UserError(f"recipe={name!r}: there is none of that name.{nearest(name, recipes())}")
+        raise UserError(
+            f"recipe={name!r}: there is none of that name.{nearest(name, recipes())} There are {', '.join(recipes())}."
+        )
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
