@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -489,12 +488,9 @@ def _found(
 
 
 def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
-    """Find the images, but for what predictions drew; name each by its path below its folder.
-
-    Suffixes are left out, but for images that differ by nothing else.
-    """
+    """Find the images, but for what predictions drew; name each by its path below its folder, without suffix."""
     drawn = {(output / name).resolve() for output in outputs for name in ("masks", "overlays")}
-    found: list[tuple[Path, Path]] = []  # path below its folder, and as it is
+    files: dict[str, Path] = {}
     for given in images:
         path = Path(given).expanduser()
         if not path.exists():
@@ -503,16 +499,13 @@ def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
         if path.is_dir():
             others = drawn - {path.resolve()}  # which may be just what is asked for
             inside = [file for file in pictures_in(path) if not any(map(file.resolve().is_relative_to, others))]
-        found += [(file.relative_to(path) if path.is_dir() else Path(file.name), file) for file in inside]
-    if not found:
+        for file in inside:
+            name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
+            if name in files:
+                raise UserError(f"image={str(file)!r}: has the name of {files[name]}; predict them into two folders.")
+            files[name] = file
+    if not files:
         raise UserError(f"image={list(images)!r}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))}).")
-    times = Counter(place.with_suffix("") for place, _ in found)
-    files: dict[str, Path] = {}
-    for place, file in found:
-        name = (place if times[place.with_suffix("")] > 1 else place.with_suffix("")).as_posix()
-        if name in files:
-            raise UserError(f"image={str(file)!r}: has the name of {files[name]}; predict them into two folders.")
-        files[name] = file
     return files
 
 
