@@ -42,13 +42,13 @@ def quiet() -> None:
 def keep_pages() -> None:
     """Let glibc keep freed memory, as CUDA's allocator does.
 
-    Else it hands pages back to the system after each large tensor and takes them again, zeroed, one fault at a time:
-    up to a tenth of a step, more or less of it by what was freed by the method whose step was timed before.
+    Else it hands pages back to the system after large tensors and takes them again, zeroed, one fault at a time: more
+    or less often by what the method freed whose step was timed before.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # as malloc.h numbers them
-        libc.mallopt(trim_threshold, 2**31 - 1)
-        libc.mallopt(mmap_threshold, 2**30)
+    trim_threshold, mmap_threshold = -1, -3  # as malloc.h numbers them
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not (mallopt(mmap_threshold, 2**30) and mallopt(trim_threshold, 2**31 - 1)):
+        sys.exit("this C library cannot keep freed memory, so times would not compare with those that are recorded.")
 
 
 def origin(*more: str) -> dict[str, Any]:

@@ -543,7 +543,7 @@ def recipes(
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for table, adapter and picture.")] = Path("e3va-demo"),
     epochs: Annotated[
-        int, typer.Option(min=1, help="Passes over the training slices; E3VA+ has 2.5 times as many.")
+        int, typer.Option(min=1, help="Passes over the training slices; E3VA+ has 2.5 times as many, rounded up.")
     ] = 6,
     seed: Annotated[int, typer.Option(help="Seed of head, highway and batch order.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results of an earlier run.")] = False,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import time
@@ -159,7 +160,7 @@ class Protocol:
             return 1
         default = self.task.cached_epochs if method.endswith(CACHED) else self.task.epochs
         epochs = self.task.epochs_in_time.get(method, default)
-        return epochs * self.task.search_epochs // self.task.epochs if search else epochs
+        return max(1, epochs * self.task.search_epochs // self.task.epochs) if search else epochs
 
     def _views(self, method: str, epochs: float) -> int:
         return min(self.task.views, int(epochs)) if method.endswith(CACHED) else 0
@@ -184,7 +185,7 @@ class Protocol:
         score = mean_iou(predict(model, scored), scored)
         return {
             "score": score,
-            "steps": round(epochs * -(-len(fit) // 2)),
+            "steps": math.ceil(epochs * -(-len(fit) // 2)),
             "epochs": epochs,
             "trained_parameters": trained,
         }

@@ -12,7 +12,7 @@ disease. A network that learns it has shown that its training works, not that it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +44,13 @@ class MNI152Slices(Dataset[dict[str, torch.Tensor]]):
         images: T1 intensity in [0, 1], `(K, H, W)`.
         labels: indices into `CLASSES`, `(K, H, W)` uint8.
         indices: the axial index of each slice in the template; its height is `index - 72` mm.
-        transform: what turns `tv_tensors.Image`, `(1, H, W)`, and `tv_tensors.Mask` into others of their kind, each
-            time that a slice is read.
     """
 
-    def __init__(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        indices: tuple[int, ...],
-        transform: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] | None = None,
-    ) -> None:
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, indices: tuple[int, ...]) -> None:
         self.images = images
         self.labels = labels
         self.indices = indices
-        self.transform = transform
+        self._moved = False
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -66,15 +58,20 @@ class MNI152Slices(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         image: torch.Tensor = tv_tensors.Image(self.images[index, None])
         mask: torch.Tensor = tv_tensors.Mask(self.labels[index, None])
-        if self.transform is not None:
-            image, mask = self.transform(image, mask)
+        if self._moved:
+            image, mask = _MOVES(image, mask)
         mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
         pixels = (image.as_subclass(torch.Tensor) - mean) / std
         return {"pixel_values": pixels, "labels": mask.as_subclass(torch.Tensor)[0].long()}
 
     def augmented(self) -> MNI152Slices:
-        """Return the same slices, mirrored or not, turned (2 degrees), shifted (1 %) and scaled (2 %) when read."""
-        return MNI152Slices(self.images, self.labels, self.indices, _MOVES)
+        """Return slices that are mirrored or not, turned (2 degrees), shifted (1 %) and scaled (2 %) when read.
+
+        `images` and `labels` are as they were.
+        """
+        augmented = copy.copy(self)
+        augmented._moved = True
+        return augmented
 
 
 def mni152_slices(size: tuple[int, int] = (224, 196)) -> tuple[MNI152Slices, MNI152Slices]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -173,7 +174,7 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
     )
     results, predictions = [], {}
     for method, rate, times, views in COMPARED:
-        title, own = METHODS[method["name"]].title, round(epochs * times)
+        title, own = METHODS[method["name"]].title, math.ceil(epochs * times)
         views = min(views, own)
         how = f", the backbone once for each of {views} views of a slice" if views else ""
         console.print(f"[bold]{title}[/bold]: measuring one step, then {own} epochs{how}")

@@ -84,7 +84,7 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     result = {"metric": metric, "sweep": config.sweep, "runs": {name: scores[name] for name in ranked}}
     if PartialState().is_main_process:
         write_whole(output / SWEEP, json.dumps(plain(result), indent=2) + "\n")
-        _show(output, result)
+        _show(output, result, console)
     return result
 
 
@@ -100,10 +100,9 @@ def _refuse_unscored(config: RunConfig) -> None:
         raise UserError("sweep: needs a score to rank by. Set data.eval_split, or data.eval_fraction.")
 
 
-def _show(output: Path, result: dict[str, Any]) -> None:
+def _show(output: Path, result: dict[str, Any], console: Console) -> None:
     table = Table("run", result["metric"])
     for name, score in result["runs"].items():
         table.add_row(name, f"{score:.4f}")
-    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(f"saved: {output / SWEEP}; the best run is {output / next(iter(result['runs']))}", markup=False)
