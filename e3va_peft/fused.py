@@ -1,8 +1,9 @@
 """Fused forms of the formulas of `highway`: the same values and gradients, with less kept and fewer kernels.
 
-A stage keeps nothing for backward but its taps and computes again what is between them and their sum, and so does an
-adapter in a live block; patch merging, where taps are rounded, keeps its input in int8. `tests/test_highway.py`
-compares every function with its plain form in `highway`, in value and in gradient.
+A stage keeps nothing for backward but its taps (where it norms them on a CPU, two numbers a token more) and computes
+again what is between them and their sum, and so does an adapter in a live block; patch merging, where taps are
+rounded, keeps its input in int8. `tests/test_highway.py` compares every function with its plain form in `highway`, in
+value and in gradient.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none") -> Tensor:
-    """N x (..., C) -> (..., C): the sum of n adapters of a stage, one autograd node that keeps the taps only.
+    """N x (..., C) -> (..., C): the sum of n adapters of a stage, one autograd node that keeps the taps.
 
     Args:
         factors: U1, V1, b1, U2, V2, b2 of the n adapters, stacked along the first dimension.
@@ -152,23 +153,23 @@ class _Tokens(NamedTuple):
     """What an adapter read, (M, C): t, or where its statistics are given `(t - mean) inverse`, which is not computed.
 
     In its product with U1 the mean goes with that of U1's columns, and in its gradient behind it: two thin products
-    instead of a pass over t.
+    instead of a pass over t. Where a token's mean is m deviations off zero, both lose a factor m of fp32's precision.
     """
 
     t: Tensor
-    mean: Tensor | None = None  # (M, 1)
-    inverse: Tensor | None = None  # (M, 1), of the deviation
+    statistics: tuple[Tensor, Tensor] | None = None  # (M, 1) each: mean, and the inverse of the deviation
 
     def times(self, u1: Tensor) -> Tensor:
         """(C, r) -> (M, r)."""
-        return self.t @ u1 if self.inverse is None else (self.t @ (u1 - u1.mean(0))).mul_(self.inverse)
+        return self.t @ u1 if self.statistics is None else (self.t @ (u1 - u1.mean(0))).mul_(self.statistics[1])
 
     def under(self, grad: Tensor) -> Tensor:
         """(M, r) -> (r, C): the transposed gradient of U1, from that of their product."""
-        if self.inverse is None or self.mean is None:
+        if self.statistics is None:
             return _over_tokens(grad, self.t)
-        grad = grad * self.inverse
-        return _over_tokens(grad, self.t).sub_(grad.T @ self.mean)
+        mean, inverse = self.statistics
+        grad = grad * inverse
+        return _over_tokens(grad, self.t).sub_(grad.T @ mean)
 
 
 def _again(tokens: _Tokens, grad_q: Tensor, u1: Tensor, v1: Tensor, b1: Tensor, u2: Tensor) -> _Again:
@@ -216,10 +217,12 @@ class Gradients:
         self.reduced: list[Tensor] = []
         self.found: list[tuple[Tensor, ...]] = []
 
-    def add(self, read: Tensor, scale: Tensor | None, *statistics: Tensor) -> None:
+    def add(self, read: Tensor, scale: Tensor | None, statistics: tuple[Tensor, Tensor] | None = None) -> None:
         """Add what the next adapter read, (..., C), or its tap with mean and inverse deviation; and its scale."""
         i = len(self.found)
-        tokens = _Tokens(read.reshape(-1, self.width), *(each.reshape(-1, 1) for each in statistics))
+        if statistics is not None:
+            statistics = statistics[0].reshape(-1, 1), statistics[1].reshape(-1, 1)
+        tokens = _Tokens(read.reshape(-1, self.width), statistics)
         grad_q = self.grad_reduced[i]
         if scale is not None:
             grad_q = grad_q * scale.to(grad_q.dtype).reshape(-1, 1)
@@ -243,14 +246,14 @@ class Gradients:
 class _SumOfAdapters(torch.autograd.Function):
     """The sum of the adapters of consecutive taps, n x (..., C) -> (..., C).
 
-    Where taps are kept as they are and read in full precision, their statistics are kept too, two numbers a token, and
-    backward does not norm them again.
+    Where taps are kept as they are and read on a CPU in full precision, their statistics are kept too, two numbers a
+    token, and backward does not norm them again.
     """
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, norm: str, *tensors: Tensor) -> Tensor:
         parameters, taps = _split(tensors)
-        noted = norm != "none" and len(taps[0]) == 1 and torch.finfo(dtype).bits >= 32
+        noted = norm != "none" and len(taps[0]) == 1 and _noted(taps[0][0], dtype)
         with no_autocast(tensors[0]):
             *factors, v2, b2 = (p.to(dtype) for p in parameters)
             width, reduced, statistics = v2.shape[2], [], []
@@ -277,10 +280,16 @@ class _SumOfAdapters(torch.autograd.Function):
                 if statistics:
                     mean, inverse = statistics[2 * i : 2 * i + 2]
                     scale = inverse.reciprocal() if ctx.norm == "relative" else None
-                    gradients.add(tap[0].to(ctx.dtype), scale, mean, inverse)
+                    gradients.add(tap[0].to(ctx.dtype), scale, (mean, inverse))
                 else:
                     gradients.add(*read(tap, gradients.width, ctx.dtype, ctx.norm))
             return (None, None, *gradients.result(), *(None for tap in taps for _ in tap))
+
+
+def _noted(tap: Tensor, dtype: torch.dtype) -> bool:
+    """Whether statistics of a tap are kept: not on a GPU, whose matmuls may be in TF32, too coarse to centre by."""
+    full = torch.finfo(dtype).bits >= 32 and torch.promote_types(tap.dtype, dtype) == dtype
+    return full and tap.device.type == "cpu"
 
 
 def answer(tap: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:

@@ -31,15 +31,16 @@ class Lane:
         grad: Whether a gradient is wanted.
         keep_stages: Remember the lane behind every stage, where outputs show it.
         live: (stage, block) of the first live block: there the lane is written into the stream, and ends.
+        onto: Outputs show the lane by `onto` alone.
     """
 
     def __init__(
         self, highways: Sequence[Highway], frozen: FrozenPass, depth: Sequence[int], taps_per_block: int = 1,
         mergings: Sequence[fused.Merging] = (), grad: bool = True, keep_stages: bool = True,
-        live: tuple[int, int] | None = None,
+        live: tuple[int, int] | None = None, onto: bool = False,
     ) -> None:  # fmt: skip
         self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
-        self.mergings, self.grad, self.keep_stages = mergings, grad, keep_stages
+        self.mergings, self.grad, self.keep_stages, self.shows_sums = mergings, grad, keep_stages, onto
         self.live = (len(depth), 0) if live is None else live
         # Highways that are active together read the same taps: kept as the most exact one wants; others round.
         self.storage = most_exact(highways) if grad else "exact"
@@ -49,7 +50,8 @@ class Lane:
         self.stage = self.block = 0
         self.z: Tensor | None = None
         self.passed: dict[tuple[int, int], Tensor] = {}  # (stage, block) -> the lane in front of that block
-        self.written: dict[tuple[int, int], Tensor] = {}  # likewise: the stream there with the lane written into it
+        # Likewise, in place of the lane: the stream there with the lane written into it, and how often it was shown.
+        self.written: dict[tuple[int, int], tuple[Tensor, int]] = {}
         self.shapes: dict[int, tuple[Tensor, torch.Size]] = {}  # live stage -> its zero, and the shape of its stream
 
     @property
@@ -105,10 +107,13 @@ class Lane:
     def onto(self, x: Tensor, stage: int, block: int) -> Tensor:
         """Return x, the stream in front of a block (B, N, C), with the lane written into it, in x's dtype.
 
-        Where merging has made that sum it is not made again: what is returned may be part of the lane's own graph.
+        Where merging has made that sum it is not made again. Merging must not need it in backward: heads may change
+        in place what they are given.
         """
         if (stage, block) in self.written:
-            return self.written[stage, block].to(x)
+            found, times = self.written[stage, block]
+            self.written[stage, block] = found, times + 1
+            return (found.clone() if times else found).to(x)  # no two outputs share memory
         z = self.behind(stage, block) if block else self.ahead(stage - 1)
         return (x + z.to(x.device)).to(x.dtype)
 
@@ -121,9 +126,13 @@ class Lane:
             z, entered, left = fused.merge(self.mergings[stage], call, z, grid, lean)
             self.z = z.flatten(1, -2) if z.dim() > 3 else z
         if self.keep_stages:
-            self.passed |= {(stage, self.depth[stage]): behind, (stage + 1, 0): self.z}
-        if self.keep_stages and not self.replays:  # where outputs may be kept otherwise than what merging needs
-            self.written |= {(stage, self.depth[stage]): entered} | ({} if left is None else {(stage + 1, 0): left})
+            shown = {(stage, self.depth[stage]): (behind, entered), (stage + 1, 0): (self.z, left)}
+            for place, (lane, written) in shown.items():
+                # a cache may hold outputs otherwise than what entered merging
+                if written is None or self.replays or not self.shows_sums:
+                    self.passed[place] = lane
+                else:
+                    self.written[place] = written, 0
         self.stage, self.block = stage + 1, 0
 
     def enter(self, x: Tensor) -> Tensor:

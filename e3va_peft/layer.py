@@ -390,7 +390,9 @@ class E3VALayer(nn.Module, BaseTunerLayer):
             sharded = apart and any(is_sharded(self.exit, name) for name in stage.merging)
             mergings.append(Merging([self.exit.get_submodule(name) for name in names], run, sharded))
         refuse_offloaded(highways, [module for spec in mergings for module in spec.modules], grad)
-        return Lane(highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown, self.live)
+        return Lane(
+            highways, FrozenPass(), self.depth, len(self.taps), mergings, grad, shown, self.live, self.family.onto
+        )
 
     def _tail(self, active: Sequence[str]) -> dict[str, nn.Module]:
         """Return the modules behind the last block: the active adapter's copies, and the frozen ones for the rest."""

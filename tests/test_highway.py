@@ -178,7 +178,7 @@ def test_a_stage_keeps_nothing_but_its_taps_for_backward():
     assert [t.data_ptr() for t in kept] == [t.data_ptr() for t in taps]
 
 
-@pytest.mark.parametrize("norm", ["normalized", "relative"])
+@pytest.mark.parametrize("norm", ["layer", "relative"])
 def test_a_stage_that_norms_keeps_two_numbers_a_token_beside_its_taps(norm):
     stage = Stage(width=8, num_adapters=4, r=2, bottleneck=4, norm=norm)
     taps = [torch.randn(2, 9, 8) for _ in range(4)]
@@ -189,7 +189,7 @@ def test_a_stage_that_norms_keeps_two_numbers_a_token_beside_its_taps(norm):
     assert [t.shape for t in saved if t.data_ptr() not in known] == [(2, 9, 1)] * 8
 
 
-@pytest.mark.parametrize("norm", ["normalized", "relative"])
+@pytest.mark.parametrize("norm", ["layer", "relative"])
 @pytest.mark.parametrize("tokens", [1, 3, 4, 37])
 def test_backward_with_statistics_has_the_gradient_of_the_plain_formula_also_far_from_zero(norm, tokens):
     stage = Stage(width=24, num_adapters=2, r=3, bottleneck=8, norm=norm, init_weights=False)

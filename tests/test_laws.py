@@ -323,6 +323,26 @@ def test_no_grad_and_grad_forwards_agree_once_trained(case, way):
     assert_same(with_grad, outputs(model, batch), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", ["swin-classifier", "swinv2-classifier"])
+@pytest.mark.parametrize("storage", ["exact", "int8", "recompute"])
+def test_heads_may_change_hidden_states_in_place(name, storage):
+    """Sums of stream and lane that patch merging has made are shown as they are: once each, and needed no more."""
+    case = BY_NAME[name]
+    model, losses = adapted(case, init_weights=False, tap_storage=storage).double().eval(), []
+    for in_place in (True, False):
+        found = model(**double(case.batch()), output_hidden_states=True)
+        shown = [*found.hidden_states[1:-1], *found.reshaped_hidden_states[1:-1]]
+        assert len({state.untyped_storage().data_ptr() for state in shown}) == len(shown)
+        total = sum((state.mul_(2) if in_place else 2 * state).square().mean() for state in shown)
+        losses.append(
+            [total, *torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)]
+        )
+    assert any(grad is not None for grad in losses[0][1:])
+    for left, right in zip(*losses, strict=True):
+        assert (left is None) is (right is None)
+        torch.testing.assert_close(left, right)
+
+
 @every_model
 def test_taps_can_be_chosen(case):
     counts, branches = {}, tuple(registered(case.family).branches)

@@ -276,6 +276,8 @@ class Backbone:
         hosts: Surroundings of the exit, by the class of an ancestor. The first that fits is taken.
         shown: Whether the outputs of a call show the lane of stages before the last. It is kept for them, which takes
             memory; a splice that asks for it where it is not is refused.
+        onto: Whether the splice writes the lane of these stages by `Lane.onto` alone, where patch merging has made the
+            sum. Merging must not need what enters it or its output in backward: heads may change them in place.
         prepare: call -> (args, kwargs) of the frozen run, where the splice needs other outputs than were asked for.
         splice: (outputs, lane, call) -> a copy of the outputs with the lane in each that a head can read.
     """
@@ -299,6 +301,7 @@ class Backbone:
     ends: str = ""
     hosts: tuple[Host, ...] = field(default=(Host(),))
     shown: Callable[[ExitCall], bool] = asked_for
+    onto: bool = False
     prepare: Callable[[ExitCall], tuple[tuple[Any, ...], Mapping[str, Any]]] = no_change
 
     def __reduce__(self) -> tuple[Callable[[str], Backbone], tuple[str]]:

@@ -103,11 +103,13 @@ def stages_of_tokens(outputs: Any, lane: Lane, call: ExitCall, hidden_before_mer
     for i, blocks in enumerate(call.depth):
         merged, last = i + 1 < len(call.depth), i + 1 == len(call.exit.layers)  # type: ignore[arg-type]
         state_before = before and hidden_before_merging
+        end, behind_merging = (i, blocks), (i + 1, 0)
         if maps and (x := maps[i + 1]) is not None:
-            tokens = lane.onto(x.flatten(2).mT, *((i + 1, 0) if merged and not before else (i, blocks)))
-            maps[i + 1] = tokens.mT.reshape(x.shape)
+            place = behind_merging if merged and not before else end
+            maps[i + 1] = lane.onto(x.flatten(2).mT, *place).mT.reshape(x.shape)
         if hidden and hidden[i + 1] is not None and (merged or last or state_before):
-            hidden[i + 1] = lane.onto(hidden[i + 1], *((i + 1, 0) if merged and not state_before else (i, blocks)))
+            place = behind_merging if merged and not state_before else end
+            hidden[i + 1] = lane.onto(hidden[i + 1], *place)
         if last:
             changes["last_hidden_state"] = add(outputs.last_hidden_state, lane.behind(i, blocks))
     if hidden:

@@ -34,4 +34,5 @@ SWIN = Backbone(
         Host(frozen=("../embeddings",), norms=("../layernorm",)),
     ),
     splice=stages_of_tokens,
+    onto=True,
 )

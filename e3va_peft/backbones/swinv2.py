@@ -31,4 +31,5 @@ SWINV2 = Backbone(
         Host(frozen=("../embeddings",), norms=("../layernorm",)),
     ),
     splice=partial(stages_of_tokens, hidden_before_merging=True),
+    onto=True,
 )
