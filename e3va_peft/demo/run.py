@@ -150,8 +150,8 @@ def run_demo(folder: Path, epochs: int = 6, seed: int = 0, overwrite: bool = Fal
 
     Args:
         folder: Where table, adapter and picture go.
-        epochs: Passes over the training slices; E3VA+, which reads four views of each from a
-            cache, has 2.5 times as many.
+        epochs: Passes over the training slices; E3VA+, which reads four views of each from a cache, has 2.5 times
+            as many, rounded up.
         seed: Seed of head, highway and batch order.
         overwrite: Write into `folder` though it has results already.
 
