@@ -27,7 +27,7 @@ from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import CacheConfig, RunConfig, parse_method, read_config, set_field
-from e3va_peft.training.folder import checkpoints
+from e3va_peft.training.folder import checkpoints, refuse_file
 from e3va_peft.training.results import number
 from e3va_peft.training.run import read_cache, train, trained_before, verify
 from e3va_peft.training.tasks import Task, task_of
@@ -309,8 +309,7 @@ def _check_place(output: Path) -> None:
     """Refuse a folder that holds something else, and a launcher."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("num_processes: e3va compare runs in one process. Start it without a launcher.")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    refuse_file(output)
     if output.is_dir() and any(output.iterdir()) and not (output / RUNS).is_dir():
         raise FileExistsError(f"output={str(output)!r}: is not empty and holds no comparison. Choose another folder.")
 

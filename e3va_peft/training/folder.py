@@ -76,6 +76,16 @@ def _numbered(output: Path, name: re.Pattern[str]) -> dict[int, Path]:
     return {int(match[1]): path for path in found if (match := name.fullmatch(path.name)) and path.is_dir()}
 
 
+def refuse_file(output: Path) -> None:
+    """Refuse an output that shall be a folder and is a file.
+
+    Raises:
+        UserError: It is.
+    """
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+
+
 def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     """Refuse a folder that is not a run's, or that holds another or a finished run. Nothing is changed.
 
@@ -91,8 +101,7 @@ def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
         UserError: It is a file, or the config there is broken.
         FileExistsError: It is not free for this run.
     """
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    refuse_file(output)
     if not output.is_dir() or all(_is_ours(path) for path in output.iterdir()):
         return
     if not (output / MARKER).is_file() or not (output / CONFIG).is_file():

@@ -41,7 +41,7 @@ from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
-from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, read_run
+from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, read_run, refuse_file
 from e3va_peft.training.results import plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
@@ -423,8 +423,7 @@ def load_together(sources: Sequence[str]) -> list[Trained]:
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:
-    if output.is_file():
-        raise UserError(f"output={str(output)!r}: is a file. Choose a folder.")
+    refuse_file(output)
     there = [name for name in (PREDICTIONS, "masks", "overlays", CLASSES, SHEET) if (output / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
