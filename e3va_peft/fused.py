@@ -253,7 +253,7 @@ class _SumOfAdapters(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, norm: str, *tensors: Tensor) -> Tensor:
         parameters, taps = _split(tensors)
-        noted = norm != "none" and len(taps[0]) == 1 and _noted(taps[0][0], dtype)
+        noted = _noted(taps[0], dtype, norm)
         with no_autocast(tensors[0]):
             *factors, v2, b2 = (p.to(dtype) for p in parameters)
             width, reduced, statistics = v2.shape[2], [], []
@@ -286,10 +286,11 @@ class _SumOfAdapters(torch.autograd.Function):
             return (None, None, *gradients.result(), *(None for tap in taps for _ in tap))
 
 
-def _noted(tap: Tensor, dtype: torch.dtype) -> bool:
-    """Whether statistics of a tap are kept: not on a GPU, whose matmuls may be in TF32, too coarse to centre by."""
-    full = torch.finfo(dtype).bits >= 32 and torch.promote_types(tap.dtype, dtype) == dtype
-    return full and tap.device.type == "cpu"
+def _noted(kept: Sequence[Tensor], dtype: torch.dtype, norm: str) -> bool:
+    """Whether a tap's statistics are kept: not on a GPU, whose matmuls may be in TF32, too coarse to centre by."""
+    tap, full = kept[0], torch.finfo(dtype).bits >= 32
+    exact = norm != "none" and len(kept) == 1 and torch.promote_types(tap.dtype, dtype) == dtype
+    return exact and full and tap.device.type == "cpu"
 
 
 def answer(tap: Tensor, factors: Sequence[Tensor], norm: str = "none") -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from e3va_peft import fused
+from e3va_peft.backbones.splices import add
 from e3va_peft.frozen_pass import FrozenPass
 from e3va_peft.highway import Highway
 from e3va_peft.recompute import Recompute
@@ -31,16 +32,16 @@ class Lane:
         grad: Whether a gradient is wanted.
         keep_stages: Remember the lane behind every stage, where outputs show it.
         live: (stage, block) of the first live block: there the lane is written into the stream, and ends.
-        onto: Outputs show the lane by `onto` alone.
+        shows_sums: Outputs show the lane by `onto` alone.
     """
 
     def __init__(
         self, highways: Sequence[Highway], frozen: FrozenPass, depth: Sequence[int], taps_per_block: int = 1,
         mergings: Sequence[fused.Merging] = (), grad: bool = True, keep_stages: bool = True,
-        live: tuple[int, int] | None = None, onto: bool = False,
+        live: tuple[int, int] | None = None, shows_sums: bool = False,
     ) -> None:  # fmt: skip
         self.highways, self.frozen, self.depth, self.taps_per_block = highways, frozen, depth, taps_per_block
-        self.mergings, self.grad, self.keep_stages, self.shows_sums = mergings, grad, keep_stages, onto
+        self.mergings, self.grad, self.keep_stages, self.shows_sums = mergings, grad, keep_stages, shows_sums
         self.live = (len(depth), 0) if live is None else live
         # Highways that are active together read the same taps: kept as the most exact one wants; others round.
         self.storage = most_exact(highways) if grad else "exact"
@@ -50,8 +51,8 @@ class Lane:
         self.stage = self.block = 0
         self.z: Tensor | None = None
         self.passed: dict[tuple[int, int], Tensor] = {}  # (stage, block) -> the lane in front of that block
-        # Likewise, in place of the lane: the stream there with the lane written into it, and how often it was shown.
-        self.written: dict[tuple[int, int], tuple[Tensor, int]] = {}
+        # Likewise, in place of the lane: the stream there with the lane written into it, and whether it was shown.
+        self.written: dict[tuple[int, int], tuple[Tensor, bool]] = {}
         self.shapes: dict[int, tuple[Tensor, torch.Size]] = {}  # live stage -> its zero, and the shape of its stream
 
     @property
@@ -111,11 +112,11 @@ class Lane:
         in place what they are given.
         """
         if (stage, block) in self.written:
-            found, times = self.written[stage, block]
-            self.written[stage, block] = found, times + 1
-            return (found.clone() if times else found).to(x)  # no two outputs share memory
+            found, shown = self.written[stage, block]
+            self.written[stage, block] = found, True
+            return (found.clone() if shown else found).to(x)  # no two outputs share memory
         z = self.behind(stage, block) if block else self.ahead(stage - 1)
-        return (x + z.to(x.device)).to(x.dtype)
+        return add(x, z)
 
     def leave(self, stage: int) -> None:
         """Carry the lane through the frozen patch merging behind a stage, which has just run."""
@@ -132,7 +133,7 @@ class Lane:
                 if written is None or self.replays or not self.shows_sums:
                     self.passed[place] = lane
                 else:
-                    self.written[place] = written, 0
+                    self.written[place] = written, False
         self.stage, self.block = stage + 1, 0
 
     def enter(self, x: Tensor) -> Tensor:
@@ -144,7 +145,7 @@ class Lane:
             z = self.behind(stage, block) if block else self.z
             if z is not None and self.keep_stages and block:
                 self.passed[stage, block] = z
-            return x if z is None else (x + z.to(x.device).reshape(x.shape)).to(x.dtype)
+            return x if z is None else add(x, z.reshape(x.shape))
 
     def end(self) -> None:
         """Forget what was read: backward, which may ask live blocks for their answers again, must not hold it."""
