@@ -56,13 +56,12 @@ class MNI152Slices(Dataset[dict[str, torch.Tensor]]):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image: torch.Tensor = tv_tensors.Image(self.images[index, None])
-        mask: torch.Tensor = tv_tensors.Mask(self.labels[index, None])
+        image, label = self.images[index, None], self.labels[index, None]
         if self._moved:
-            image, mask = _MOVES(image, mask)
+            moved = _MOVES(tv_tensors.Image(image), tv_tensors.Mask(label))
+            image, label = (each.as_subclass(torch.Tensor) for each in moved)
         mean, std = torch.tensor(IMAGE_MEAN).view(3, 1, 1), torch.tensor(IMAGE_STD).view(3, 1, 1)
-        pixels = (image.as_subclass(torch.Tensor) - mean) / std
-        return {"pixel_values": pixels, "labels": mask.as_subclass(torch.Tensor)[0].long()}
+        return {"pixel_values": (image - mean) / std, "labels": label[0].long()}
 
     def augmented(self) -> MNI152Slices:
         """Return slices that are mirrored or not, turned (2 degrees), shifted (1 %) and scaled (2 %) when read.
