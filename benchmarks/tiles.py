@@ -5,7 +5,9 @@ python benchmarks/tiles.py DATA TILES --side 160 --count RBC  # bccd; a new fold
 
 Tiles lie side by side from the upper left corner; what is left over at the right and lower edges is not used. An
 object is cut along with its image, and left out of a tile where fewer than 16 of its pixels lie. It is counted in the
-tile where the centre of its box lies; tiles with three or more are one class.
+tile where the centre of its box lies; tiles with three or more are one class. Where objects are not counted, the tiles
+of every seventh image of `train` are `aside`, to choose learning rates by, and those of the others `fit`; their images
+stay in images/train.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from e3va_peft.detection.annotations import encode_segmentation
 SPLITS = ("train", "val")
 LEAST = 16
 MOST = 3
+EVERY = 7
 
 
 def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
@@ -66,6 +69,24 @@ def cut(data: Path, tiles: Path, split: str, side: int) -> dict[str, Any]:
     return {"images": images, "annotations": annotations, "categories": content["categories"]}
 
 
+def set_aside(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Split the tiles' annotations by the image that a tile is of, which its name begins with."""
+    sources = sorted({source_of(image) for image in content["images"]})
+    chosen = set(sources[::EVERY])
+    parts = {}
+    for name, inside in (("fit", False), ("aside", True)):
+        images = [image for image in content["images"] if (source_of(image) in chosen) == inside]
+        ids = {image["id"] for image in images}
+        own = [item for item in content["annotations"] if item["image_id"] in ids]
+        parts[name] = {**content, "images": images, "annotations": own}
+    return parts
+
+
+def source_of(tile: dict[str, Any]) -> str:
+    """The image that a tile is of."""
+    return str(tile["file_name"]).rsplit("-", 2)[0]
+
+
 def sort_by_count(data: Path, tiles: Path, side: int, name: str) -> None:
     """Cut the splits of a dataset in Pascal VOC's layout; each tile goes into the folder of its number of objects."""
     for splits in (("train", "val"), ("trainval", "test")):
@@ -98,8 +119,9 @@ def main() -> None:
     (args.tiles / "annotations").mkdir(parents=True)
     for split in SPLITS:
         content = cut(args.data, args.tiles, split, args.side)
-        (args.tiles / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-        print(f"{split}: {len(content['images'])} tiles, {len(content['annotations'])} objects")
+        for name, part in {split: content, **(set_aside(content) if split == "train" else {})}.items():
+            (args.tiles / f"annotations/instances_{name}.json").write_text(json.dumps(part))
+            print(f"{name}: {len(part['images'])} tiles, {len(part['annotations'])} objects")
 
 
 if __name__ == "__main__":

@@ -80,6 +80,7 @@ class Task:
         centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
         moved: Whether the demo's slices are augmented, as in the demo.
+        curve: Whether the record of a seed has the score after each epoch, too. The score is that of the last one.
         fields: `key=value` of the recipe, DATA in them being the folder of the data.
         search: More of them that set training images aside.
         quick: More of them that leave a few images.
@@ -96,6 +97,7 @@ class Task:
     centres: Mapping[str, float] = field(default_factory=dict)
     views: int = 1
     moved: bool = False
+    curve: bool = False
     fields: Sequence[str] = ()
     search: Sequence[str] = ()
     quick: Sequence[str] = ()
@@ -146,6 +148,7 @@ class Protocol:
         fields += self.task.quick if self.args.quick else ()
         epochs = self._epochs(method, search)
         fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
+        fields += ["training.eval_strategy=epoch"] if self.task.curve and not search else ()
         views = self._views(method, epochs)
         fields += [f"cache.views={views}", "cache.storage=int8"] if views else ()
         options = dict(SETTINGS[method])
@@ -169,9 +172,12 @@ class Protocol:
         config = self.config(name, method, rate, seed, search)
         result = finished(config) or train(config)
         shutil.rmtree(config.output)  # hundreds of runs; the record is what is kept
+        key = f"eval_{self.task.metric}"
+        curve = [{"epoch": entry["epoch"], "score": entry[key]} for entry in result["history"] if key in entry]
         return {
             "score": result["metrics"][self.task.metric],
             **{key: result[key] for key in ("metrics", "steps", "epochs", "trained_parameters")},
+            **({"curve": curve} if self.task.curve else {}),
         }
 
     def _demo(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
