@@ -81,7 +81,7 @@ class Task:
         views: How often a cache draws the augmentation of an image.
         moved: Whether the demo's slices are augmented, as in the demo.
         curve: Whether the record of a seed has the score after each epoch, too. The score is that of the last one.
-        fields: `key=value` of the recipe, DATA in them being the folder of the data.
+        fields: `key=value` of the recipe. DATA in them, and in those below, is the folder of the data.
         search: More of them that set training images aside.
         quick: More of them that leave a few images.
     """
@@ -142,8 +142,7 @@ class Protocol:
 
     def config(self, name: str, method: str, rate: float, seed: int, search: bool = False) -> RunConfig:
         """The config of a run by `e3va train`."""
-        fields = [field.replace("DATA", str(self.args.data)) for field in self.task.fields]
-        fields += overrides(str(self._folder(name)), self.args.model, rate, seed)
+        fields = [*self.task.fields, *overrides(str(self._folder(name)), self.args.model, rate, seed)]
         fields += self.task.search if search else ()
         fields += self.task.quick if self.args.quick else ()
         epochs = self._epochs(method, search)
@@ -153,7 +152,7 @@ class Protocol:
         fields += [f"cache.views={views}", "cache.storage=int8"] if views else ()
         options = dict(SETTINGS[method])
         fields += [f"method={options.pop('name')}", *(f"method.{key}={value}" for key, value in options.items())]
-        return read_config(self.task.recipe, fields)
+        return read_config(self.task.recipe, [each.replace("DATA", str(self.args.data)) for each in fields])
 
     def _folder(self, name: str) -> Path:
         return Path(self.args.runs) / self.task.name / name
