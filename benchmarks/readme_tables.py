@@ -22,7 +22,13 @@ RESULTS = ROOT / "benchmarks" / "results"
 MIB, GIB = 2**20, 2**30
 METRICS = {"mean_iou": "mean IoU", "accuracy": "accuracy", "mask_ap": "mask AP", "box_ap": "box AP"}
 
-TWINS = {"lora-checkpointing": "lora", "e3va-plus-recompute": "e3va-plus-exact"}  # the same gradients at another cost
+# A method with the gradients of another one, at another cost.
+TWINS = {
+    "lora-checkpointing": "lora",
+    "e3va-plus-recompute": "e3va-plus-exact",
+    "e3va-8-recompute": "e3va-8",
+    "e3va-8-cached": "e3va-8-kept-cached",
+}
 
 # Training memory in MB as published for E3VA, the frozen backbone and full fine-tuning (V-PETL Bench's table).
 PUBLISHED_MEMORY = {"coco-cascade-swin-b": (7639, 7137, 17061), "voc-retinanet-swin-l": (4819, 3967, 15679)}
@@ -78,9 +84,10 @@ def protocol(task: str) -> list[dict[str, Any]]:
     `all_seconds` is what its training takes on a quiet machine: steps x the step of `accuracy/cost.py` and the loading
     of its batch, and filling the cache. Methods with the gradients of another one, at another cost, have its scores.
     """
-    scores = recorded(task)
-    scores |= {name: scores[same] | {"method": name} for name, same in TWINS.items() if same in scores}
     costs = {row["method"]: row for row in rows(f"accuracy/{task}-cost")}
+    scores = recorded(task)
+    twins = {name: same for name, same in TWINS.items() if name in costs and same in scores}
+    scores |= {name: scores[same] | {"method": name} for name, same in twins.items()}
     found = []
     for method, row in scores.items():
         cost = costs.get(method)

@@ -36,12 +36,14 @@ from e3va_peft.methods import adapt
 from e3va_peft.training.tasks import task_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from readme_tables import TWINS
 from record import quiet, save
 
 ROUNDS = 5
 METHODS = SETTINGS | {
     "lora-checkpointing": {"name": "lora-checkpointing", "lora_alpha": 8},
     "e3va-plus-recompute": SETTINGS["e3va-plus"] | {"tap_storage": "recompute"},
+    "e3va-8-recompute": SETTINGS["e3va-8"] | {"tap_storage": "recompute"},
 }
 
 Collator = Callable[[list[Any]], Any]
@@ -74,16 +76,16 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
     build, examples, collator, size, dtype = parts(protocol)
     models, filling = {}, {}
     sources: dict[str, Any] = {}
-    storage = "exact" if protocol.task.recipe == "demo" else "int8"  # as in the runs
     scored = {row["method"] for row in summary(protocol.task.name)}
     for method, options in METHODS.items():
-        if method in SETTINGS and method not in scored:
+        if not {method, TWINS.get(method)} & scored:
             continue
         set_seed(0)
         models[method] = adapt(build(), options)
         sources[method] = examples
         if method.endswith(CACHED):
-            fill = partial(cached, model=models[method], storage=storage, data_collator=collator, autocast=dtype)
+            how = {"storage": protocol.storage(method), "data_collator": collator, "autocast": dtype}  # as in its runs
+            fill = partial(cached, model=models[method], **how)
             fill(Subset(examples, range(size)))
             start = time.perf_counter()
             sources[method] = fill(examples, views=protocol.task.views)

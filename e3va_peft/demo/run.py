@@ -99,11 +99,11 @@ def mean_iou(predicted: torch.Tensor, slices: MNI152Slices) -> float:
 
 def train(
     method: dict[str, Any], rate: float, vit: Path, slices: MNI152Slices, folder: Path, epochs: float, seed: int,
-    views: int = 0,
+    views: int = 0, storage: str = "exact",
 ) -> tuple[nn.Module, float]:  # fmt: skip
     """Train a method from the same head and in the same order of batches; return the model and the seconds.
 
-    With views the backbone runs once for each of them of each slice, within these seconds.
+    With views the backbone runs once for each of them of each slice, within these seconds; `storage` is its cache's.
     """
     set_seed(seed)
     model = adapt(build_base(vit), method)
@@ -119,7 +119,7 @@ def train(
         remove_unused_columns=not views,
     )
     start = time.perf_counter()
-    dataset = cached(slices, model, views=views, storage="exact") if views else slices
+    dataset = cached(slices, model, views=views, storage=storage) if views else slices
     trainer = Trainer(model, arguments, train_dataset=dataset)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
