@@ -95,3 +95,17 @@ def test_nuclei_as_they_are_published_become_what_the_recipes_read(tmp_path, mon
             assert np.asarray(truth).sum() == 40 and set(np.unique(truth)) == {0, 1}
         else:
             assert truth.boxes.tolist() == [[2, 3, 7, 7], [9, 8, 14, 12]] and truth.labels.tolist() == [0, 0]
+    tiles = tmp_path / "tiles"
+    monkeypatch.setattr(sys, "argv", ["tiles.py", str(output), str(tiles), "--side", "8"])
+    cut = runpy.run_path(str(BENCHMARKS / "tiles.py"), run_name="__main__")
+    content = {
+        name: json.loads((tiles / f"annotations/instances_{name}.json").read_text())
+        for name in ("train", "val", "fit", "aside")
+    }
+    assert [len(content[name]["images"]) for name in content] == [16, 8, 12, 4]
+    fit, aside = ({cut["source_of"](image) for image in content[name]["images"]} for name in ("fit", "aside"))
+    assert len(fit) == 3 and len(aside) == 1 and not fit & aside  # tiles of one image are on one side
+    for name in ("fit", "aside"):
+        ids = {image["id"] for image in content[name]["images"]}
+        own = [item for item in content["train"]["annotations"] if item["image_id"] in ids]
+        assert own and content[name]["annotations"] == own

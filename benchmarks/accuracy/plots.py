@@ -1,6 +1,6 @@
 """Draw the score against what it costs, of every task of the protocol that has scores and costs.
 
-python benchmarks/accuracy/plots.py  # writes results/accuracy/TASK.png
+python benchmarks/accuracy/plots.py  # writes results/accuracy/TASK.png, and TASK-epochs.png where epochs are scored
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from e3va_peft.compare.plots import label, widen
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from readme_tables import MIB, RESULTS, firsts, protocol
+from readme_tables import MIB, RESULTS, TWINS, firsts, protocol
 
 STYLES = {"e3va": ("#D55E00", "*"), "head-only": ("#000000", "D"), "full": ("#000000", "s")}
 OTHERS = ("#0072B2", "o")
@@ -52,6 +53,27 @@ def draw(task: str, found: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
+def draw_epochs(task: str, found: Sequence[dict[str, Any]]) -> Figure:
+    """Draw the score after each epoch, one line per method."""
+    figure = Figure(figsize=(6, 4.5), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ends = []
+    for row in found:
+        color, marker = style_of(row["method"])
+        epochs, scores = zip(*((each["epoch"], each["score"]) for each in row["curve"]), strict=True)
+        axes.plot(epochs, scores, color=color, marker=marker, linewidth=1)
+        ends.append((row["method"], epochs[-1], scores[-1], color))
+    axes.set_xlabel("epochs")
+    axes.set_ylabel(f"{task}: {found[0]['metric'].replace('_', ' ')}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(color="0.92")
+    axes.margins(x=0.2)
+    widen(axes)
+    label(axes, ends)
+    return figure
+
+
 def style_of(method: str) -> tuple[str, str]:
     """Return colour and marker of a method."""
     return STYLES.get("e3va" if method.startswith("e3va") else method.removesuffix("-cached"), OTHERS)
@@ -63,6 +85,8 @@ def main() -> None:
         task = path.stem.removesuffix("-cost")
         found = protocol(task)
         draw(task, found).savefig(RESULTS / "accuracy" / f"{task}.png")
+        if curves := [row for row in found if "curve" in row and row["method"] not in TWINS]:
+            draw_epochs(task, curves).savefig(RESULTS / "accuracy" / f"{task}-epochs.png")
         print(f"{task}: {firsts(found)}")
 
 
