@@ -201,7 +201,7 @@ def measure_all(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     comparison = Comparison(
         config=configure(args, first["method"], first["learning_rate"], 0, search=False),
         output=Path(args.runs),
-        methods=tuple(row["method"] for row in rows),
+        methods={row["method"]: {"name": row["method"]} for row in rows},
         seeds=(0,),
         rates={row["method"]: row["learning_rate"] for row in rows},
     )

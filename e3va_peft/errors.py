@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
@@ -32,6 +32,18 @@ def one_of(value: Any, names: Iterable[str]) -> str:
     """Return `must be one of ...`, and with it the names most like a mistyped one."""
     names = list(names)
     return f"must be one of {', '.join(names)}.{nearest(str(value), names)}"
+
+
+def shown(names: Sequence[str], most: int = 3) -> str:
+    """List the first names, for a message."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Iterate over an error and those that it came from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 Rule: TypeAlias = tuple[Callable[[Any], bool], str]

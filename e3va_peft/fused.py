@@ -50,16 +50,10 @@ class Merging(NamedTuple):
     sharded: bool = False
 
 
-@torch.compiler.assume_constant_result  # up to PyTorch 2.10 `torch.compile` cannot trace it
-def has_autocast(device: str) -> bool:
-    """Whether devices of a type can be under autocast."""
-    return torch.amp.is_autocast_available(device)
-
-
 def under_autocast(tensor: Tensor) -> bool:
     """Whether autocast is on for the device of a tensor."""
     device = tensor.device.type
-    return has_autocast(device) and torch.is_autocast_enabled(device)
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(parameter: Tensor) -> torch.dtype:
@@ -70,7 +64,7 @@ def compute_dtype(parameter: Tensor) -> torch.dtype:
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
     """Switch autocast off for the device of a tensor."""
     device = tensor.device.type
-    return torch.autocast(device, enabled=False) if has_autocast(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def sum_of_adapters(factors: Sequence[Tensor], taps: Sequence[Sequence[Tensor]], norm: str = "none") -> Tensor:

@@ -32,7 +32,7 @@ from transformers.utils import cached_file, logging
 
 from e3va_peft.card import BASE_CONFIG, PROCESSOR
 from e3va_peft.config import E3VAConfig
-from e3va_peft.errors import UserError, reason, refuse_no_path
+from e3va_peft.errors import UserError, causes, reason, refuse_no_path
 from e3va_peft.exits import everything_outside, find_exits
 from e3va_peft.files import refuse_links
 from e3va_peft.fingerprint import content_checksum
@@ -471,13 +471,9 @@ def from_safetensors(model_class: Any, place: str | os.PathLike[str], **options:
     return model, report
 
 
-def _is_refusal(error: BaseException | None) -> bool:
+def _is_refusal(error: BaseException) -> bool:
     """Whether an error began as a refusal of the Hub's, which transformers takes for a file that is not there."""
-    while error is not None:
-        if getattr(getattr(error, "response", None), "status_code", 404) != 404:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(getattr(getattr(each, "response", None), "status_code", 404) != 404 for each in causes(error))
 
 
 def _from_pretrained(

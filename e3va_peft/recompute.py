@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from e3va_peft.fused import Gradients, compute_dtype, has_autocast, no_autocast
+from e3va_peft.fused import Gradients, compute_dtype, no_autocast
 from e3va_peft.highway import Highway, Stage
 from e3va_peft.storage import read_at_once
 
@@ -143,7 +143,7 @@ class State:
         self.autocast = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in {"cpu", *(tensor.device.type for tensor in tensors)}
-            if has_autocast(device)
+            if torch.amp.is_autocast_available(device)
         }
         self.random = torch.get_rng_state()
         self.devices, self.device_states = get_device_states(*tensors)

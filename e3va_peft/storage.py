@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STORAGES = ("exact", "int8", "int4")  # from the most to the least bytes
-TAP_STORAGES = ("exact", "recompute", "int8", "int4")  # from the most to the least exact; "recompute" keeps nothing
+ROUNDED = ("int8", "int4")
+TAP_STORAGES = ("exact", "recompute", *ROUNDED)  # from the most to the least exact; "recompute" keeps nothing
 NORMS = ("none", "layer", "relative")  # see `E3VAConfig.tap_norm`
 EPS = 1e-8  # of a variance: branches behind LayerScale can be as small as 1e-3
 GROUP = 32  # channels that share a scale in int4: one per token would be that of its largest outlier
@@ -156,7 +156,7 @@ def coarser(kept: Sequence[Tensor], storage: str, width: int, norm: str) -> Sequ
         norm: How the tap is read.
     """
     known = {torch.int8: "int8", torch.uint8: "int4"}.get(kept[0].dtype, "exact")
-    if storage not in STORAGES or STORAGES.index(storage) <= STORAGES.index(known):
+    if storage not in ROUNDED or TAP_STORAGES.index(storage) <= TAP_STORAGES.index(known):
         return kept
     if len(kept) == 1:
         return keep(kept[0], storage, norm)
@@ -165,7 +165,7 @@ def coarser(kept: Sequence[Tensor], storage: str, width: int, norm: str) -> Sequ
 
 def read_at_once(tap: Tensor, storage: str, dtype: torch.dtype, norm: str) -> tuple[Tensor, Tensor | None]:
     """A tap (..., C) as `read` gives it of what `keep` keeps, rounded alike, where nothing needs to be kept."""
-    if storage not in STORAGES or storage == "exact":
+    if storage not in ROUNDED:
         return read([tap], tap.shape[-1], dtype, norm)
     normed, deviation = (tap, None) if norm == "none" else standardized(tap)
     codes, scale = _codes(normed, storage)

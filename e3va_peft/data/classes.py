@@ -30,7 +30,7 @@ def read_classes(
     parts = {name: _columns(config, name, rows) for name, rows in chosen.items()}
     first = next(iter(parts.values()))
     labels = _labels(config, first) if model is None else list(model)
-    named = {name: own_names(config, _names(part), model, name, _names(first), labels) for name, part in parts.items()}
+    named = own_names(config, {name: _names(part) for name, part in parts.items()}, model, labels)
     return {name: _class_ids(config, name, part, labels, named[name]) for name, part in parts.items()}, labels
 
 

@@ -14,9 +14,9 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import pictures_in
 from e3va_peft.data.names import class_names, match_names, refuse_names
-from e3va_peft.data.records import Record, make_record, make_rows, shown
+from e3va_peft.data.records import Record, make_record, make_rows
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
-from e3va_peft.errors import UserError, read_text, reason
+from e3va_peft.errors import UserError, read_text, reason, shown
 
 _ROBOFLOW = "_annotations.coco.json"
 
@@ -36,10 +36,10 @@ def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
             )
         if not Path(annotations).is_file():
             raise UserError(f"data.annotations={annotations!r}: no such file (from {Path.cwd()}).")
-        return {"train": _coco_split(annotations, images)}
+        return {"train": (Path(annotations), Path(images))}
     names = [name for name in (config.train_split, config.eval_split, *TRAIN, *EVAL) if name is not None]
     found = {
-        name: _coco_split(annotations.replace("{split}", name), images.replace("{split}", name)) for name in names
+        name: (Path(annotations.replace("{split}", name)), Path(images.replace("{split}", name))) for name in names
     }
     there = {name: paths for name, paths in found.items() if os.path.isfile(paths[0])}
     if not there:
@@ -48,10 +48,6 @@ def find_coco(config: DataConfig) -> dict[str, tuple[Path, Path]]:
             f"{Path.cwd()}). Correct it, or name the split with data.train_split."
         )
     return there
-
-
-def _coco_split(annotations: str, images: str) -> tuple[Path, Path]:
-    return Path(annotations), Path(images)
 
 
 def find_coco_export(config: DataConfig) -> dict[str, tuple[Path, Path]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mimetypes
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,7 +15,7 @@ from e3va_peft.data.config import DataConfig, source_of
 from e3va_peft.data.images import IMAGE_SUFFIXES, is_hidden, is_picture, outside, pictures_in
 from e3va_peft.data.names import refuse_alike
 from e3va_peft.data.splits import EVAL, TRAIN, choose_eval_split
-from e3va_peft.errors import UserError, reason, refuse_no_path
+from e3va_peft.errors import UserError, reason, refuse_no_path, shown
 
 _HINTS = {
     "label_column": " An image folder needs one sub-folder per class.",
@@ -32,6 +33,7 @@ _LAYOUT = "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg."
 # Folders of splits by other names, as the `datasets` library calls them.
 _CALLED = dict.fromkeys(("val", "valid", "dev"), "validation") | {"training": "train"}
 _CALLED |= dict.fromkeys(("testing", "eval", "evaluation"), "test")
+_some = partial(shown, most=5)
 
 
 def load_dataset(config: DataConfig) -> dict[str, datasets.Dataset]:
@@ -320,10 +322,6 @@ def _contents(folder: Path) -> tuple[list[str], dict[str, int], list[str]]:
     ]
     below = {entry.name: len(os.listdir(entry)) for entry in entries if entry.is_dir() and not is_hidden(entry.name)}
     return images, below, lists
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 def column(field: str, wanted: str | None, found: Sequence[str], rows: datasets.Dataset, split: str) -> str:

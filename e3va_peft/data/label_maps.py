@@ -14,7 +14,7 @@ from e3va_peft.data.hub import column, load_dataset, two_columns, undecoded
 from e3va_peft.data.images import open_label_map, pictures_in
 from e3va_peft.data.names import class_names, refuse_names
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
-from e3va_peft.errors import UserError
+from e3va_peft.errors import UserError, shown
 
 _MASK_COLUMNS = ("label", "labels", "annotation", "mask", "masks", "semantic_mask", "segmentation_mask")
 
@@ -76,9 +76,9 @@ def _pairs(images: Path, masks: Path) -> datasets.Dataset:
     for what, there, here, other in (("label map", pictures, maps, masks), ("image", maps, pictures, images)):
         lonely = sorted(set(there) - set(here))
         if lonely:
-            shown = ", ".join(str(there[name]) for name in lonely[:3]) + (", ..." if len(lonely) > 3 else "")
+            paths = shown([str(there[name]) for name in lonely])
             raise UserError(
-                f"{len(lonely)} of {len(there)} files have no {what} of the same name in {other}: {shown}. Add or "
+                f"{len(lonely)} of {len(there)} files have no {what} of the same name in {other}: {paths}. Add or "
                 "remove them."
             )
     names = sorted(pictures)

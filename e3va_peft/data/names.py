@@ -58,37 +58,35 @@ def match_names(config: DataConfig, own: Sequence[str], model: Sequence[str], wh
 
 def own_names(
     config: DataConfig,
-    classes: Sequence[str] | None,
+    known: Mapping[str, Sequence[str] | None],
     model: Sequence[str] | None,
-    split: str,
-    first: Sequence[str] | None,
     labels: Sequence[str],
-) -> Sequence[str] | None:
-    """Name the numbers of a split's labels; None where the split has no names.
+) -> dict[str, Sequence[str] | None]:
+    """Name the numbers of each split's labels; None where a split has no names.
 
     Args:
         config: Where the data is. Its labels may rename those of the split that is trained on, in their order.
-        classes: The split's own names.
+        known: The splits' own names, those of the one that is trained on first.
         model: A model's, which stand for those of the split that is trained on.
-        split: Its name.
-        first: The own names of the split that is trained on.
         labels: The names of the classes, all in all.
 
     Raises:
-        UserError: The split has a class that is not among them.
+        UserError: A split has a class that is not among them.
     """
-    where = f"{source_of(config)}, split {split!r}"
-    if classes is not None and model is not None:
-        return match_names(config, classes, model, where)
-    if classes is None or config.labels is None:
-        return classes
-    renamed = dict(zip(first if first is not None else labels, labels, strict=True))
-    if odd := [name for name in classes if name not in renamed]:
-        raise UserError(
-            f"{where}: has the classes {odd[:10]}, which the split that is trained on does not have; it has "
-            f"{list(renamed)[:10]}. Rename or remove them."
-        )
-    return [renamed[name] for name in classes]
+    first, named = next(iter(known.values())), dict(known)
+    for split, classes in known.items():
+        where = f"{source_of(config)}, split {split!r}"
+        if classes is not None and model is not None:
+            named[split] = match_names(config, classes, model, where)
+        elif classes is not None and config.labels is not None:
+            renamed = dict(zip(first if first is not None else labels, labels, strict=True))
+            if odd := [name for name in classes if name not in renamed]:
+                raise UserError(
+                    f"{where}: has the classes {odd[:10]}, which the split that is trained on does not have; it has "
+                    f"{list(renamed)[:10]}. Rename or remove them."
+                )
+            named[split] = [renamed[name] for name in classes]
+    return named
 
 
 def names_of(seen: Iterable[Any]) -> list[str] | None:

@@ -28,7 +28,6 @@ Record: TypeAlias = dict[str, Any]
 JSON = datasets.Value("large_string")
 """The type of a table's column of records."""
 
-_SHOWN = 3  # names in a message
 _BROKEN = 10  # broken files to name at once
 
 
@@ -74,11 +73,6 @@ def finite_number(text: str, has: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"{has} {text!r}, which is not a number. Correct or remove it.")
     return number
-
-
-def shown(names: Sequence[str]) -> str:
-    """List the first names, for a message."""
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def refuse_broken(errors: Sequence[str], total: int, what: str) -> None:

@@ -59,8 +59,7 @@ def read_tables(
         raise UserError(f"data.objects_column: {columns[train].name!r} holds classes that are neither ids nor names.")
     refuse_names(names, 1)
     numbers = {name: i for i, name in enumerate(names)}
-    first = columns[train].classes
-    own = {split: own_names(config, each.classes, model, split, first, names) for split, each in columns.items()}
+    own = own_names(config, {split: each.classes for split, each in columns.items()}, model, names)
     return {
         split: _table(config, kind, rows, split, columns[split], own[split], numbers) for split, rows in chosen.items()
     }, names

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 
 from e3va_peft.data.examples import Split
 from e3va_peft.data.records import Decoded, refuse_broken
-from e3va_peft.errors import UserError
+from e3va_peft.errors import UserError, shown
 
 _THREADS = 8
 _ENOUGH = 10  # boxes to judge their format by
@@ -26,6 +27,7 @@ _BOXES = {
     "yolo": "x, y of the centre, width, height as shares of the image",
     "voc": "xmin, ymin, xmax, ymax in pixels that count from 1",
 }
+_few = partial(shown, most=1)
 
 Checked: TypeAlias = list[tuple[Split, np.ndarray]]
 """Splits whose images were checked, and for each image 64 bits of its pixels' SHA-256, `(n,)` uint64."""
@@ -213,10 +215,6 @@ def _twins(split: Split, images: np.ndarray, checked: Checked) -> Iterable[str]:
                 f"{both.sum()} of the {len(split)} images of {split.name} are images of {other.name}, too, and what "
                 f"is trained on scores too well: {split.where(index)} is {other.where(twin)}. Remove them from one"
             )
-
-
-def _few(names: Sequence[str]) -> str:
-    return names[0] + (", ..." if len(names) > 1 else "")
 
 
 def missing_classes(counts: np.ndarray, labels: Iterable[str]) -> list[str]:

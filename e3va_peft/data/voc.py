@@ -12,9 +12,9 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import IMAGE_SUFFIXES
 from e3va_peft.data.names import class_id, class_names, names_of, refuse_names
-from e3va_peft.data.records import Record, finite_number, make_record, make_rows, shown
+from e3va_peft.data.records import Record, finite_number, make_record, make_rows
 from e3va_peft.data.splits import refuse_empty, refuse_overlap
-from e3va_peft.errors import UserError, read_text, reason
+from e3va_peft.errors import UserError, read_text, reason, shown
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),

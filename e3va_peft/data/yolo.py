@@ -19,10 +19,10 @@ import datasets
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.images import outside, pictures_in
 from e3va_peft.data.names import class_names, match_names, refuse_names
-from e3va_peft.data.records import Record, finite_number, make_record, make_rows, refuse_broken, shown
+from e3va_peft.data.records import Record, finite_number, make_record, make_rows, refuse_broken
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty, refuse_overlap
 from e3va_peft.data.yaml import parse_yaml
-from e3va_peft.errors import UserError, read_text
+from e3va_peft.errors import UserError, read_text, shown
 
 _YAML = ("data.yaml", "data.yml")
 _CLASSES = "classes.txt"  # of Label Studio, which writes no data.yaml

@@ -31,9 +31,8 @@ from e3va_peft.data.formats import load_eval_split
 from e3va_peft.data.images import IMAGE_SUFFIXES, is_picture, open_image, pictures_in
 from e3va_peft.data.names import class_names
 from e3va_peft.data.objects import Detections
-from e3va_peft.data.records import shown
 from e3va_peft.detection import Detector
-from e3va_peft.errors import UserError, reason, refuse_no_path
+from e3va_peft.errors import UserError, reason, refuse_no_path, shown
 from e3va_peft.exits import base_of, layers_of
 from e3va_peft.files import write_whole
 from e3va_peft.loading import from_safetensors, load_adapter, read_model_config, refuse_unbuildable

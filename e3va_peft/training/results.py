@@ -27,7 +27,7 @@ from transformers import TrainingArguments
 from e3va_peft.card import record_metrics, write_card_of_run
 from e3va_peft.config import E3VAConfig
 from e3va_peft.data.examples import Split
-from e3va_peft.errors import UserError, reason
+from e3va_peft.errors import UserError, causes, reason
 from e3va_peft.files import write_whole
 from e3va_peft.methods import METHODS
 from e3va_peft.refusals import base_fingerprint, check_backbone, check_fingerprint, check_outside
@@ -252,7 +252,8 @@ def full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if not _is_full_disk(error):
+        # torch.save fails again while it closes
+        if not any(sign in str(each) for each in causes(error) for sign in _FULL_DISK):
             raise
         if state.is_main_process:
             for path in checkpoints(output).values():
@@ -263,15 +264,6 @@ def full_disk_explained(output: Path, state: PartialState) -> Iterator[None]:
             f"output={str(output)!r}: the disk is full ({reason(error)}; {free:.0f} MB free now). Free some; the "
             "same command resumes from the last whole checkpoint."
         ) from error
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, is of a full disk: torch.save fails again while it closes."""
-    while error is not None:
-        if any(sign in str(error) for sign in _FULL_DISK):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def save_results(
