@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import struct
 import sys
+import zlib
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -329,6 +332,41 @@ def test_a_test_split_without_label_maps_is_left_alone(tmp_path):
     refused(
         replace(config, eval_split="test"), "no label map", str(tmp_path / "annotations" / "test"), kind="label-map"
     )
+
+
+def test_folders_that_are_no_splits_do_not_hide_the_images_beside_them(tmp_path):
+    for folder in ("images", "masks"):
+        (tmp_path / folder / ".ipynb_checkpoints").mkdir(parents=True)
+        for name in "ab":
+            Image.new("L", (8, 6)).save(tmp_path / folder / f"{name}.png")
+    config = DataConfig(images=str(tmp_path / "images"), masks=str(tmp_path / "masks"), labels=["x", "y"])
+    assert len(single(config, kind="label-map")) == 2
+    for folder in ("images", "masks"):
+        (tmp_path / folder / "train").mkdir()
+        Image.new("L", (8, 6)).save(tmp_path / folder / "train" / "c.png")
+    refused(config, "directly in it, a.png, b.png", "train", kind="label-map")
+
+
+def test_a_table_of_a_test_split_without_label_maps_is_left_alone(tmp_path):
+    rows = {"train": ["image", "label"], "validation": ["image", "label"], "test": ["image"]}
+    for name, columns in rows.items():
+        features = datasets.Features({column: datasets.Image() for column in columns})
+        part = datasets.Dataset.from_dict({column: [Image.new("L", (8, 6))] * 2 for column in columns}, features)
+        part.save_to_disk(tmp_path / "set" / name)
+    (tmp_path / "set" / "dataset_dict.json").write_text(json.dumps({"splits": list(rows)}))
+    config = DataConfig(source=str(tmp_path / "set"), labels=["x", "y"])
+    assert [len(split) for split in loaded(config, kind="label-map")] == [2, 2]
+    refused(replace(config, eval_split="test"), "split 'test' has the columns ['image']", kind="label-map")
+
+
+def test_an_archive_beside_the_folders_that_it_held_is_left_alone(tmp_path):
+    for name in ("cat", "dog", "test dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        picture().save(tmp_path / "photos" / name / "train.png")
+    for suffix in ("zip", "tar.gz"):
+        (tmp_path / "photos" / f"photos.{suffix}").write_bytes(b"never opened")
+    train = single(DataConfig(source=str(tmp_path / "photos")))
+    assert len(train) == 3 and train.labels == ("cat", "dog", "test dog")
 
 
 def test_classes_are_matched_by_name_where_a_split_numbers_them_in_another_way(tmp_path):
@@ -869,6 +907,18 @@ def test_label_maps_of_any_depth_keep_their_values(dtype):
     values = (np.arange(96).reshape(12, 8) * 600 % 65536).astype(dtype)
     opened = open_label_map(of(Image.fromarray(values)), "x")
     assert opened.dtype == np.int64 and np.array_equal(opened, values)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_label_maps_of_few_bits_keep_their_values(bits):
+    values = np.arange(2**bits, dtype=np.uint8).repeat(8).reshape(2**bits, 8)
+    rows = np.packbits(np.unpackbits(values[..., None], axis=2)[..., 8 - bits :].reshape(2**bits, -1), axis=1)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))  # Pillow writes none of these
+    header = struct.pack(">IIBBBBB", 8, 2**bits, bits, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
+    written = (struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
+    opened = open_label_map({"bytes": b"\x89PNG\r\n\x1a\n" + b"".join(written)}, "x")
+    assert np.array_equal(opened, values)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])

@@ -252,7 +252,8 @@ def test_a_file_that_is_no_coco_detection_file_is_refused(content, parts, tmp_pa
 
 def test_an_image_outside_of_the_folder_is_read_by_no_name(tmp_path):
     outside = picture(tmp_path / "outside.png")
-    for name in ("../outside.png", str(outside), "..\\outside.png"):
+    climbing = f"{tmp_path.absolute()}/images/../outside.png"
+    for name in ("../outside.png", str(outside), "..\\outside.png", climbing):
         with pytest.raises(UserError, match=r"1 of its 2 images"):
             coco(tmp_path, content=changed("images", file_name=name))
     inside = picture(tmp_path / "images" / "deep" / "c.png")

@@ -28,7 +28,7 @@ from e3va_peft.data.images import open_label_map
 from e3va_peft.detection import DetectionImageProcessor
 from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt
-from e3va_peft.training.config import parse_config
+from e3va_peft.training.config import parse_config, read_config
 from e3va_peft.training.drawing import palette
 from e3va_peft.training.export import export
 from e3va_peft.training.predict import Trained, evaluate, load_trained, predict, predict_together
@@ -208,6 +208,10 @@ def test_earlier_predictions_are_kept_unless_overwrite_is_said(adapters, picture
     assert (output / "predictions.json").read_bytes() == before
     predict(str(adapters / "segmenter"), [str(pictures)], output, overwrite=True)
     assert len(read(output)) == 4
+    moved = output.rename(tmp_path / "moved")
+    drawn = list((moved / "masks").rglob("*.png"))
+    predict(str(adapters / "segmenter"), [str(pictures / "a.jpg")], moved, overwrite=True)
+    assert len(list((moved / "masks").rglob("*.png"))) == 1 < len(drawn)
 
 
 def test_a_wrong_run_is_named_before_earlier_predictions(pictures, tmp_path):
@@ -659,8 +663,11 @@ def test_images_set_aside_that_are_not_those_of_the_run_are_no_test(tmp_path, mo
     assert evaluate(str(tmp_path / "run"))[0]["accuracy"] >= 0
     image = next((tmp_path / "colors" / "train" / "red").iterdir())
     shutil.copy(image, image.with_name(f"more-{image.name}"))
-    with pytest.raises(UserError, match=r"data\.eval_fraction=0\.3: sets aside .* when the model was trained, "):
+    refusal = r"data\.eval_fraction=0\.3: sets aside .* when the model was trained, "
+    with pytest.raises(UserError, match=refusal):
         evaluate(str(tmp_path / "run"))
+    with pytest.raises(UserError, match=refusal):  # as the command line reads it
+        evaluate(str(tmp_path / "run"), read_config(tmp_path / "run" / "config.yaml"))
     (tmp_path / "run" / "metrics.json").unlink()  # nobody knows any more which they were
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
@@ -703,6 +710,11 @@ EXPORTED = {  # model, image processor, what the command says of it
         "vit-classifier",
         BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         "pixel_values (batch, 3, 28, 28) -> logits",
+    ),
+    "classifier at another size": (
+        "vit-classifier",
+        BitImageProcessor(size={"shortest_edge": 42}, crop_size={"height": 42, "width": 42}),
+        "pixel_values (batch, 3, 42, 42) -> logits",
     ),
     "segmenter": (
         "swin-upernet",

@@ -230,8 +230,10 @@ def _whole(item: Record, key: str, where: str) -> int:
 
 def _is_below(folder: Path, name: str) -> bool:
     """Whether a name is of a file in a folder, and does not climb out of it. Links in the folder are the user's."""
-    climbs = PureWindowsPath(name).is_absolute() or ".." in PureWindowsPath(name).parts
-    inside = Path(name).is_relative_to(folder.absolute()) if Path(name).is_absolute() else not climbs
+    if ".." in PureWindowsPath(name).parts:
+        return False
+    absolute = Path(name).is_absolute()
+    inside = Path(name).is_relative_to(folder.absolute()) if absolute else not PureWindowsPath(name).is_absolute()
     return inside and os.path.isfile(folder / name)  # which, unlike Path's, takes a name that is too long for no file
 
 

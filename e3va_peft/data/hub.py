@@ -28,7 +28,8 @@ _TABLE = (
     "Put the list into the folder of the images as metadata.csv, with the columns file_name and label, and name that "
     "folder; or sort the images into one sub-folder per class."
 )
-_TOLD = (".parquet", ".arrow", ".zip", ".tar", ".tar.gz", ".tgz")  # what needs no folders, nor does metadata.*
+_TOLD = (".parquet", ".arrow")  # what needs no folders, nor does metadata.*
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz")  # which may hold the images
 _LAYOUT = "An image folder is SPLIT/CLASS/image.jpg or CLASS/image.jpg."
 # Folders of splits by other names, as the `datasets` library calls them.
 _CALLED = dict.fromkeys(("val", "valid", "dev"), "validation") | {"training": "train"}
@@ -102,9 +103,12 @@ def _is_told(folder: Path) -> bool:
     if card.is_file() and "data_files:" in card.read_text(encoding="utf-8", errors="replace"):
         return True
     with os.scandir(folder) as entries:
-        places = [str(folder), *(entry.path for entry in entries if entry.is_dir())]
-    names = (name for place in places for name in os.listdir(place))
-    return any(name.startswith("metadata.") or name.endswith(_TOLD) for name in names)
+        below = [entry.path for entry in entries if entry.is_dir()]
+    names = [name for place in (str(folder), *below) for name in os.listdir(place)]
+    if any(name.startswith("metadata.") or name.endswith(_TOLD) for name in names):
+        return True
+    unpacked = any(pictures_in(place) for place in below)  # an archive beside it is what it came in
+    return not unpacked and any(name.endswith(_ARCHIVES) for name in names)
 
 
 def _called(config: DataConfig, place: str) -> str:

@@ -17,6 +17,7 @@ from e3va_peft.errors import UserError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
+_SCALES = {"L;2": 85, "L;4": 17}  # which Pillow makes 8 bits of
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -107,13 +108,17 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
     Raises:
         UserError: It cannot be read, or has colours.
     """
-    image = _loaded(_open(item, where), where)
+    image = _open(item, where)
+    tile = next(iter(getattr(image, "tile", ())), None)
+    stored = tile.args if tile is not None else ""
+    scale = _SCALES.get(str(stored[0] if isinstance(stored, tuple) and stored else stored), 1)
+    image = _loaded(image, where)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise UserError(
             f"{where}: is a {image.mode} image; a label map has one number per pixel. Save class ids as an 8-bit "
             "greyscale or palette PNG, not colours. Or are data.images and data.masks swapped?"
         )
-    return np.asarray(image).astype(np.int64)
+    return np.asarray(image).astype(np.int64) // scale
 
 
 def check_size(

@@ -11,7 +11,7 @@ import numpy as np
 
 from e3va_peft.data.config import DataConfig, LabelKind, source_of
 from e3va_peft.data.hub import column, load_dataset, two_columns, undecoded
-from e3va_peft.data.images import open_label_map, pictures_in
+from e3va_peft.data.images import is_hidden, is_picture, open_label_map, pictures_in
 from e3va_peft.data.names import class_names, refuse_names
 from e3va_peft.data.splits import EVAL, TRAIN, refuse_empty
 from e3va_peft.errors import UserError, shown
@@ -27,15 +27,7 @@ def find_label_maps(config: DataConfig) -> dict[str, datasets.Dataset]:
     """
     if config.images is not None:
         return _folder_pair(config)
-    found = load_dataset(config)
-    for split, rows in found.items() if Path(str(config.source)).is_dir() else ():
-        if sum(isinstance(feature, datasets.Image) for feature in rows.features.values()) < 2:
-            raise UserError(
-                f"data.source={config.source!r}: split {split!r} has the columns {list(rows.features)}, and "
-                "semantic-segmentation needs a label map for each image. Write images: and masks:, two folders with "
-                "the same file names, instead of source:. For folders of classes, set task: image-classification."
-            )
-    return found
+    return load_dataset(config)
 
 
 def read_label_maps(
@@ -48,6 +40,13 @@ def read_label_maps(
     """
     for name, rows in chosen.items():
         refuse_empty(config, name, rows)
+        pictures = sum(isinstance(feature, datasets.Image) for feature in rows.features.values())
+        if pictures < 2 and Path(str(config.source)).is_dir():
+            raise UserError(
+                f"data.source={config.source!r}: split {name!r} has the columns {list(rows.features)}, and "
+                "semantic-segmentation needs a label map for each image. Write images: and masks:, two folders with "
+                "the same file names, instead of source:. For folders of classes, set task: image-classification."
+            )
     parts = {name: _columns(config, name, rows) for name, rows in chosen.items()}
     labels = _labels(config, next(iter(parts.values()))) if model is None else list(model)
     if config.reduce_labels and config.ignore_index < len(labels):
@@ -64,11 +63,18 @@ def _folder_pair(config: DataConfig) -> dict[str, datasets.Dataset]:
     for name, folder in (("images", images), ("masks", masks)):
         if not folder.is_dir():
             raise UserError(f"data.{name}={str(folder)!r}: no such folder (from {Path.cwd()}).")
-    splits = [part.name for part in sorted(images.iterdir()) if part.is_dir()]
     needed = (*TRAIN, *EVAL[:3], config.train_split, config.eval_split)  # others, as test, often have no label maps
-    if not splits:
+    parts = [part.name for part in sorted(images.iterdir()) if part.is_dir() and not is_hidden(part.name)]
+    splits = [name for name in parts if name in needed or (masks / name).is_dir()]
+    direct = [entry.name for entry in sorted(images.iterdir()) if is_picture(entry.name)]
+    if splits and direct:
+        raise UserError(
+            f"data.images={str(images)!r}: has images directly in it, {shown(direct)}, beside those of the splits "
+            f"{shown(splits)}. Move them into one."
+        )
+    if direct or not parts:
         return {"train": _pairs(images, masks)}
-    return {name: _pairs(images / name, masks / name) for name in splits if name in needed or (masks / name).is_dir()}
+    return {name: _pairs(images / name, masks / name) for name in splits}
 
 
 def _pairs(images: Path, masks: Path) -> datasets.Dataset:

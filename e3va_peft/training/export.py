@@ -16,6 +16,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from e3va_peft.detection import Detector, RetinaNet
 from e3va_peft.errors import UserError
 from e3va_peft.training.predict import Trained, load_trained
+from e3va_peft.training.tasks.base import forward_extras
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 _TOLERANCE = 1e-3  # of the largest value of an output
@@ -24,13 +25,14 @@ _TOLERANCE = 1e-3  # of the largest value of an output
 class _Outputs(nn.Module):
     """Some outputs of a model for images, as a tuple."""
 
-    def __init__(self, model: nn.Module, names: list[str]) -> None:
+    def __init__(self, trained: Trained, names: list[str]) -> None:
         super().__init__()
-        self.model, self.names = model, names
+        self.model, self.names = trained.model.cpu(), names
+        self.extras = forward_extras(trained.base, trained.processor)
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         """Run the model, (B, 3, H, W) -> its outputs by name."""
-        outputs = self.model(pixel_values=pixel_values)
+        outputs = self.model(pixel_values=pixel_values, **self.extras)
         return tuple(outputs[name] for name in self.names)
 
 
@@ -55,7 +57,7 @@ def export(source: str, output: Path) -> str:
         raise UserError(f'needs {", ".join(missing)}: pip install "e3va_peft[onnx]"')
     trained = load_trained(source)
     names, count = _outputs(trained.base, source)
-    model = _Outputs(trained.model.cpu(), names).eval()
+    model = _Outputs(trained, names).eval()
     images = torch.randn(count, *_shape(trained))
     partial = output.with_name(f".{output.name}.partial")
     try:

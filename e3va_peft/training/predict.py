@@ -256,7 +256,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     split = load_eval_split(config.data, task.label_kind, trained.labels, config.seed)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
-    if config is trained.config and config.data.eval_fraction is not None:
+    if trained.config is not None and config.data.eval_fraction is not None and _same_data(config, trained.config):
         _refuse_other_draw(Path(source).expanduser() / METRICS, config, split.rows_fingerprint())
     labels = tuple(class_names(config.data, None) or split.labels)
     if labels != trained.labels:
@@ -278,6 +278,12 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
         )
         loss = trainer.evaluate()["eval_loss"]
     return {"loss": loss, **trainer.scores}, split.labels
+
+
+def _same_data(config: RunConfig, other: RunConfig) -> bool:
+    """Whether two runs draw what they set aside from the same images."""
+    places = ("source", "images", "masks", "annotations", "train_split")
+    return all(getattr(config.data, place) == getattr(other.data, place) for place in places)
 
 
 def _refuse_other_draw(metrics: Path, config: RunConfig, now: str) -> None:
@@ -465,10 +471,11 @@ def _remove_drawings(output: Path) -> None:
         named = [entry[part] for entry in before for part in ("mask", "overlay") if isinstance(entry.get(part), str)]
     except (OSError, ValueError, AttributeError, TypeError):
         return
-    own = {(output / part).resolve() for part in ("masks", "overlays")}
-    for path in map(Path, named):
-        if own & set(path.resolve().parents) and path.suffix == ".png":
-            path.unlink(missing_ok=True)
+    for parts in (Path(name).parts for name in named if name.endswith(".png")):
+        for begin, part in enumerate(parts):  # the folder may have moved, or may be seen from elsewhere
+            path = output.joinpath(*parts[begin:])
+            if part in ("masks", "overlays") and (output / part).resolve() in path.resolve().parents:
+                path.unlink(missing_ok=True)
 
 
 def _found(
