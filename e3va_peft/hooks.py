@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple
 from weakref import ref
@@ -119,16 +119,6 @@ class LiveInput(Hook):
         return None if recorder is None else (recorder.enter_live(module, args, kwargs), kwargs)
 
 
-class LiveOutput(Hook):
-    """A hook that ends what `LiveInput` began."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """End the checkpoint."""
-        recorder = listening()
-        if recorder is not None:
-            recorder.leave_live()
-
-
 class Beyond(Hook):
     """A pre-hook on blocks behind the last that is adapted: no gradient passes them, and no second run needs them."""
 
@@ -142,65 +132,23 @@ class Beyond(Hook):
         return (args[0].detach(), *args[1:]) if args[0].requires_grad else None
 
 
-class MergingInput(Hook):
-    """A pre-hook, with keywords, that reads what enters frozen patch merging."""
+class Note(Hook):
+    """A hook or pre-hook that hands what a module is given, and returns, to a method of the recorder.
 
-    def __init__(self, stage: int, name: str = "") -> None:
-        self.stage = stage
-        self.name = name
+    Args:
+        take: The method, unbound.
+        key: Its first arguments.
+    """
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Read the arguments."""
+    def __init__(self, take: Callable[..., None], *key: Any) -> None:
+        self.take = take
+        self.key = key
+
+    def __call__(self, module: nn.Module, *seen: Any) -> None:
+        """Hand it over."""
         recorder = listening()
         if recorder is not None:
-            recorder.enter_merging(self.stage, args, kwargs, self.name)
-
-
-class MergingOutput(MergingInput):
-    """A hook that reads what leaves frozen patch merging."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Read the output."""
-        recorder = listening()
-        if recorder is not None:
-            recorder.leave_merging(self.stage, output, self.name)
-
-
-class GridTap(Hook):
-    """A pre-hook on the first block of a stage, which notes how its tokens lie in the image."""
-
-    def __init__(self, stage: int) -> None:
-        self.stage = stage
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Read the block's arguments."""
-        recorder = listening()
-        if recorder is not None:
-            recorder.note_grid(self.stage, args)
-
-
-class TailTap(Hook):
-    """A pre-hook that reads what enters the exit's tail: the last block's output, to which the lane is added."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Read the first argument."""
-        recorder = listening()
-        if recorder is not None:
-            recorder.note_tail(args[0])
-
-
-class EndTap(Hook):
-    """A pre-hook that reads what enters the module at the end of a stage: the output of the stage's last block."""
-
-    def __init__(self, stage: int, name: str = "") -> None:
-        self.stage = stage
-        self.name = name
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Read the first argument."""
-        recorder = listening()
-        if recorder is not None:
-            recorder.note_end(self.stage, args[0], self.name)
+            self.take(recorder, *self.key, *seen)
 
 
 class FrozenGuard(Hook):

@@ -24,15 +24,10 @@ from e3va_peft.highway import Highway
 from e3va_peft.hooks import (
     FRONT,
     Beyond,
-    EndTap,
     Front,
-    GridTap,
     ImageGuard,
     LiveInput,
-    LiveOutput,
-    MergingInput,
-    MergingOutput,
-    TailTap,
+    Note,
     Tap,
     check_input,
     image_size,
@@ -178,7 +173,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 exit.get_submodule(block).register_forward_pre_hook(Beyond())
             if not depth:
                 continue
-            exit.get_submodule(stage.blocks[0]).register_forward_pre_hook(GridTap(i))
+            exit.get_submodule(stage.blocks[0]).register_forward_pre_hook(Note(Recorder.note_grid, i))
             for j, block in enumerate(stage.blocks[:depth]):
                 points = self.family.tap_points(exit, block)
                 live = self.live is not None and (i, j) >= self.live
@@ -187,7 +182,7 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                 points[STREAM] = TapPoint(exit.get_submodule(block), "input", None)
                 if live:  # before a tap reads what the lane has entered
                     exit.get_submodule(block).register_forward_pre_hook(LiveInput(), with_kwargs=True)
-                    exit.get_submodule(block).register_forward_hook(LiveOutput())
+                    exit.get_submodule(block).register_forward_hook(Note(Recorder.leave_live))
                 for k, name in enumerate(chosen):
                     index, parts = (j, len(chosen)) if summed else (j * len(self.taps) + k, 1)
                     tap = Tap(i, index, points[name].read, parts, f"{block}: {name}")
@@ -197,13 +192,14 @@ class E3VALayer(nn.Module, BaseTunerLayer):
                         points[name].module.register_forward_hook(tap)
             if self.family.ends:
                 end = self.family.ends.format(stage=i)
-                exit.get_submodule(end).register_forward_pre_hook(EndTap(i, end))
+                exit.get_submodule(end).register_forward_pre_hook(Note(Recorder.note_end, i, end))
             if stage.merging and i + 1 < len(self.depth):
                 first, last = stage.merging[0], stage.merging[-1]
-                exit.get_submodule(first).register_forward_pre_hook(MergingInput(i, first), with_kwargs=True)
-                exit.get_submodule(last).register_forward_hook(MergingOutput(i, last))
+                enter, leave = Note(Recorder.enter_merging, i, first), Note(Recorder.leave_merging, i, last)
+                exit.get_submodule(first).register_forward_pre_hook(enter, with_kwargs=True)
+                exit.get_submodule(last).register_forward_hook(leave)
         if self.family.tail:
-            exit.get_submodule(self.family.tail[0]).register_forward_pre_hook(TailTap())
+            exit.get_submodule(self.family.tail[0]).register_forward_pre_hook(Note(Recorder.note_tail))
 
     def update_layer(self, adapter_name: str, config: E3VAConfig, tail: Sequence[str] = ()) -> None:
         """Add an adapter: a highway, and trained copies of the modules named in `tail`.

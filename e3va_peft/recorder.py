@@ -206,7 +206,7 @@ class Recorder:
             self.checkpoints.append(checkpoint)
         return args
 
-    def leave_live(self) -> None:
+    def leave_live(self, *seen: Any) -> None:
         """End the checkpoint of a live block."""
         if self.checkpoints:
             next(self.checkpoints.pop(), None)
@@ -231,7 +231,7 @@ class Recorder:
                 )
         self.versions.clear()
 
-    def enter_merging(self, stage: int, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> None:
+    def enter_merging(self, stage: int, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take what enters the patch merging behind a stage that is not live."""
         if self.live is not None and stage >= self.live.start[0]:
             return
@@ -244,7 +244,7 @@ class Recorder:
         self.note_version(x, name)
         self.entered[stage] = x, args[1:], kwargs
 
-    def leave_merging(self, stage: int, output: Any, name: str) -> None:
+    def leave_merging(self, stage: int, name: str, args: tuple[Any, ...], output: Any) -> None:
         """Take what leaves it, and let the lane pass too while the stage's modules are there to run."""
         output = output[0] if isinstance(output, tuple) else output
         if not isinstance(output, Tensor):
@@ -255,9 +255,9 @@ class Recorder:
         if stage not in self.entered:  # between live blocks
             return
         self.check_versions()
-        x, args, kwargs = self.entered.pop(stage)
+        x, given, kwargs = self.entered.pop(stage)
         frozen = None if under_autocast(x) else self.channels_last(output.detach())
-        self.frozen.mergings[stage] = MergingCall(x, args, kwargs, frozen)
+        self.frozen.mergings[stage] = MergingCall(x, given, kwargs, frozen)
         self.listens = False
         try:
             # Up to PyTorch 2.13 a graph that is compiled apart from the exit loses the gradient that begins in it.
@@ -265,15 +265,15 @@ class Recorder:
         finally:
             self.listens = True
 
-    def note_end(self, stage: int, x: Tensor, name: str) -> None:
-        """Take what enters the module at the end of a stage."""
-        x = self.channels_last(self.own(x))
+    def note_end(self, stage: int, name: str, args: tuple[Any, ...]) -> None:
+        """Take what enters the module at the end of a stage: the output of the stage's last block."""
+        x = self.channels_last(self.own(args[0]))
         self.note_version(x, name)
         self.frozen.ends[stage] = x
 
-    def note_tail(self, x: Tensor) -> None:
-        """Take what enters the exit's tail."""
-        self.frozen.tail = self.own(x)
+    def note_tail(self, args: tuple[Any, ...]) -> None:
+        """Take what enters the exit's tail: the last block's output, to which the lane is added."""
+        self.frozen.tail = self.own(args[0])
 
     def own(self, x: Tensor) -> Tensor:
         """Return a tensor of the stream without gradient, or as it is where it may come from a live block."""

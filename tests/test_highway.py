@@ -20,7 +20,7 @@ from e3va_peft.backbones.swin import SWIN
 from e3va_peft.backbones.swinv2 import SWINV2
 from e3va_peft.frozen_pass import FrozenPass, Grid, MergingCall
 from e3va_peft.highway import Highway, Stage, adapter, answer, merge, sum_of_adapters
-from e3va_peft.hooks import MergingInput, MergingOutput
+from e3va_peft.hooks import Note
 from e3va_peft.lane import Lane
 from e3va_peft.recorder import CURRENT, Recorder
 from e3va_peft.storage import NORMS, ROUNDED, deviation_of, keep, normalized
@@ -466,8 +466,8 @@ def recorder_of(lane: Lane) -> Recorder:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_patch_merging_runs_in_the_lane_as_it_ran_in_the_backbone(storage, autocast):
     merging, x, z = OddMerging().requires_grad_(False), torch.randn(2, 6, 8), torch.randn(2, 6, 8)
-    merging.register_forward_pre_hook(MergingInput(0, "merging"), with_kwargs=True)
-    merging.register_forward_hook(MergingOutput(0, "merging"))
+    merging.register_forward_pre_hook(Note(Recorder.enter_merging, 0, "merging"), with_kwargs=True)
+    merging.register_forward_hook(Note(Recorder.leave_merging, 0, "merging"))
     lanes = []
     for start in (torch.zeros_like(z), z):
         lane = lane_of(start.requires_grad_(), merging, storage)
@@ -492,9 +492,9 @@ def test_patch_merging_that_cannot_carry_the_lane_is_an_error_that_names_it():
     lane = lane_of(torch.ones(1), nn.Linear(1, 1))
     with CURRENT.set(recorder_of(lane)):
         with pytest.raises(TypeError, match=r"layers.2: .*stage 2.*by position"):
-            MergingInput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
+            Note(Recorder.enter_merging, 2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
         with pytest.raises(TypeError, match=r"layers.2: .*stage 2.*returned"):
-            MergingOutput(2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
+            Note(Recorder.leave_merging, 2, "layers.2")(nn.Linear(1, 1), (), {"x": torch.ones(1)})
     with pytest.raises(RuntimeError, match=r"stage 0: .*patch merging"):
         lane.behind(1, 1)
 
