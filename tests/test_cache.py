@@ -978,7 +978,7 @@ def test_a_sweep_ranks_nan_last_refuses_nothing_but_nan_and_to_push(tmp_path, mo
         sweep(parse_config(values | {"training": values["training"] | {"push_to_hub": True, "hub_model_id": "a/b"}}))
     (tmp_path / "run").mkdir()
     found = iter([None, 0.5, 0.7, None, None, None])
-    monkeypatch.setattr("e3va_peft.training.sweep.train", lambda *_: {"metrics": {"accuracy": next(found)}})
+    monkeypatch.setattr("e3va_peft.training.run.train", lambda *_: {"metrics": {"accuracy": next(found)}})
     runs = sweep(parse_config(values))["runs"]
     assert list(runs) == ["seed=2", "seed=1", "seed=0"] and "NaN" not in (tmp_path / "run" / "sweep.json").read_text()
     with pytest.raises(UserError, match="accuracy: is nan in every run"):

@@ -80,7 +80,7 @@ def test_methods_are_compared_on_equal_terms_and_a_cut_comparison_resumes(tmp_pa
         return train(config, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "train", train_four)
+        patch.setattr("e3va_peft.training.run.train", train_four)
         with pytest.raises(Stop):
             compare(plan(tmp_path, seeds="0,7"))
     # seeds outside, methods inside: every method has a run before any has two

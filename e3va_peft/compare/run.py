@@ -6,7 +6,6 @@ import dataclasses
 import gc
 import os
 import re
-import shutil
 import statistics
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +26,9 @@ from e3va_peft.meter.step import StepReport, measure_step
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import CacheConfig, RunConfig, parse_method, read_config, set_field
-from e3va_peft.training.folder import checkpoints, refuse_file
+from e3va_peft.training.folder import refuse_file
 from e3va_peft.training.results import number
-from e3va_peft.training.run import read_cache, train, trained_before, verify
+from e3va_peft.training.run import read_cache, train_once, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -170,13 +169,8 @@ def compare(comparison: Comparison, overwrite: bool = False) -> list[Row]:
     plan = [(seed, name) for seed in comparison.seeds for name in comparison.methods]
     for position, (seed, name) in enumerate(plan, start=1):
         config = comparison.run(name, seed)
-        record = None if overwrite else trained_before(config)
-        done = "trained before" if record is not None else f"learning rate {comparison.rates[name]:g}"
-        console.print(f"[bold][{position}/{len(plan)}] {escape(name)}, seed {seed}[/bold]: {done}")
-        if record is None:
-            record = train(config, overwrite)
-            for path in checkpoints(Path(config.output)).values():  # for large models they would fill a disk
-                shutil.rmtree(path)
+        title, about = f"[{position}/{len(plan)}] {name}, seed {seed}", f"learning rate {comparison.rates[name]:g}"
+        record = train_once(config, overwrite, console, title, about, keep=False)  # of large models: a full disk
         records[name].append(record)
         gc.collect()  # the Trainer's cycles hold the model
     console.print(f"measuring a training step of each method, {ROUNDS} rounds")

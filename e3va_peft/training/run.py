@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 import os
 import platform
+import shutil
 import statistics
 import sys
 import time
@@ -46,6 +47,7 @@ from e3va_peft.training.folder import (
     METRICS,
     begin,
     check_output,
+    checkpoints,
     finished,
     locked,
 )
@@ -172,14 +174,24 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     return record
 
 
-def trained_before(config: RunConfig) -> dict[str, Any] | None:
-    """The content of `metrics.json` of a run that is finished, on the data as it is now; None where it is not.
+def train_once(
+    config: RunConfig, overwrite: bool, console: Console, title: str, about: str = "", keep: bool = True
+) -> dict[str, Any]:
+    """Train one of several runs and say so, or take over what a finished one recorded, on the data as it is now.
+
+    Args:
+        config: The run.
+        overwrite: Train it again where it is finished.
+        console: Where to say it.
+        title: What to call it.
+        about: What to say of it where it is trained.
+        keep: Keep the checkpoints of its training.
 
     Raises:
         FileExistsError: `config.output` holds a run with other settings.
-        UserError: The data has changed since.
+        UserError: See `train`, and the data of a finished run has changed since.
     """
-    record = finished(config)
+    record = None if overwrite else finished(config)
     if record is not None and "rows" in record:
         rows = fingerprints(load_splits(config.data, task_of(config).label_kind, config.seed))
         if rows != record["rows"]:
@@ -187,6 +199,12 @@ def trained_before(config: RunConfig) -> dict[str, Any] | None:
                 f"output={config.output!r}: its scores are of {record['rows']}, and the data now has {rows}. Restore "
                 "the images and labels of then, choose another output, or train again with --overwrite."
             )
+    note = about if record is None else "trained before"
+    console.print(f"[bold]{escape(title)}[/bold]{': ' if note else ''}{note}")
+    if record is None:
+        record = train(config, overwrite)
+        for path in () if keep else checkpoints(Path(config.output)).values():
+            shutil.rmtree(path)
     return record
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from e3va_peft.data.formats import load_splits
@@ -20,7 +19,7 @@ from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, parse_config, set_field, swept_field
 from e3va_peft.training.folder import MARKER
 from e3va_peft.training.results import number, plain
-from e3va_peft.training.run import process, train, trained_before
+from e3va_peft.training.run import process, train_once
 from e3va_peft.training.tasks import task_of
 
 SWEEP = "sweep.json"
@@ -73,10 +72,7 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     scores = {}
     console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)
     for position, (name, own) in enumerate(runs.items(), start=1):
-        record = None if overwrite else trained_before(own)
-        done = ": trained before" if record is not None else ""
-        console.print(f"[bold][{position}/{len(runs)}] {escape(name)}[/bold]{done}")
-        record = record or train(own, overwrite)
+        record = train_once(own, overwrite, console, f"[{position}/{len(runs)}] {name}")
         scores[name] = number(record["metrics"][metric])
     ranked = sorted(scores, key=lambda name: (math.isnan(scores[name]), -scores[name]))
     if math.isnan(scores[ranked[0]]):
