@@ -32,7 +32,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -45,11 +45,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for the models of the t
 import memory
 import paper
 import torch
+from accelerate.utils import send_to_device
 from readme_tables import markdown
-from record import RESULTS, save
+from record import RESULTS, names, save
 from speed import interleaved
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from e3va_peft import check_backbone
@@ -118,7 +118,7 @@ class Training:
             base = setting.build()
         self.model = adapt(base.to(DEVICE), METHODS[method]).train()
         self.optimizer = optimizer_in_use(self.model)
-        self.batch = on_device(setting.inputs())
+        self.batch = send_to_device(setting.inputs(), DEVICE)
         self.dtype = PRECISIONS[precision]
         self.scaler = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
 
@@ -160,11 +160,6 @@ class Training:
         return {"counted": None, **found}
 
 
-def on_device(batch: dict[str, Any]) -> dict[str, Any]:
-    """Move the tensors of a batch to the device."""
-    return tree_map(lambda leaf: leaf.to(DEVICE) if isinstance(leaf, Tensor) else leaf, batch)
-
-
 def attempt(measure: Callable[..., Row], *args: Any) -> Row:
     """Measure, or say what went wrong; then give back what nobody holds any more."""
     try:
@@ -182,7 +177,7 @@ def try_laws(case: Case) -> Row:
     """Try the laws on a tiny model, without TF32: they compare results."""
     allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
-        laws = check_backbone(case.base().to(DEVICE), on_device(case.training_batch())).laws
+        laws = check_backbone(case.base().to(DEVICE), send_to_device(case.training_batch(), DEVICE)).laws
     finally:
         torch.backends.cudnn.allow_tf32 = allowed
     return {"tried": len(laws), "broken": [f"{law.name}: {law.detail}" for law in laws if not law.holds]}
@@ -322,17 +317,6 @@ def ms(row: Row) -> str:
         return row.get("error", "").replace("|", "/")
     share = f" ({row['seconds'] / row['eager_seconds']:.2f})" if "eager_seconds" in row else ""
     return f"{1000 * row['seconds']:.1f}{share}"
-
-
-def names(known: Iterable[str]) -> Callable[[str], list[str]]:
-    """Return a function that reads some of the known names, separated by commas."""
-
-    def read(text: str) -> list[str]:
-        if unknown := set(text.split(",")) - set(known):
-            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose among {', '.join(known)}")
-        return text.split(",")
-
-    return read
 
 
 def read_arguments() -> argparse.Namespace:

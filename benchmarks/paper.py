@@ -34,24 +34,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import RESULTS, quiet, read_rows, replace_row, same
+from record import RESULTS, names, quiet, read_rows, replace_row, same
 from speed import interleaved, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torchvision.ops import box_convert
-from transformers import AutoModelForSemanticSegmentation, PreTrainedModel
+from transformers import PreTrainedModel
 
-from e3va_peft.detection import CascadeMaskRCNN, RetinaNet
 from e3va_peft.meter.parameters import backbone_share
 from e3va_peft.meter.step import MIB, count_peak, count_saved, take_step
 from e3va_peft.methods import adapt
-from e3va_peft.plan.blueprint import model_config
+from e3va_peft.plan.blueprint import model_builder
 from e3va_peft.plan.estimate import PRECISIONS, optimizer_in_use
-from e3va_peft.training.batchnorm import allow_single_values
-from e3va_peft.training.tasks.base import name_classes
-from e3va_peft.training.tasks.detection import detector_config
-from e3va_peft.training.tasks.segmentation import segmenter_config
+from e3va_peft.training.config import HEADS
 
 aten = torch.ops.aten
 
@@ -91,15 +87,8 @@ class Setting:
 
     def build(self, backbone: str) -> PreTrainedModel:
         """Build the model on a backbone, as `e3va train` does."""
-        found = model_config(backbone)
-        if self.head == "upernet":
-            config = segmenter_config(found, backbone)
-            name_classes(config, [str(i) for i in range(self.num_labels)])
-            return allow_single_values(AutoModelForSemanticSegmentation.from_config(config))
-        task = "object-detection" if self.head == "retinanet" else "instance-segmentation"
-        config = detector_config(found, backbone, task, self.head)
-        name_classes(config, [str(i) for i in range(self.num_labels)])
-        return (RetinaNet if self.head == "retinanet" else CascadeMaskRCNN)(config)
+        task = next(task for task, heads in HEADS.items() if self.head in heads)
+        return model_builder(backbone, task, self.num_labels, head=self.head)()
 
     def inputs(self, size: Size) -> dict[str, Any]:
         """Draw a batch, the same at every call."""
@@ -276,20 +265,12 @@ def pixels(text: str) -> Size:
     return width, height
 
 
-def names(text: str) -> list[str]:
-    """Read methods, separated by commas."""
-    found = text.split(",")
-    if unknown := set(found) - set(METHODS):
-        raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: choose among {', '.join(METHODS)}")
-    return found
-
-
 def read_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("memory", "time"))
     parser.add_argument("setting", choices=SETTINGS)
-    parser.add_argument("--methods", type=names, default=tuple(METHODS), help="separated by commas; all by default")
+    parser.add_argument("--methods", type=names(METHODS), default=list(METHODS), help="with commas; all by default")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--size", type=pixels, help="WIDTHxHEIGHT; the paper's by default")
     parser.add_argument("--rounds", type=int, default=5)

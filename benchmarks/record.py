@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,17 @@ def training_parser(about: str | None) -> argparse.ArgumentParser:
     for name in ("--data", "--model", "--runs"):
         parser.add_argument(name, required=True)
     return parser
+
+
+def names(known: Iterable[str]) -> Callable[[str], list[str]]:
+    """Return a function that reads some of the known names, separated by commas."""
+
+    def read(text: str) -> list[str]:
+        if unknown := set(text.split(",")) - set(known):
+            raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: choose among {', '.join(known)}")
+        return text.split(",")
+
+    return read
 
 
 def quiet() -> None:

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as if started there: what benchmarks share
-from record import RESULTS, origin, quiet, spread
+from record import RESULTS, names, origin, quiet, spread
 from training import overrides
 
 from e3va_peft.data.yaml import parse_yaml
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--data", help="folder of the data")
     parser.add_argument("--model", help="folder of the pretrained backbone")
     parser.add_argument("--runs", help="folder for checkpoints")
-    parser.add_argument("--methods", type=lambda text: text.split(","), default=list(SETTINGS), help="only these")
+    parser.add_argument("--methods", type=names(SETTINGS), default=list(SETTINGS), help="only these")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further run after so many")
     parser.add_argument("--quick", action="store_true", help="a few images, one epoch, records in RUNS")
     parser.add_argument("--list", action="store_true", help="print what is recorded")
@@ -288,8 +288,6 @@ def main() -> None:
                     f"{task} {row['method']}: {row['mean']:.4f}{spread} at {row['learning_rate']:g}, {row['searched']}"
                 )
         return
-    if unknown := sorted(set(args.methods) - set(SETTINGS)):
-        parser.error(f"--methods: {', '.join(unknown)}: must be of {', '.join(SETTINGS)}")
     if args.task is None or args.runs is None:
         parser.error("name a task, and --runs")
     quiet()
