@@ -19,7 +19,9 @@ from transformers.utils import logging
 
 from e3va_peft.compare.report import machine
 from e3va_peft.files import write_whole
-from e3va_peft.training.run import versions
+from e3va_peft.training.config import RunConfig
+from e3va_peft.training.folder import finished
+from e3va_peft.training.run import train, versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -41,6 +43,26 @@ def names(known: Iterable[str]) -> Callable[[str], list[str]]:
         return text.split(",")
 
     return read
+
+
+def overrides(output: str, model: str, rate: float, seed: int) -> list[str]:
+    """The fields that every recorded run sets."""
+    return [
+        f"model={model}",
+        f"output={output}",
+        f"training.learning_rate={rate}",
+        f"training.seed={seed}",
+        "training.eval_strategy=no",  # scored once, at the end: nothing is chosen by the evaluation images
+        "training.save_strategy=epoch",
+        "training.save_total_limit=1",
+        "training.dataloader_num_workers=0",
+        "training.disable_tqdm=true",
+    ]
+
+
+def result(config: RunConfig) -> dict[str, Any]:
+    """Train, or read what an earlier call trained."""
+    return finished(config) or train(config)
 
 
 def quiet() -> None:

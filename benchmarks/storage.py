@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from record import quiet, save, training_parser
-from training import overrides, result
+from record import overrides, quiet, result, save, training_parser
 
 from e3va_peft.training.config import read_config
 

@@ -48,6 +48,10 @@ def test_scores_are_drawn_over_a_tenth_at_least_and_named_inside_the_frame():
             assert low < min(row["mean"] for row in found) and max(row["mean"] for row in found) < high
             assert high - low >= 0.099
             _assert_readable(axes, len(found))
+        if curves := [row for row in found if "curve" in row]:
+            assert all(row["score"] == row["curve"][-1]["score"] for row in curves)
+            (axes,) = plots["draw_epochs"](task, curves).axes
+            _assert_readable(axes, len(curves))
 
 
 def test_the_names_on_the_frontier_lie_side_by_side_inside_the_frame(monkeypatch):

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as if started there: what benchmarks share
-from record import RESULTS, names, origin, quiet, spread
-from training import overrides
+from record import RESULTS, names, origin, overrides, quiet, result, spread
 
 from e3va_peft.data.yaml import parse_yaml
 from e3va_peft.demo.data import MNI152Slices, mni152_slices
@@ -38,8 +37,7 @@ from e3va_peft.demo.run import train as train_demo
 from e3va_peft.demo.weights import focus_vit
 from e3va_peft.methods import METHODS
 from e3va_peft.training.config import RunConfig, read_config
-from e3va_peft.training.folder import finished, write_whole
-from e3va_peft.training.run import train
+from e3va_peft.training.folder import write_whole
 
 HERE = Path(__file__).parent
 RECORDS = RESULTS / "accuracy"
@@ -149,7 +147,8 @@ class Protocol:
         fields += self.task.quick if self.args.quick else ()
         epochs = self._epochs(method, search)
         fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
-        fields += ["training.eval_strategy=epoch"] if self.task.curve and not search else ()
+        if self.task.curve and not search:
+            fields += ["training.eval_strategy=epoch", "training.load_best_model_at_end=false"]
         views = self._views(method, epochs)
         fields += [f"cache.views={views}", f"cache.storage={self.storage(method)}"] if views else ()
         options = dict(SETTINGS[method])
@@ -175,14 +174,14 @@ class Protocol:
 
     def _command(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
         config = self.config(name, method, rate, seed, search)
-        result = finished(config) or train(config)
+        run = result(config)
         shutil.rmtree(config.output)  # hundreds of runs; the record is what is kept
         key = f"eval_{self.task.metric}"
-        curve = [{"epoch": entry["epoch"], "score": entry[key]} for entry in result["history"] if key in entry]
+        curve = [{"epoch": entry["epoch"], "score": entry[key]} for entry in run["history"] if key in entry]
         return {
-            "score": result["metrics"][self.task.metric],
-            **{key: result[key] for key in ("metrics", "steps", "epochs", "trained_parameters")},
-            **({"curve": curve} if self.task.curve else {}),
+            "score": run["metrics"][self.task.metric],
+            **{key: run[key] for key in ("metrics", "steps", "epochs", "trained_parameters")},
+            **({"curve": curve} if self.task.curve and not search else {}),
         }
 
     def _demo(self, name: str, method: str, rate: float, seed: int, search: bool) -> dict[str, Any]:
