@@ -107,8 +107,8 @@ def _is_told(folder: Path) -> bool:
     names = [name for place in (str(folder), *below) for name in os.listdir(place)]
     if any(name.startswith("metadata.") or name.endswith(_TOLD) for name in names):
         return True
-    unpacked = any(pictures_in(place) for place in below)  # an archive beside it is what it came in
-    return not unpacked and any(name.endswith(_ARCHIVES) for name in names)
+    # Where folders hold images, an archive beside them is what they came in.
+    return any(name.endswith(_ARCHIVES) for name in names) and not any(pictures_in(place) for place in below)
 
 
 def _called(config: DataConfig, place: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from e3va_peft.errors import UserError
 
@@ -80,10 +80,10 @@ def open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[i
     Raises:
         UserError: It cannot be read as an image.
     """
-    image, raw, turn = _open(item, where), None, 1
+    file, raw, turn = _open(item, where), None, 1
     with contextlib.suppress(Exception):  # a broken EXIF block says nothing about the pixels
-        turn = image.getexif().get(ExifTags.Base.Orientation, 1)
-    image = _loaded(image, where)
+        turn = file.getexif().get(ExifTags.Base.Orientation, 1)
+    image = _loaded(file, where)
     with contextlib.suppress(Exception):
         if turn in range(2, 9):  # of a TIFF, Pillow turns the pixels and drops the tag
             image = ImageOps.exif_transpose(image)
@@ -108,11 +108,10 @@ def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:
     Raises:
         UserError: It cannot be read, or has colours.
     """
-    image = _open(item, where)
-    tile = next(iter(getattr(image, "tile", ())), None)
-    stored = tile.args if tile is not None else ""
+    file = _open(item, where)
+    stored = file.tile[0].args if file.tile else ""
     scale = _SCALES.get(str(stored[0] if isinstance(stored, tuple) and stored else stored), 1)
-    image = _loaded(image, where)
+    image = _loaded(file, where)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B", "I;16L"):
         raise UserError(
             f"{where}: is a {image.mode} image; a label map has one number per pixel. Save class ids as an 8-bit "
@@ -140,7 +139,7 @@ def check_size(
     )
 
 
-def _open(item: dict[str, Any], where: str) -> Image.Image:
+def _open(item: dict[str, Any], where: str) -> ImageFile.ImageFile:
     data = item.get("bytes")
     try:
         image = Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)

@@ -64,9 +64,10 @@ def _folder_pair(config: DataConfig) -> dict[str, datasets.Dataset]:
         if not folder.is_dir():
             raise UserError(f"data.{name}={str(folder)!r}: no such folder (from {Path.cwd()}).")
     needed = (*TRAIN, *EVAL[:3], config.train_split, config.eval_split)  # others, as test, often have no label maps
-    parts = [part.name for part in sorted(images.iterdir()) if part.is_dir() and not is_hidden(part.name)]
+    entries = sorted(images.iterdir())
+    parts = [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
     splits = [name for name in parts if name in needed or (masks / name).is_dir()]
-    direct = [entry.name for entry in sorted(images.iterdir()) if is_picture(entry.name)]
+    direct = [entry.name for entry in entries if is_picture(entry.name)]
     if splits and direct:
         raise UserError(
             f"data.images={str(images)!r}: has images directly in it, {shown(direct)}, beside those of the splits "
