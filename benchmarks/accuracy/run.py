@@ -41,7 +41,7 @@ from e3va_peft.training.folder import write_whole
 
 HERE = Path(__file__).parent
 RECORDS = RESULTS / "accuracy"
-LIVE = (2, 4, 6, 8)  # of the 12 blocks that both backbones have
+LIVE = (2, 4, 6, 8, 12)  # of the 12 blocks that both backbones have
 SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"name": name} for name in ("full", "head-only", "partial-1", "bitfit", "adaptformer", "mona")},
     "lora": {"name": "lora", "lora_alpha": 8},  # PEFT's own scale
