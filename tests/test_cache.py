@@ -758,6 +758,16 @@ def test_a_limit_that_larger_images_reach_later_stops_there(tmp_path):
     assert (tmp_path / "cache" / "data-0.bin").stat().st_size <= 14 * record
 
 
+def test_one_large_image_does_not_count_for_all(tmp_path):
+    case = BY_NAME["convnext-classifier"]
+    images = Images(case)
+    images.examples[0]["pixel_values"] = torch.rand(3, 96, 96)
+    sizes = [len(cached(images, adapted(case))[i][RECORD]) for i in (0, 1)]
+    limit = sizes[0] + COUNT * sizes[1]
+    assert sizes[0] * COUNT > limit
+    assert len(cached(images, adapted(case), folder=tmp_path / "cache", limit=limit)) == COUNT
+
+
 @pytest.mark.parametrize("cut", [True, False], ids=["cut", "removed"])
 @pytest.mark.parametrize("name", [IDENTITY, INDEX, "data-0.bin"])
 def test_a_file_of_a_cache_that_is_cut_short_or_removed_is_named(tmp_path, name, cut):

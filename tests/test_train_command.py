@@ -113,6 +113,20 @@ def test_colours_are_told_apart_after_a_few_epochs(tmp_path):
     assert evaluate(str(tmp_path / "run"), parse_config(values))[0]["accuracy"] == 1.0
 
 
+@pytest.mark.parametrize(("rising", "count"), [(False, 3), (True, 4)], ids=["last-is-best", "first-is-best"])
+def test_what_is_saved_is_evaluated_once(tmp_path, monkeypatch, rising, count):
+    steps, plain_loop = [], VisionTrainer.evaluation_loop
+
+    def counted(self, *args, **kwargs):
+        steps.append(self.state.global_step)
+        return plain_loop(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionTrainer, "evaluation_loop", counted)
+    values = classify(tmp_path, num_train_epochs=3, metric_for_best_model="eval_loss", greater_is_better=rising)
+    record = train(parse_config(values))
+    assert len(steps) == count and record["best_step"] == steps[0 if rising else 2]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
     """A run that is finished, to be read only: the folder that it is in, and its record."""

@@ -96,8 +96,9 @@ def measure(protocol: Protocol) -> list[dict[str, Any]]:
     }
     reports: dict[str, list[Any]] = {method: [] for method in models}
     loading: dict[str, list[float]] = {method: [] for method in models}
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         for method, model in models.items():
+            set_seed(turn)  # the same augmentation for all, and the same draws of boxes while they find the same
             start = time.perf_counter()
             batch = collator([sources[method][i] for i in range(size)])
             loading[method].append(time.perf_counter() - start)

@@ -294,7 +294,7 @@ def _fill(
                 sizes |= dict.fromkeys(taker.size(example) for _, example in batch)
                 if one_size:
                     _refuse_several(sizes)
-                for number, example, row in _taken(batch, taker):
+                for number, example, row in sorted(_taken(batch, taker), key=lambda record: record[2].size):
                     rest, crc = _rest_of(example, taker.image), _checksum(example[taker.image])
                     fits = fits or store.check_room(len(row) + len(rest), limit)
                     store.write(number, row, rest, crc, taker.size(example), state.process_index, limit)

@@ -453,9 +453,10 @@ def _run(trainer: VisionTrainer, checkpoint: Path | None, overwrite: bool) -> fl
 
 def _evaluate_at_end(trainer: VisionTrainer) -> None:
     """Evaluate the model that is saved, unless the last evaluation was of it."""
-    last = trainer.state.log_history[-2:]  # an evaluation's entry, and the summary of the training
-    scored = any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last)
-    fresh = scored and trainer.scores and not trainer.args.load_best_model_at_end
+    last, step = trainer.state.log_history[-2:], trainer.state.global_step  # an evaluation, the training's summary
+    scored = any("eval_loss" in entry and entry["step"] == step for entry in last)
+    saved = trainer.state.best_global_step if trainer.args.load_best_model_at_end else step
+    fresh = scored and trainer.scores and saved == step
     if trainer.eval_dataset is not None and not fresh:
         trainer.evaluate()
 
