@@ -26,9 +26,14 @@ _METHODS = (  # as text, because METHODS imports PEFT: --help waits for nothing
 _UsageError: Any = typer.BadParameter.__mro__[1]  # click's own, which newer releases of typer bring with them
 _EXAMPLE = re.compile(r"Examples?.*?(e3va .*?)(?:\[/bold\]|  #|$)", re.DOTALL | re.MULTILINE)
 
+_WRAPPED = re.compile(r"(?<=\S)\n(?=\S)")  # a line break inside of a paragraph
+
 
 class _Command(TyperCommand):
     """A command that answers a wrong call with a right one, the first example of its help."""
+
+    def __init__(self, *args: Any, help: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, help=_WRAPPED.sub(" ", help or ""), **kwargs)  # as wide as the terminal is
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read the words behind the command."""
@@ -87,9 +92,11 @@ def about(
 
     Will it fit? [bold]e3va plan[/bold] predicts the memory of each method on your card, and downloads no weights.
 
-    Train on your own data: [bold]e3va recipes[/bold] lists configs to start from, [bold]e3va train[/bold] runs one,
-    [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees. [bold]e3va compare[/bold] trains
-    several methods on it and tabulates score, memory and time.
+    Train on your own images: [bold]e3va train[/bold] takes a YAML file; [bold]e3va recipes[/bold] has some.
+
+    What did it learn? [bold]e3va eval[/bold] scores it, [bold]e3va predict[/bold] draws what it sees.
+
+    Which method? [bold]e3va compare[/bold] trains several on your images and tabulates score, memory and time.
     """
 
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from functools import partial, partialmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -928,6 +929,15 @@ def test_the_help_of_train_breaks_no_line_of_its_config_and_examples_in_80_colum
     shown = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "80"}).output.splitlines()
     written = [line.strip() for line in (inspect.getdoc(cli.train) or "").splitlines() if line.startswith(" " * 4)]
     assert len(written) > 10 and set(written) <= {line.strip() for line in shown}
+
+
+@pytest.mark.parametrize("command", ["", *(each.name or each.callback.__name__ for each in app.registered_commands)])
+def test_paragraphs_of_a_help_fill_the_lines(command):
+    words = [command] if command else []
+    shown = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "80"}).output.split("╭")[0].splitlines()
+    for line, following in pairwise(each.rstrip() for each in shown):
+        if line and re.match(r" (?!e3va )\S", following):
+            assert len(line) + 1 + len(following.split()[0]) > 79, line
 
 
 def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):
