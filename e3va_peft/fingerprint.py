@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 KINDS: dict[str, torch.dtype | None] = {"checksum": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Kinds of checksum: of weights as they are, and rounded as they are where a model is loaded in half precision."""
@@ -18,6 +20,10 @@ KINDS: dict[str, torch.dtype | None] = {"checksum": None, "bfloat16": torch.bflo
 VECTORS = "vectors"
 """Where a note has the checksums of norms and biases alone, which a quantised model shares with one that is not."""
 
+_NO_MATTER = re.compile(  # in a config, to what the frozen backbone computes
+    r"_?name_or_path|architectures|torch_dtype|dtype|.*version|id2label|label2id|problem_type|out_.*|output_.*"
+    r"|return_dict|stage_names|apply_layernorm|reshape_hidden_states|quantization_config|.*drop.*|initializer_.*"
+)
 _ROUNDED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -37,7 +43,15 @@ def tensors_checksum(tensors: Iterable[Tensor], kind: str = "checksum") -> str:
 
 def content_checksum(content: Any) -> str:
     """SHA-256 of what a JSON file holds, however it is laid out."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def config_checksum(module: nn.Module) -> str | None:
+    """SHA-256 of what weights do not show: activation, number of heads, eps. None of a module without a config."""
+    config = getattr(module, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    return content_checksum({key: value for key, value in config.to_dict().items() if not _NO_MATTER.fullmatch(key)})
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:

@@ -23,7 +23,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer, TrainingArguments, default_data_collator
+from transformers import PreTrainedConfig, Trainer, TrainingArguments, default_data_collator
 
 from e3va_peft import E3VAConfig, cached
 from e3va_peft.cache.dataset import Repeated, Views
@@ -692,6 +692,18 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path):
     with pytest.raises(UserError, match="holds no cache"):
         cached(Images(case), adapted(case), folder=tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("method", ["e3va", "head-only"])
+def test_a_cache_of_a_backbone_that_computes_something_else_is_refused(method, tmp_path):
+    case = BY_NAME["vit-classifier"]
+    models = [adapted(case) if method == "e3va" else adapt(case.base(), {"name": method}) for _ in range(2)]
+    for module in models[1].modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config.hidden_act = "relu"
+    cached(Images(case), models[0], folder=tmp_path / "cache")
+    with pytest.raises(UserError, match=r"\(config: "):
+        cached(Images(case), models[1], folder=tmp_path / "cache")
 
 
 def test_two_runs_cannot_fill_one_store(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -186,6 +186,15 @@ def test_models_of_one_base_share_a_run(way):
     weight = next(iter(in_front(models[0])[0].parameters()))
     assert weight.data_ptr() == next(iter(in_front(models[1])[0].parameters())).data_ptr()
     assert have_same_backbone(*models)
+
+
+@pytest.mark.parametrize(("field", "value", "same"), [("layer_norm_eps", 0.1, False), ("id2label", {0: "a"}, True)])
+def test_models_of_equal_weights_that_compute_something_else_share_no_run(field, value, same):
+    models = [two_adapters(BY_NAME["swin-classifier"]) for _ in NAMES]
+    setattr(layers(models[1])[0].exit.config, field, value)
+    assert have_same_backbone(*models) == same
+    with nullcontext() if same else pytest.raises(ValueError, match="or another config"), backbone_once(*models):
+        pass
 
 
 def test_models_that_read_other_taps_run_each_for_itself():

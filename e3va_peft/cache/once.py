@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from e3va_peft.exits import frozen_weights, layers_of
-from e3va_peft.fingerprint import checksum
+from e3va_peft.fingerprint import checksum, config_checksum
 from e3va_peft.layer import E3VALayer
 from e3va_peft.replay import SOURCE, Once
 
@@ -31,11 +31,11 @@ def backbone_once(*models: nn.Module) -> Iterator[None]:
 
     Args:
         models: Adapted models; the adapters of one model are chosen by its `set_adapter`. Several models must have
-            equal frozen weights, and share a run where their adapters read the same taps and have the same live
-            blocks. The weights are compared on entering, so enter it outside of the loop over batches.
+            equal frozen weights and configs, and share a run where their adapters read the same taps and have the same
+            live blocks. The weights are compared on entering, so enter it outside of the loop over batches.
 
     Raises:
-        ValueError: A model has no highway, or other frozen weights than the first.
+        ValueError: A model has no highway, or a backbone of other frozen weights, or another config, than the first.
     """
     places: dict[E3VALayer, int] = {}
     for i, model in enumerate(models):
@@ -47,8 +47,9 @@ def backbone_once(*models: nn.Module) -> Iterator[None]:
             )
         if not have_same_backbone(models[0], model):
             raise ValueError(
-                f"models[{i}]={type(model).__name__}: has other frozen weights than models[0], so no run of the "
-                "backbone can serve both. Give models whose adapters were trained on the same base, or run it alone."
+                f"models[{i}]={type(model).__name__}: has other frozen weights, or another config, than models[0], "
+                "so no run of the backbone can serve both. Give models whose adapters were trained on the same base, "
+                "or run it alone."
             )
         places |= {layer: place for place, layer in enumerate(layers)}
     with SOURCE.set(Once(places)):
@@ -56,7 +57,10 @@ def backbone_once(*models: nn.Module) -> Iterator[None]:
 
 
 def have_same_backbone(first: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have backbones with equal frozen weights."""
+    """Whether two models have backbones with equal frozen weights, which compute the same."""
+    built = [[config_checksum(layer.exit) for layer in layers_of(model)] for model in (first, other)]
+    if built[0] != built[1]:
+        return False
     pairs = _frozen(first), _frozen(other)
     if len(pairs[0]) != len(pairs[1]):
         return False

@@ -17,7 +17,7 @@ from e3va_peft.cache.layout import TAP, Layout, memory
 from e3va_peft.cache.units import Pass, Returned, Units, as_it_was, seeded, set_mode
 from e3va_peft.errors import UserError
 from e3va_peft.exits import frozen_weights, layers_of
-from e3va_peft.fingerprint import checksum
+from e3va_peft.fingerprint import checksum, config_checksum
 from e3va_peft.fused import own_parameters
 from e3va_peft.hooks import Hook, refuse_placeholder
 from e3va_peft.replay import SOURCE, Blueprint, Capture, Captured, Replay
@@ -203,6 +203,7 @@ class Beside:
         layer = self.layer
         return {
             "backbone": checksum(frozen_weights(layer)),
+            "config": config_checksum(layer.exit),
             "family": layer.family.name,
             "taps": list(layer.taps),
             "tap_norm": layer.tap_norm,

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from e3va_peft.backbones import child
 from e3va_peft.exits import CONTAINERS, Exit, find_exits
-from e3va_peft.fingerprint import checksum
+from e3va_peft.fingerprint import checksum, config_checksum
 from e3va_peft.recompute import forwards_replaced
 from e3va_peft.replay import Captured, Tree
 
@@ -142,7 +142,11 @@ class Units:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything of the backbone that decides what is in a record, by name."""
-        return {"backbone": checksum(self.weights()), "family": [found.family.name for found in self.exits]}
+        return {
+            "backbone": checksum(self.weights()),
+            "config": [config_checksum(found.module) for found in self.exits],
+            "family": [found.family.name for found in self.exits],
+        }
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Iterate over what decides a frozen pass: the parameters and buffers of the frozen part, by name."""
