@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
@@ -32,7 +31,6 @@ MARKER, LOCK, DRAFT = ".e3va-run", ".e3va-lock", ".e3va-draft"
 _CHECKPOINT, _BROKEN = re.compile(r"checkpoint-(\d+)"), re.compile(r"broken-checkpoint-(\d+)")
 _OLD = ".old-"
 _OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
-_held: set[Path] = set()  # the locks of this process
 
 
 def read_run(run: Path) -> RunConfig:
@@ -199,80 +197,31 @@ def _differences(before: Any, after: Any, name: str = "") -> list[str]:
 def locked(output: Path) -> Iterator[None]:
     """Hold a run's folder, which is made where it is not there, against other runs.
 
-    The lock is a file with process id and host. One whose process is dead is taken over.
-
     Raises:
         UserError: The folder cannot be written.
         FileExistsError: Another run holds it.
     """
     made = not output.exists()
     path = output.resolve() / LOCK
+    lock = FileLock(path, timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
-        _acquire(path)
-    except FileExistsError:
-        raise
-    except OSError as error:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"output={str(output)!r}: another run is training there. Wait for it, stop it, or choose another output."
+        ) from None
+    except (OSError, NotImplementedError) as error:
         raise UserError(f"output={str(output)!r}: cannot be written ({error}). Choose another folder.") from None
-    _held.add(path)
     try:
         yield
     finally:
-        _held.remove(path)
-        if _holder(path) == _own():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on Windows, where it is open
+            path.unlink()
+        lock.release()
         if made:
             with contextlib.suppress(OSError):  # it is not empty: the run has begun
                 output.rmdir()
-
-
-def _acquire(path: Path) -> None:
-    try:
-        number = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        holder = _holder(path)
-        if not _is_stale(path, holder):
-            who = f"process {holder[0]} on {holder[1]}" if holder else "another process"
-            raise FileExistsError(
-                f"output={str(path.parent)!r}: {who} is training there. Wait for it, stop it, or choose another "
-                f"output. If it is not running any more, remove {path}."
-            ) from None
-        with contextlib.suppress(FileNotFoundError):  # renamed, not removed: of several who find it stale, one can
-            path.rename(path.with_name(f"{LOCK}-stale")).unlink()
-        _acquire(path)
-        return
-    try:
-        with os.fdopen(number, "w") as file:
-            json.dump(_own(), file)
-    except OSError:  # the disk is full: a lock that does not say whose it is would hold the folder for good
-        path.unlink(missing_ok=True)
-        raise
-
-
-def _own() -> tuple[int, str]:
-    return os.getpid(), socket.gethostname()
-
-
-def _holder(path: Path) -> tuple[int, str] | None:
-    """Return process id and host of who holds a lock; None where nobody does, or the file does not say."""
-    try:
-        pid, host = json.loads(path.read_text())
-        return int(pid), str(host)
-    except (OSError, TypeError, ValueError):
-        return None
-
-
-def _is_stale(path: Path, holder: tuple[int, str] | None) -> bool:
-    """Whether who wrote a lock has ended. Another host's processes cannot be seen from here."""
-    if holder is None or holder[1] != socket.gethostname():
-        return not path.exists()
-    if holder[0] == os.getpid():  # in a container that was started again, every process has its old number
-        return path not in _held
-    if not psutil.pid_exists(holder[0]):
-        return True
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(holder[0]).status() == psutil.STATUS_ZOMBIE)
-    return False
 
 
 def begin(output: Path, config: RunConfig, overwrite: bool, console: Console) -> None:
