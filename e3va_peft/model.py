@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from e3va_peft.card import KeepCard
 from e3va_peft.config import E3VAConfig
-from e3va_peft.exits import base_of, find_exits
+from e3va_peft.exits import base_of, find_exits, layers_of
 from e3va_peft.fingerprint import tensors_checksum
 from e3va_peft.hooks import FrozenGuard, FrozenOutput, ImageGuard, guard_of, remove_hooks
 from e3va_peft.layer import METHOD_CHILD, E3VALayer, cannot_merge
@@ -51,11 +51,12 @@ class E3VAModel(BaseTuner):
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         first = guard_of(model) is None
         guarded = model.register_forward_pre_hook(ImageGuard(), with_kwargs=True) if first else None
+        had = [layer for layer in layers_of(model) if adapter_name in layer.adapters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except BaseException:  # a refusal, out of memory, Ctrl-C
+            self._put_back(model, adapter_name, had)
             if guarded is not None:
-                self._put_back(model)
                 guarded.remove()
             raise
         tails = {name for found in find_exits(model) for name in found.tail}
@@ -70,15 +71,21 @@ class E3VAModel(BaseTuner):
         if not is_new and hasattr(model, _LOADER):
             setattr(model, _LOADER, _CheckedLoader(model, adapter_name))
 
-    def _put_back(self, model: nn.Module) -> None:
-        """Put back the exits that were replaced before it came to an error."""
+    def _put_back(self, model: nn.Module, adapter_name: str, had: Collection[E3VALayer]) -> None:
+        """Take an adapter that came to an error out of the layers that had it not, and out layers that have none."""
         own = guard_of(model)
         for name, layer in list(model.named_modules()):
-            if isinstance(layer, E3VALayer) and layer.owner is own:
+            parent, _, child = name.rpartition(".")
+            if child == METHOD_CHILD and isinstance(layer, nn.Identity):  # which no layer has replaced
+                delattr(model.get_submodule(parent), child)
+            if not isinstance(layer, E3VALayer) or layer.owner is not own:
+                continue
+            if adapter_name in layer.adapters() and layer not in had:
+                layer.delete_adapter(adapter_name)
+            if not layer.adapters():
                 exit = layer.unload_and_optionally_merge_module(False, False, None)
                 for module in layer.front.values():
                     remove_hooks(module)
-                parent, _, child = name.rpartition(".")
                 self._replace_module(model.get_submodule(parent), child, exit, layer)
 
     def _prepare_adapter_config(self, peft_config: E3VAConfig, model_config: dict[str, Any]) -> E3VAConfig:

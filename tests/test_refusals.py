@@ -18,7 +18,7 @@ from transformers import Dinov2Backbone, Dinov2Config, ResNetConfig, ResNetForIm
 
 from e3va_peft import Backbone, E3VAConfig, E3VALayer, register_backbone, registered_backbones
 from e3va_peft.hooks import Hook
-from tests.helpers import assert_same, outputs, ways
+from tests.helpers import assert_same, layers, outputs, ways
 from tests.models import BY_NAME, PLAIN, HeadOnMaps, every_model, loss_of
 
 
@@ -256,21 +256,31 @@ def test_a_model_of_several_backbones_is_adapted_whole_or_not_at_all(name, monke
         get_peft_model(several, E3VAConfig(modules_to_save=[]))
     assert [name for name, _ in several.named_modules()] == before
     other.unload()
+    before = [name for name, _ in several.named_modules()]
     update, calls = E3VALayer.update_layer, []
 
     def second_time(layer, *args):
         calls.append(layer)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise torch.OutOfMemoryError
         update(layer, *args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(E3VALayer, "update_layer", second_time)
-        with pytest.raises(KeyboardInterrupt):
-            get_peft_model(several, E3VAConfig(modules_to_save=[]))
-    assert not any(isinstance(module, E3VALayer) for module in several.modules())
+    def stops(adapt, *args):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(E3VALayer, "update_layer", second_time)
+            with pytest.raises(torch.OutOfMemoryError):
+                adapt(*args)
+
+    stops(get_peft_model, several, E3VAConfig(modules_to_save=[]))
+    assert [name for name, _ in several.named_modules()] == before
     assert not any(isinstance(hook, Hook) for part in several.modules() for hook in part._forward_pre_hooks.values())
-    assert sum(isinstance(part, E3VALayer) for part in get_peft_model(several, E3VAConfig()).modules()) == 2
+    model = get_peft_model(several, E3VAConfig(modules_to_save=[]))
+    before = [name for name, _ in model.named_parameters()]
+    stops(model.add_adapter, "second", E3VAConfig(modules_to_save=[]))
+    assert [name for name, _ in model.named_parameters()] == before and list(model.peft_config) == ["default"]
+    model.add_adapter("second", E3VAConfig(modules_to_save=[]))
+    assert [list(layer.adapters()) for layer in layers(model)] == [["default", "second"]] * 2
 
 
 @pytest.mark.parametrize("name", ["vit-classifier", "timm-vit"])
