@@ -479,6 +479,32 @@ def test_a_signal_saves_a_checkpoint_and_the_same_command_resumes(number, code, 
     assert record["resumed"] and record["steps"] == 9
 
 
+def test_ctrl_c_in_the_last_step_of_an_epoch_loses_no_evaluation(tmp_path, monkeypatch):
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 3}
+    whole, original = train(parse_config(classify(tmp_path, "whole", **options))), VisionTrainer.training_step
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    config = parse_config(classify(tmp_path, **options))
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTrainer, "training_step", training_step)
+        with pytest.raises(run_module.Interrupted, match="step 3 of 9"):
+            train(config)
+    record = train(config)
+    scores = [[(e["step"], e["eval_loss"]) for e in each["history"] if "eval_loss" in e] for each in (whole, record)]
+    assert scores[0] == scores[1] and whole["best_step"] == record["best_step"]
+
+
+def test_a_short_last_batch_is_dropped_in_training_alone(tmp_path):
+    options = {"per_device_train_batch_size": 5, "per_device_eval_batch_size": 3, "num_train_epochs": 1}
+    train(parse_config(classify(tmp_path, dataloader_drop_last=True, **options)))
+    rows = [line.split(",")[1:] for line in (tmp_path / "run" / "confusion.csv").read_text().splitlines()[1:]]
+    assert sum(int(count) for row in rows for count in row) == len(list((tmp_path / "colors" / "test").rglob("*.png")))
+
+
 def test_ctrl_c_in_an_evaluation_stops_behind_it(tmp_path, monkeypatch):
     config = write(tmp_path / "config.yaml", classify(tmp_path))
     original = VisionTrainer.prediction_step

@@ -99,7 +99,9 @@ def test_where_no_name_is_near_all_are_listed():
     assert "There are source, images, masks, annotations" in message and "train_samples" in message
 
 
-@pytest.mark.parametrize("name", ["output_dir", "remove_unused_columns", "label_names"])
+@pytest.mark.parametrize(
+    "name", ["output_dir", "remove_unused_columns", "label_names", "save_only_model", "prediction_loss_only"]
+)
 def test_training_arguments_that_the_run_sets_are_refused(name):
     refused(f"training.{name}: cannot be set", training={name: "x"})
 

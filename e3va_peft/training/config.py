@@ -44,6 +44,8 @@ _RESERVED = {
     "output_dir": "write output: at the top of the file",
     "remove_unused_columns": "the data has no unused columns",
     "label_names": "the task knows them",
+    "save_only_model": "a run that is stopped could not go on where it was",
+    "prediction_loss_only": "scores are of what the model says",
 }
 
 _RULES: dict[str, Rule] = {
@@ -304,6 +306,7 @@ def parse_config(values: Mapping[str, Any]) -> RunConfig:
     _check_training(values["training"])
     config = RunConfig(**values)
     _check_head(config)
+    _check_label_smoothing(config)
     _check_lr_steps(config)
     _check_data(config)
     _check_augment(config)
@@ -374,6 +377,15 @@ def parse_method(value: Any) -> dict[str, Any]:
     elif options:
         raise UserError(f"method.{next(iter(options))}: {method['name']} has no options. Leave it out.")
     return method
+
+
+def _check_label_smoothing(config: RunConfig) -> None:
+    factor = config.training.get("label_smoothing_factor")
+    if factor and config.task != "image-classification":
+        raise UserError(
+            f"training.label_smoothing_factor={factor!r}: is for image-classification, and task is {config.task}. "
+            "Leave it out."
+        )
 
 
 def _check_head(config: RunConfig) -> None:

@@ -106,8 +106,12 @@ class VisionTrainer(Trainer):
         return self._apart(super().get_train_dataloader())
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader[Any]:
-        """Return the loader of the evaluation images, see `_apart`."""
-        return self._apart(super().get_eval_dataloader(*args, **kwargs))
+        """Return the loader of the evaluation images, of all of them, see `_apart`."""
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return self._apart(super().get_eval_dataloader(*args, **kwargs))
+        finally:
+            self.args.dataloader_drop_last = drop
 
     def _apart(self, loader: Any) -> DataLoader[Any]:
         """Let a loader draw its workers' seeds from a generator of its own.
@@ -530,10 +534,9 @@ class StopOnInterrupt(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save and stop where Ctrl-C was pressed."""
+        """Save and stop where Ctrl-C was pressed, behind the evaluation that is due there."""
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Note that it is an evaluation which is waited for."""
@@ -547,7 +550,13 @@ class StopOnInterrupt(TrainerCallback):
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
 
-    on_epoch_end = on_step_end  # what the last step of an epoch gave is saved, too
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Likewise behind the last step of an epoch; one that was cut short is not evaluated."""
+        self.on_step_end(args, state, control)
+        if self.signal is not None and state.epoch is not None and state.epoch % 1:
+            control.should_evaluate = False
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
