@@ -34,7 +34,8 @@ from transformers.utils import logging
 import e3va_peft
 from e3va_peft import E3VAConfig
 from e3va_peft.config import RELEASE
-from tests.helpers import assert_same, outputs, pickle_weights
+from e3va_peft.refusals import backbone_fingerprint
+from tests.helpers import assert_same, layers, outputs, pickle_weights
 from tests.models import BY_NAME, STAGES, SWIN, Case, dinov2_config, every_model, registered, train_steps
 
 CLASSIFIERS = [
@@ -670,6 +671,14 @@ def test_a_base_of_other_weights_than_the_adapter_was_trained_on_is_refused_by_b
         load(adapter, base)
     note(adapter, backbone=None)
     load(adapter, base)
+
+
+def test_weights_that_were_written_by_data_are_noted_as_they_are():
+    model = get_peft_model(BY_NAME["vit-classifier"].base(), E3VAConfig(r=4))
+    before = backbone_fingerprint(model, "default")
+    frozen = next(p for p in layers(model)[0].exit.parameters() if p.dim() > 1)
+    frozen.data.mul_(1.1)
+    assert backbone_fingerprint(model, "default") != before
 
 
 def test_other_weights_under_another_version_of_transformers_are_a_warning(adapter, pretrained):
