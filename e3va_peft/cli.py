@@ -273,14 +273,15 @@ def evaluate(
                     f"--set {override}: has no say in an evaluation, which takes from the trained model all but the "
                     "data and how it is loaded. Set fields of data, e.g. data.eval_split=test."
                 )
-        if data is None and not (Path(source) / CONFIG).is_file():
-            if Path(source).is_file():
+        run = Path(source).expanduser()
+        if data is None and not (run / CONFIG).is_file():
+            if run.is_file():
                 raise UserError(
                     f"{source}: is a file, not what it trained: e3va eval RUN, the folder of its `output`."
                 )
-            what = "is not the folder of a run" if Path(source).is_dir() else f"no such folder (from {Path.cwd()})"
+            what = "is not the folder of a run" if run.is_dir() else f"no such folder (from {Path.cwd()})"
             raise UserError(f"{source}: {what}, and an adapter knows no data. Name a config: --data my.yaml.")
-        scores, labels = score(source, read_config(data or Path(source) / CONFIG, overrides or ()))
+        scores, labels = score(source, read_config(data or run / CONFIG, overrides or ()))
         Console().print(metrics_table(scores, labels))
         if output is not None:
             output.write_text(json.dumps(plain(scores), indent=2) + "\n", encoding="utf-8")

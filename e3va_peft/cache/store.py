@@ -7,7 +7,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import RawIOBase
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -194,10 +194,10 @@ class Store:
             UserError: The disk is full.
         """
         try:
-            with self._full_disk_explained():
+            with self._full_disk_explained(), ExitStack() as opened:
                 for file in self._writer or ():
+                    opened.callback(file.close)
                     os.fsync(file.fileno())
-                    file.close()
         finally:
             if self._lock is not None:
                 self._lock.release()

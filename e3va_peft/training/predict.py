@@ -519,19 +519,15 @@ def _classes(trained: Trained, image: Image.Image, output: Path, name: str, top:
     probabilities = trained.probabilities(image)
     scores, ids = probabilities.topk(min(top, len(probabilities)))
     found = [{"label": trained.labels[i], "score": s} for i, s in zip(ids.tolist(), scores.tolist(), strict=True)]
-    small, file = image.copy(), output / "overlays" / f"{name}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    small = image.copy()
     small.thumbnail((_SMALL, _SMALL))
-    small.save(file)
-    return {"overlay": str(file), "predictions": found}
+    return {"overlay": _saved(small, output / "overlays" / f"{name}.png"), "predictions": found}
 
 
 def _objects(trained: Trained, image: Image.Image, output: Path, name: str, threshold: float) -> dict[str, Any]:
     """Draw the objects that were found; return them and the drawing's file."""
     found = trained.detect(image, threshold)
-    file = output / "overlays" / f"{name}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    draw_objects(image, found, trained.labels).save(file)
+    overlay = _saved(draw_objects(image, found, trained.labels), output / "overlays" / f"{name}.png")
     objects = [
         {"label": trained.labels[label], "score": score, "box": [round(value, 2) for value in box]}
         for label, score, box in zip(found.labels.tolist(), found.scores.tolist(), found.boxes.tolist(), strict=True)
@@ -540,10 +536,10 @@ def _objects(trained: Trained, image: Image.Image, output: Path, name: str, thre
         entry["mask"] = {"size": list(mask["size"]), "counts": mask["counts"].decode("ascii")}
     below = None if objects else trained.detect(image, 0.0)  # of those, the best
     if below is None or not len(below):
-        return {"overlay": str(file), "objects": objects}
+        return {"overlay": overlay, "objects": objects}
     best = int(below.scores.argmax())
     return {
-        "overlay": str(file),
+        "overlay": overlay,
         "objects": objects,
         "best_below": {"label": trained.labels[below.labels[best]], "score": float(below.scores[best])},
     }
@@ -553,16 +549,23 @@ def _regions(trained: Trained, image: Image.Image, output: Path, name: str) -> d
     """Write the label map and its overlay; return their files and the share of each class that is there."""
     ids = trained.regions(image)
     first = trained.first_label
-    mask_file, overlay_file = output / "masks" / f"{name}.png", output / "overlays" / f"{name}.png"
-    for file in (mask_file, overlay_file):
-        file.parent.mkdir(parents=True, exist_ok=True)
     if first + len(trained.labels) <= 256:
         mask = Image.fromarray((ids + first).astype(np.uint8), mode="P")
         mask.putpalette([0] * 3 * first + palette(len(trained.labels)).ravel().tolist())
     else:
         mask = Image.fromarray((ids + first).astype(np.uint16))
-    mask.save(mask_file)
-    draw_regions(image, ids, trained.labels).save(overlay_file)
+    overlay = draw_regions(image, ids, trained.labels)
     shares = np.bincount(ids.ravel(), minlength=len(trained.labels)) / ids.size
     present = {label: float(share) for label, share in zip(trained.labels, shares, strict=True) if share}
-    return {"mask": str(mask_file), "overlay": str(overlay_file), "shares": present}
+    return {
+        "mask": _saved(mask, output / "masks" / f"{name}.png"),
+        "overlay": _saved(overlay, output / "overlays" / f"{name}.png"),
+        "shares": present,
+    }
+
+
+def _saved(picture: Image.Image, file: Path) -> str:
+    """Save a picture, and the folder for it; return the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file)
+    return str(file)
