@@ -105,7 +105,7 @@ def check_output(output: Path, config: RunConfig, overwrite: bool) -> None:
     if not (output / MARKER).is_file() or not (output / CONFIG).is_file():
         raise FileExistsError(
             f"output={str(output)!r}: is not empty and holds no run: there is no {MARKER} with a {CONFIG}. Choose "
-            f"another folder.{_hint(output)}"
+            "another folder."
         )
     before = read_run(output)
     if overwrite:
@@ -128,15 +128,6 @@ def _without_batch(config: RunConfig) -> RunConfig:
 def _is_ours(path: Path) -> bool:
     """Whether a path is what a start that did not come to train may have left."""
     return path.name in (MARKER, LOCK, DRAFT) or is_draft(path, MARKER, CONFIG) or _is_replaced(path)
-
-
-def _hint(output: Path) -> str:
-    """Say what to do with a run that was written before there was a marker."""
-    try:
-        read_run(output)
-    except UserError:
-        return ""
-    return f" If an earlier version of `e3va train` wrote all that is in it, put an empty file {MARKER} there."
 
 
 def protect_source(source: str | Path, config: RunConfig, overwrite: bool) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
@@ -20,7 +19,7 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # ht
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.markup import escape
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments
 
@@ -176,7 +175,7 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: i
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:  # from before there were manifests, or the run ended before it was written
+    except FileNotFoundError:  # removed, or the run ended before it was written
         return {}
     return found
 
@@ -193,7 +192,7 @@ def _what_is_broken(checkpoint: Path, pattern: str = "*") -> str | None:
     except (OSError, ValueError):
         return f"{MANIFEST} is damaged"
     if sums is None:
-        return _what_looks_broken(checkpoint)
+        return f"{MANIFEST}, which is written behind all the others, is missing"
     for name, checksum in sums.items():
         if not fnmatch(name, pattern):
             continue
@@ -205,32 +204,6 @@ def _what_is_broken(checkpoint: Path, pattern: str = "*") -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({reason(error)})"
     return None
-
-
-def _what_looks_broken(checkpoint: Path) -> str | None:
-    """Judge a checkpoint without a manifest by what its files must be."""
-    for pattern in ("*model*.safetensors", "optimizer.pt", "scheduler.pt", "rng_state*.pth", "trainer_state.json"):
-        if not list(checkpoint.glob(pattern)):
-            return f"{pattern} is missing"
-    for path in checkpoint.glob("*model*.safetensors"):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            return f"{path.name} is cut short"
-    for path in [*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                whole = archive.testzip() is None
-        except (OSError, zipfile.BadZipFile):
-            whole = False
-        if not whole:
-            return f"{path.name} is damaged"
-    try:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        state = None
-    return None if isinstance(state, dict) else "trainer_state.json is damaged"
 
 
 def check_disk(output: Path, model: nn.Module) -> None:
