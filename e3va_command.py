@@ -1,9 +1,10 @@
-"""`e3va`: `python -m e3va_peft`, whose help and recipes do not wait for PyTorch.
+"""`e3va`: `python -m e3va_peft`, whose help, recipes and errors of the command line do not wait for PyTorch.
 
 This stands beside the package, because whatever is in it imports PyTorch and PEFT first, which takes seconds.
 """
 
 import contextlib
+import logging
 import runpy
 import signal
 import sys
@@ -17,9 +18,14 @@ def main() -> None:
     package = find_spec("e3va_peft")  # which imports nothing
     words = sys.argv[1:]
     light = not words or words[0] == "recipes" or {"--help", "--version"} & {*words}
-    if light and package is not None and package.origin is not None:
+    if package is not None and package.origin is not None:
         with contextlib.suppress(ModuleNotFoundError):  # the extra `train` is missing, as what is below says
-            runpy.run_path(str(Path(package.origin).with_name("cli.py")), run_name="__main__")
+            cli = runpy.run_path(
+                str(Path(package.origin).with_name("cli.py")), run_name="__main__" if light else "e3va"
+            )
+            cli["check_words"](words)
+    for name in ("torch.utils._pytree", "bitsandbytes"):  # what they warn of is nothing that a user could change
+        logging.getLogger(name).setLevel(logging.ERROR)
     with _interrupts_end_it():
         from e3va_peft.__main__ import main as run
 

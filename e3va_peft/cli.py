@@ -228,9 +228,10 @@ def compare(
     [bold]Examples[/bold]
 
         e3va compare my.yaml --output runs/compare
-        e3va compare my.yaml --output runs/compare --methods head-only,lora,e3va --seeds 0,1,2 --set cache.views=4
-        e3va compare my.yaml --output runs/compare --set training.num_train_epochs=3 --learning-rate e3va=1e-3
-        e3va compare my.yaml --output runs/compare --methods lora:r=8,lora:r=64,e3va,e3va:live_blocks=2:r=32
+        e3va compare my.yaml --output runs/some --methods head-only,lora,e3va
+        e3va compare my.yaml --output runs/seeds --seeds 0,1,2 --set cache.views=4
+        e3va compare my.yaml --output runs/rates --learning-rate e3va=1e-3
+        e3va compare my.yaml --output runs/ranks --methods lora:r=8,e3va,e3va:r=32
     """
     with _errors_in_plain_words():
         from e3va_peft.compare.run import compare as run
@@ -490,8 +491,8 @@ def plan(
         e3va plan my.yaml --gpu "GTX 1080 Ti"
         e3va plan --model swin-b --gpu "GTX 1080 Ti"
         e3va plan --model dinov2-l --memory 8GiB --precision fp16 --batch-size 16
-        e3va plan --model swin-l --task semantic-segmentation --image-size 512 --batch-size 2 --gpu "RTX 3060"
-        e3va plan --model swin-l --task instance-segmentation --batch-size 1 --memory 12GiB
+        e3va plan --model swin-l --task semantic-segmentation --gpu "RTX 3060"
+        e3va plan --model swin-l --task instance-segmentation --memory 12GiB
         e3va plan --model facebook/dinov2-base --memory 8GiB --output plan.json
     """
     with _errors_in_plain_words():
@@ -585,6 +586,20 @@ def backbones() -> None:
     for name, family in registered_backbones().items():
         grid.add_row(name, ", ".join(exit.rpartition(".")[2] for exit in family.exits), family.about)
     Console().print(grid)
+
+
+def check_words(words: Sequence[str]) -> None:
+    """End with an error where words are no call of a command, before anything is imported."""
+    if "--import" in words:  # which imports
+        return
+    command: Any = typer.main.get_command(app)
+    for each in (command, *command.commands.values()):
+        each.callback = None
+    try:
+        command.main(list(words), prog_name="e3va")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def main() -> None:

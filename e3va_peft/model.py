@@ -154,6 +154,17 @@ class E3VAModel(BaseTuner):
             )
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; where it was the active one, the next is active in its place, with all modules it saves.
+
+        Raises:
+            ValueError: There is none of that name.
+        """
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and (now := self.active_adapters):  # PEFT leaves modules out that the deleted one did not save
+            self.set_adapter(now, inference_mode=all(self.peft_config[name].inference_mode for name in now))
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:

@@ -132,6 +132,22 @@ def test_layers_in_different_states_are_irregular_to_peft_until_they_are_set_aga
     assert model.get_model_status().requires_grad == {"first": "irregular", "second": False}
 
 
+def test_what_is_active_behind_a_deletion_has_all_modules_that_it_saves():
+    case = BY_NAME["swin-classifier"]
+    model = get_peft_model(case.base(), E3VAConfig(r=4, modules_to_save=["classifier"]), adapter_name="first").eval()
+    model.add_adapter("second", E3VAConfig(r=4, init_weights=False))  # and the output norm
+    model.set_adapter("second")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "second" in name:
+                parameter.add_(0.1)
+    expected = outputs(model, case.batch())
+    model.set_adapter("first")
+    with pytest.warns(UserWarning, match="second"):
+        model.delete_adapter("first")
+    assert_same(outputs(model, case.batch()), expected, rtol=0, atol=0)
+
+
 @every_model_but(*SAME_BACKBONE)
 def test_adapters_are_deleted_inactive_unknown_and_down_to_none(case):
     model = get_peft_model(case.base(), E3VAConfig(r=4, init_weights=False), adapter_name="first").eval()

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import sys
+import warnings
 import zlib
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -22,7 +23,7 @@ from e3va_peft.data import verify as verifying
 from e3va_peft.data.config import DataConfig, LabelKind
 from e3va_peft.data.examples import Split
 from e3va_peft.data.formats import load_splits
-from e3va_peft.data.images import open_image, open_label_map
+from e3va_peft.data.images import _warn_of_dark_images, open_image, open_label_map
 from e3va_peft.data.verify import missing_classes, verify_split
 from e3va_peft.errors import UserError
 from e3va_peft.training.run import verify
@@ -569,7 +570,7 @@ def test_the_number_of_names_must_be_that_of_the_dataset(tmp_path):
         ([0, 2, 1], datasets.Value("int64"), ["cat", "dog"], "row 1: has the label 2"),
         ([0, 1, -1], datasets.Value("int64"), None, "row 2: has the label -1"),
         ([-1, -1], datasets.ClassLabel(names=["cat", "dog"]), None, "-1 means that the split has no labels"),
-        ([0, None, 1], datasets.Value("int64"), None, "row 1: has the label None"),
+        ([0, None, 1], datasets.Value("int64"), None, "row 1: has no label"),
         (["cat", "cow"], datasets.Value("string"), ["cat", "dog"], "row 1: has the label 'cow'"),
         ([[0], [1]], datasets.List(datasets.Value("int64")), None, "data.label_column: holds List"),
         ([0.0, 1.0], datasets.Value("float32"), None, "data.label_column: holds Value('float32')"),
@@ -820,6 +821,16 @@ def test_16_bit_greyscale_is_scaled_not_clipped():
     for form in ("PNG", "TIFF"):
         image = open_image(of(Image.fromarray(values), form), "x")
         assert np.asarray(image)[0].tolist() == [[0] * 3, [1] * 3, [127] * 3, [255] * 3]
+
+
+def test_images_of_12_bits_in_16_are_warned_of_once():
+    dark = of(Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)), "PNG")
+    _warn_of_dark_images.cache_clear()
+    with pytest.warns(UserWarning, match="camera of 12 or 14 bits"):
+        open_image(dark, "x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        open_image(dark, "y")
 
 
 def test_32_bit_values_beyond_16_bits_are_refused():

@@ -912,6 +912,14 @@ def test_help_versions_and_recipes_wait_for_neither_pytorch_nor_peft(monkeypatch
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
         assert said in done.stdout and "loaded set()" in done.stdout, done.stdout + done.stderr
     for words, said in (
+        (["trian", "my.yaml"], "No such command 'trian'"),
+        (["train", "my.yaml", "--sett", "a=1"], "No such option: --sett"),
+        (["compare", "my.yaml"], "Missing option '--output'"),
+    ):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+        assert "loaded set()" in done.stdout, done.stdout
+    for words, said in (
         (["train", "no.yaml"], "no such file, and no recipe"),
         (["recipes", "nuclei-upernet-swim"], "Did you mean nuclei-upernet-swin"),
     ):

@@ -59,7 +59,10 @@ def _labels(config: DataConfig, rows: datasets.Dataset) -> list[str]:
         plain = isinstance(feature, datasets.Value)  # not a list of several labels
         labels = names_of({value for part in _parts(rows) for value in part}) if plain else None
     if labels is None:
-        raise UserError(f"data.label_column: holds {feature}, no class ids or names. Name another, or clean it.")
+        raise UserError(
+            f"data.label_column: holds {feature}, no class ids or names. Name another, or clean it. An image has one "
+            "class: several of them, and numbers (regression), are not supported."
+        )
     refuse_names(labels, 2)
     if config.labels is None:
         refuse_alike(labels, source_of(config))

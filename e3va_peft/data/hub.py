@@ -18,7 +18,7 @@ from e3va_peft.data.splits import EVAL, TRAIN, choose_eval_split
 from e3va_peft.errors import UserError, reason, refuse_no_path, shown
 
 _HINTS = {
-    "label_column": " An image folder needs one sub-folder per class.",
+    "label_column": " Or sort the images into one sub-folder per class.",
     "objects_column": " YOLO's text files need a data.yaml, COCO's JSON data.images and data.annotations, Pascal VOC "
     "the folder that holds Annotations and JPEGImages.",
 }
@@ -78,8 +78,8 @@ def _load(config: DataConfig) -> dict[str, datasets.Dataset]:
             ) from None
         raise UserError(
             f"data.source={source!r}: no such file or folder (from {Path.cwd()}), and no dataset of that name on the "
-            f"Hub ({reason(error)}). Correct the path; or, for the Hub, the id, the network and, if it is private, "
-            "`hf auth login`."
+            f"Hub ({reason(error)}). Correct the path (--set data.source=PATH); or, for the Hub, the id, the network "
+            "and, if it is private, `hf auth login`."
         ) from None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterable
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
 _SCALES = {"L;2": 85, "L;4": 17}  # which Pillow makes 8 bits of
+_DARK = 2**14  # values of 16 bits, all below a quarter of the range
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
 
@@ -94,10 +97,22 @@ def open_upright(item: dict[str, Any], where: str) -> tuple[Image.Image, tuple[i
             raise UserError(
                 f"{where}: has values from {values.min()} to {values.max()}, not 8 or 16 bits. Convert it to one."
             )
+        if 0 < values.max() < _DARK:
+            _warn_of_dark_images()
         image = Image.fromarray((values // 257).astype(np.uint8))
     if image.mode == "F":
         raise UserError(f"{where}: has floating-point values, whose range is unknown. Convert it to 8 or 16 bits.")
     return image.convert("RGB"), raw
+
+
+@cache
+def _warn_of_dark_images() -> None:
+    """Warn, once, of greyscale images that use a small part of their 16 bits."""
+    warnings.warn(
+        f"greyscale images of 16 bits hold no value above {_DARK - 1} of 65535, as of a camera of 12 or 14 bits: "
+        "they are read as nearly black. Stretch all images to 65535 by one factor, or save them in 8 bits.",
+        stacklevel=2,
+    )
 
 
 def open_label_map(item: dict[str, Any], where: str) -> np.ndarray:

@@ -112,7 +112,7 @@ def plan_table(plan: Plan, brief: bool = False) -> Table:
     if plan.memory is not None:
         columns += ["fits", "max batch"]
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column.replace(" ", "\n") if brief else column, justify="right", no_wrap=True)
     for row in plan.methods:
         table.add_row(row.method, *([] if brief else [row.trains]), *_cells(row, brief, times.get(row.method)))
     return table

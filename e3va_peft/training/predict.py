@@ -496,6 +496,7 @@ def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
     """Find the images, but for what predictions drew; name each by its path below its folder, without suffix."""
     drawn = {(output / name).resolve() for output in outputs for name in ("masks", "overlays")}
     files: dict[str, Path] = {}
+    twins: list[str] = []
     for given in images:
         path = Path(given).expanduser()
         if not path.exists():
@@ -506,9 +507,11 @@ def _files(images: Sequence[str], outputs: Sequence[Path]) -> dict[str, Path]:
             inside = [file for file in pictures_in(path) if not any(map(file.resolve().is_relative_to, others))]
         for file in inside:
             name = (file.relative_to(path) if path.is_dir() else Path(file.name)).with_suffix("").as_posix()
-            if name in files:
-                raise UserError(f"image={str(file)!r}: has the name of {files[name]}; predict them into two folders.")
-            files[name] = file
+            if (other := files.setdefault(name, file)) is not file:
+                twins.append(f"{file} has the name of {other}")
+    if twins:
+        more = f"; and {len(twins) - 10} more" if len(twins) > 10 else ""
+        raise UserError(f"images: {'; '.join(twins[:10])}{more}. Predict them into two folders, or rename them.")
     if not files:
         raise UserError(f"image={list(images)!r}: no images there ({', '.join(sorted(IMAGE_SUFFIXES))}).")
     return files
