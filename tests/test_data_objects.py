@@ -630,7 +630,7 @@ def test_flags_areas_and_masks_of_a_table_are_read(tmp_path):
     [
         ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0, 1]}, {}, ["row 1", "lengths {'bbox': 1, 'label': 2}"]),
         ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [2]}, {"labels": ["a", "b"]}, ["row 1, object 1 of 1", "label 2"]),
-        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [None]}, {}, ["row 1, object 1 of 1", "label None"]),
+        ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [None]}, {}, ["row 1, object 1 of 1", "has no label"]),
         ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, {"objects_column": "x"}, ["data.objects_column='x'"]),
         ({"bbox": [[1.0, 1.0, 2.0, 2.0]], "label": [0]}, {"objects_column": "image"}, ["'image'", "bboxes"]),
     ],

@@ -143,7 +143,7 @@ def class_id(value: Any, own: Sequence[str] | None, labels: Mapping[str, int], w
     named = own[value] if isinstance(value, int) and own is not None and 0 <= value < len(own) else value
     number = labels.get(named, -1) if isinstance(named, str) else named
     if value is None:
-        raise UserError(f"{where}: has no label. Fill it in, or leave the image out.")
+        raise UserError(f"{where}: has no label. Fill it in, or leave it out.")
     if not isinstance(number, int) or not 0 <= number < len(labels):
         raise UserError(
             f"{where}: has the label {named!r}, not one of the {len(labels)} classes {list(labels)[:20]}. Add it to "
