@@ -966,13 +966,15 @@ def test_paragraphs_of_a_help_fill_the_lines(command):
             assert len(line) + 1 + len(following.split()[0]) > 79, line
 
 
-def test_a_run_that_is_not_finished_says_so_when_it_is_asked_to_predict(tmp_path, monkeypatch):
-    config = parse_config(classify(tmp_path))
-    stop_after(4, monkeypatch)
-    with pytest.raises(Stop):
-        train(config)
-    with pytest.raises(UserError, match="not finished"):
+@pytest.mark.parametrize("method", ["e3va", "lora", "adaptformer", "head-only"])
+def test_a_run_that_is_not_finished_names_its_newest_checkpoint_which_predicts(method, tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path) | {"method": method})
+    train_until(7, config, monkeypatch)
+    newest = tmp_path / "run" / "checkpoint-6"
+    with pytest.raises(UserError, match=f"not finished.*{newest}"):
         load_trained(str(tmp_path / "run"))
+    scores, labels = evaluate(str(newest))
+    assert labels == ("green", "red") and 0.5 <= scores["accuracy"] <= 1
 
 
 INTERRUPTED_IMPORT = """

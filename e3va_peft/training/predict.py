@@ -40,7 +40,7 @@ from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
-from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, read_run, refuse_file
+from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, checkpoints, read_run, refuse_file
 from e3va_peft.training.results import plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
@@ -154,11 +154,17 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
     """
     refuse_no_path("run", source)
     folder = Path(source).expanduser()
+    if (folder.parent / CONFIG).is_file() and folder in checkpoints(folder.parent).values():
+        return folder, read_run(folder.parent)
     if (folder / CONFIG).is_file():
         config = read_run(folder)
         part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
         if not part.is_dir():
-            raise UserError(f"{source}: holds a run that is not finished. `e3va train` with its config resumes it.")
+            newest = max(checkpoints(folder).items(), default=None)
+            raise UserError(
+                f"{source}: holds a run that is not finished. `e3va train` with its config resumes it."
+                + ("" if newest is None else f" What it has learned so far is in {newest[1]}.")
+            )
         return part, config
     if not folder.is_dir():
         return None, None

@@ -73,12 +73,13 @@ def write_manifest(folder: Path, model: nn.Module, trained_on: Mapping[str, Any]
     """
     files = sorted(folder.rglob("*.safetensors" if trained_on is None else "*"))
     sums = {str(path.relative_to(folder)): _sha256(path) for path in files if path.is_file() and path.name != MANIFEST}
-    base = {"base": base_fingerprint(model)} if _of_another_method(model) else {}
+    base = {"base": base_fingerprint(model)} if of_another_method(model) else {}
     content = {**(trained_on or {}), **base, "files": sums}
     write_whole(folder / MANIFEST, json.dumps(content, indent=2) + "\n")
 
 
-def _of_another_method(model: nn.Module) -> TypeGuard[PeftModel]:
+def of_another_method(model: nn.Module) -> TypeGuard[PeftModel]:
+    """Whether a model has an adapter of another of PEFT's methods, such as LoRA."""
     return isinstance(model, PeftModel) and not isinstance(model.peft_config["default"], E3VAConfig)
 
 
@@ -105,7 +106,7 @@ def refuse_other_base(model: PeftModel, folder: Path) -> None:
     config = PeftConfig.from_pretrained(str(folder))
     name = config.base_model_name_or_path or "its base"
     try:
-        if not _of_another_method(model):
+        if not of_another_method(model):
             backbone = (config.auto_mapping or {}).get("backbone")
             if backbone is not None:
                 check_backbone(backbone, model, str(model.active_adapter), name)

@@ -43,7 +43,7 @@ from e3va_peft.model import note_base
 from e3va_peft.refusals import base_fingerprint
 from e3va_peft.training.arguments import without_timings
 from e3va_peft.training.curves import best_entry, draw_curves
-from e3va_peft.training.results import refuse_other_base, trained_on, write_manifest
+from e3va_peft.training.results import of_another_method, refuse_other_base, trained_on, write_manifest
 from e3va_peft.training.tasks import Task
 
 _NAMED = 5  # parameters in a message
@@ -75,7 +75,7 @@ class VisionTrainer(Trainer):
         self.rows: dict[str, str | None] = {"train": None, "eval": None}
         self._evidence: Any = None
         self._looked_for_idle = False
-        super().__init__(compute_metrics=self._score, **kwargs)
+        super().__init__(compute_metrics=self._score, processing_class=processor, **kwargs)
         if self.is_fsdp_enabled:
             _refuse_sharding(self.accelerator.state.fsdp_plugin)
             for name, config in getattr(self.model, "peft_config", {}).items():  # later it cannot be asked any more
@@ -194,15 +194,19 @@ class VisionTrainer(Trainer):
         return super().evaluation_loop(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = output_dir or self.args.output_dir
         if isinstance(self.model, PreTrainedModel):
-            folder = output_dir or self.args.output_dir
             # Under the model's own key names. transformers 5 saves those of version 4, which `from_pretrained` alone
             # translates back, and that knows no module which a method has put in.
             self.model.save_pretrained(
                 folder, state_dict=state_dict, is_main_process=self.args.should_save, save_original_format=False
             )
-        else:
-            super()._save(output_dir, state_dict)
+            self.processor.save_pretrained(folder)
+            return
+        super()._save(output_dir, state_dict)
+        if of_another_method(self.model):
+            base: Any = self.model.get_base_model()
+            base.config.save_pretrained(folder)  # the class names, which a LoRA does not keep
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None
