@@ -142,6 +142,7 @@ EQUAL_EPOCHS = {
     "E3VA, as published": ("e3va",),
     "E3VA+": ("e3va-plus", "e3va-plus-exact"),
     "**E3VA, 8 of 12 blocks live**": ("e3va-8", "e3va-plus-8"),
+    "**E3VA, all 12 blocks live**": ("e3va-12",),
 }
 TASKS = {
     "tissue": "MRI tissue",
@@ -149,6 +150,7 @@ TASKS = {
     "nuclei-cascade": "nuclei, Cascade Mask R-CNN",
     "blood-cells-cascade": "blood cells, Cascade R-CNN",
     "nuclei-mask2former": "nuclei in tiles, Mask2Former",
+    "count-swin": "red cells counted",
 }
 MEANT = ("tissue", "nuclei", "nuclei-cascade")  # whose methods are all there
 
@@ -491,6 +493,7 @@ TABLES = {
     "nuclei-cascade": partial(protocol_table, "nuclei-cascade"),
     "nuclei-mask2former": partial(protocol_table, "nuclei-mask2former"),
     "blood-cells-cascade": partial(protocol_table, "blood-cells-cascade"),
+    "count-swin": partial(protocol_table, "count-swin"),
     "plan": plan,
     "paper": paper,
     "paper-time": paper_time,
