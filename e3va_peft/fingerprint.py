@@ -20,9 +20,8 @@ KINDS: dict[str, torch.dtype | None] = {"checksum": None, "bfloat16": torch.bflo
 VECTORS = "vectors"
 """Where a note has the checksums of norms and biases alone, which a quantised model shares with one that is not."""
 
-_NO_MATTER = re.compile(  # in a config, to what the frozen backbone computes
-    r"_?name_or_path|architectures|torch_dtype|dtype|.*version|id2label|label2id|problem_type|out_.*|output_.*"
-    r"|return_dict|stage_names|apply_layernorm|reshape_hidden_states|quantization_config|.*drop.*|initializer_.*"
+_NO_MATTER = re.compile(  # of a family's own fields, to what the frozen backbone computes
+    "out_.*|stage_names|apply_layernorm|reshape_hidden_states|.*drop.*|initializer_.*"
 )
 _ROUNDED = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
@@ -51,7 +50,10 @@ def config_checksum(module: nn.Module) -> str | None:
     config = getattr(module, "config", None)
     if not isinstance(config, PreTrainedConfig):
         return None
-    return content_checksum({key: value for key, value in config.to_dict().items() if not _NO_MATTER.fullmatch(key)})
+    own = type(config)().to_dict().keys() - PreTrainedConfig().to_dict().keys()  # not labels, nor what Trainer sets
+    return content_checksum(
+        {key: value for key, value in config.to_dict().items() if key in own and not _NO_MATTER.fullmatch(key)}
+    )
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
