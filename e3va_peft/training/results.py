@@ -141,7 +141,7 @@ def trained_on(rows: Mapping[str, str | None], arguments: TrainingArguments) -> 
 def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: int) -> None:
     """Refuse to resume on other examples than a checkpoint was trained on, or with more or fewer of them in a step.
 
-    A checkpoint without a manifest, or of a run that looked for its batch size, does not say.
+    A run that looked for its batch size does not say the latter.
 
     Args:
         checkpoint: Its folder.
@@ -257,20 +257,19 @@ def save_results(
     Returns:
         The model's folder.
     """
-    adapter = isinstance(model, PeftModel)
-    highway = adapter and isinstance(model.peft_config["default"], E3VAConfig)
+    adapter, other = isinstance(model, PeftModel), of_another_method(model)
     draft = output / DRAFT
     shutil.rmtree(draft, ignore_errors=True)
     processor.save_pretrained(draft)
-    if highway:
+    if other:
+        model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
+    elif adapter:
         model.peft_config["default"].base.metrics.clear()  # what single evaluations gave
         record_metrics(model, record["metrics"])
-    elif adapter:
-        model.get_base_model().config.save_pretrained(draft)  # the class names, which a LoRA adapter does not keep
     # under its own key names where a method has put modules in: transformers' older ones know none of these
     own = {"save_original_format": False} if METHODS[record["method"]].saves == "inserted" else {}
     model.save_pretrained(str(draft), state_dict=weights, **own)
-    if adapter and not highway:
+    if other:
         write_card_of_run(draft / "README.md", record)
     write_manifest(draft, model)
     folder = place(output, draft, ADAPTER if adapter else MODEL, console)
