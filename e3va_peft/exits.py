@@ -153,6 +153,21 @@ def everything_outside(model: nn.Module, exits: list[Exit], chosen: list[Exit] |
     return names + inside
 
 
+def trained_inside(model: nn.Module) -> list[nn.Parameter]:
+    """Return the trained parameters inside a model's backbones, adapters included, but not behind the last block."""
+    base = base_of(model)
+    exits = find_exits(base)
+    highways = tuple(f"{found.place}." for found in exits)
+    tails = tuple(f"{name}." for found in exits for name in (*found.tail, child(found.place, "e3va_tail")))
+    methods = {found.name for found in exits if found.family.methods}  # whose bare parameters are of the stream
+
+    def is_inside(name: str) -> bool:
+        of_stream = name.rpartition(".")[0] in methods or any(found.contains(name) for found in exits)
+        return (of_stream or name.startswith(highways)) and not name.startswith(tails)
+
+    return [p for name, p in base.named_parameters() if p.requires_grad and is_inside(name)]
+
+
 def unsaved_outside(model: nn.Module, targets: Collection[str], saved: Collection[str]) -> dict[str, list[Tensor]]:
     """Return the parameters of a base model that an adapter reads or feeds, and neither freezes as backbone nor saves.
 

@@ -119,6 +119,7 @@ CONFIG: dict[str, Any] = {
     "data": {"source": "s", "labels": ["a", "b"], "eval_fraction": 0.1, "train_samples": 5, "verify": True},
     "augment": {"scale": [0.5, 1], "flip": True}, "cache": {"views": 2, "limit": "4GiB"}, "image_size": 32,
     "processor": {"image_mean": [0.5, 0.5, 0.5]}, "model_options": {"x": 1}, "lr_steps": [1, 2],
+    "backbone_lr_multiplier": 0.1,
     "training": {"num_train_epochs": 3, "learning_rate": 1e-3, "eval_strategy": "no", "report_to": "none"},
     "sweep": {"learning_rate": [1e-3, 2e-3]},
 }  # fmt: skip

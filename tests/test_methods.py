@@ -13,6 +13,7 @@ from transformers import SwinBackbone, SwinConfig
 
 from e3va_peft import cli
 from e3va_peft.errors import UserError
+from e3va_peft.exits import find_exits, trained_inside
 from e3va_peft.methods import METHODS, adapt, trained_whole
 from e3va_peft.methods.base import Bottleneck
 from e3va_peft.methods.lorand import LoRand
@@ -87,6 +88,22 @@ def test_in_the_backbone_a_method_trains_what_its_name_says(method, pattern):
     inside = {name for name in wanting(model) if "swin" in name}
     assert all(re.search(pattern, name) for name in inside)
     assert bool(inside) == (method != "head-only")
+
+
+@every_model
+def test_adapters_are_trained_inside_the_backbone_and_heads_outside(case):
+    exits = find_exits(case.base())
+    behind = tuple(f"{name}." for found in exits for name in (*found.site.unused, *found.tail))
+    for method in ("e3va", "adapter", "full", "head-only"):
+        model = adapted(case, method)
+        inside = {id(parameter) for parameter in trained_inside(model)}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in inside}
+        if method == "full":
+            whole = tuple(f"{name}." for name in trained_whole(model))
+            assert names == {name for name in wanting(model) if not name.startswith((*whole, *behind))}
+        else:
+            assert names == {name for name in wanting(model) if re.search("e3va_highway|baseline_adapter", name)}
+            assert bool(names) == (method != "head-only")
 
 
 def test_bitfit_and_norm_tuning_leave_nothing_of_their_kind_out():

@@ -27,7 +27,14 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForImageClassification, Trainer, TrainingArguments, trainer_utils
+from transformers import (
+    AutoModelForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    Trainer,
+    TrainingArguments,
+    trainer_utils,
+)
 from transformers.utils import is_accelerate_available
 from typer.testing import CliRunner
 
@@ -236,10 +243,40 @@ def test_the_learning_rate_of_a_run_falls_at_its_lr_steps(tmp_path):
     assert rates[3] == pytest.approx(1e-4) and rates[4] == pytest.approx(1e-5)
 
 
+@pytest.mark.parametrize("method", ["e3va", "lora", "full", "head-only"])
+def test_what_is_trained_inside_the_backbone_has_a_rate_of_its_own(method, tmp_path):
+    values = classify(tmp_path, num_train_epochs=1, learning_rate=1e-3, warmup_steps=0, logging_steps=1)
+    rates = {}
+    for factor in (1, 0.1):
+        config = parse_config(
+            values | {"method": method, "backbone_lr_multiplier": factor, "output": str(tmp_path / str(factor))}
+        )
+        result = train(config)
+        (folder,) = Path(config.output).glob("checkpoint-*")
+        groups = torch.load(folder / "optimizer.pt")["param_groups"]
+        rates[factor] = [group["initial_lr"] for group in groups for _ in group["params"]]
+        assert len(rates[factor]) == len({each for group in groups for each in group["params"]})
+    assert set(rates[1]) == {1e-3} and len(rates[1]) == len(rates[0.1])
+    inside = {} if method == "head-only" else {1e-4}
+    assert set(rates[0.1]) == {1e-3, *inside} and rates[0.1].count(1e-3) == 4  # head and output norm
+    assert result["history"][0]["learning_rate"] == 1e-3  # the head's is what is shown
+
+
+def test_a_rate_for_a_backbone_that_nobody_knows_is_refused(tmp_path):
+    values = classify(tmp_path) | {"method": "full", "model": str(tmp_path / "resnet"), "backbone_lr_multiplier": 0.1}
+    base = ResNetForImageClassification(ResNetConfig(embedding_size=4, hidden_sizes=[4], depths=[1], num_labels=2))
+    base.save_pretrained(tmp_path / "resnet")
+    shutil.copy(tmp_path / "model" / "preprocessor_config.json", tmp_path / "resnet")
+    with pytest.raises(
+        UserError, match=r"backbone_lr_multiplier=0\.1: ResNetForImageClassification holds no backbone"
+    ):
+        train(parse_config(values))
+
+
 @pytest.mark.parametrize("method", ["e3va", "full", "mona"])
 def test_the_same_command_resumes_and_ends_where_an_uninterrupted_run_does(method, tmp_path, monkeypatch):
     arguments = {"load_best_model_at_end": False, "num_train_epochs": 4, "dataloader_num_workers": 1}
-    options = {"method": method, "model_options": {"drop_path_rate": 0.3}}
+    options = {"method": method, "model_options": {"drop_path_rate": 0.3}, "backbone_lr_multiplier": 0.5}
     whole = train(parse_config(classify(tmp_path, "whole", **arguments) | options))
     config = parse_config(classify(tmp_path, "cut", **arguments) | options)
     train_until(7, config, monkeypatch)

@@ -396,6 +396,11 @@ def test_lr_steps_that_cannot_work_are_refused(steps, training, parts):
     refused(*parts, lr_steps=steps, training=training)
 
 
+@pytest.mark.parametrize("factor", [0, -0.1, ".inf", "much", True])
+def test_a_multiplier_that_cannot_work_is_refused(factor):
+    refused(f"backbone_lr_multiplier={factor!r}", "method: head-only", backbone_lr_multiplier=factor)
+
+
 def test_a_method_brings_its_learning_rate_and_the_config_overrides_it():
     for name, method in METHODS.items():
         assert arguments(CLASSIFY | {"method": name}).learning_rate == method.learning_rate

@@ -54,6 +54,10 @@ _RULES: dict[str, Rule] = {
         lambda steps: sorted({step for step in steps if step > 0}) == steps != [],
         "must be a list of epochs that rise, e.g. [27, 33].",
     ),
+    "backbone_lr_multiplier": (
+        lambda factor: 0 < factor < math.inf,
+        "must be a positive number, e.g. 0.1; to train nothing in the backbone, set method: head-only.",
+    ),
     "scale": (
         lambda scale: len(scale) == 2 and 0 < scale[0] <= scale[1] < math.inf,
         "must be two numbers, 0 < low <= high, e.g. [0.5, 2].",
@@ -135,6 +139,9 @@ class RunConfig:
         processor: Options of the model's image processor, e.g. `image_mean`, `image_std`.
         model_options: Options of the model's config, e.g. `hidden_size` of UperNet.
         lr_steps: Epochs after which the learning rate falls to a tenth, e.g. [27, 33], and no other schedule.
+        backbone_lr_multiplier: The learning rate inside the backbone, of an adapter or of the backbone itself, as a
+            multiple of `training.learning_rate`, which is the head's then. A new decoder that trains for long often
+            wants more than what adapts a pretrained backbone: 0.1 for Mask2Former by its paper.
         patience: Stop early, once so many evaluations in turn have not become better than the best one before.
         training: Fields of `transformers.TrainingArguments`; those that the run decides, e.g. output_dir, are refused.
         sweep: Fields with a list of values each, e.g. learning_rate: [1e-3, 2e-3]; method.r: [8, 16]. Every
@@ -154,6 +161,7 @@ class RunConfig:
     processor: dict[str, Any] = field(default_factory=dict)
     model_options: dict[str, Any] = field(default_factory=dict)
     lr_steps: list[int | float] | None = None
+    backbone_lr_multiplier: int | float = 1.0
     patience: int | None = None
     training: dict[str, Any] = field(default_factory=dict)
     sweep: dict[str, Any] = field(default_factory=dict)

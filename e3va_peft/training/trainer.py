@@ -39,6 +39,7 @@ from transformers.utils import is_accelerate_available
 
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError
+from e3va_peft.exits import base_of, find_exits, trained_inside
 from e3va_peft.model import note_base
 from e3va_peft.refusals import base_fingerprint
 from e3va_peft.training.arguments import without_timings
@@ -90,6 +91,30 @@ class VisionTrainer(Trainer):
             self.remove_callback(default)
         for callback in callbacks:
             self.add_callback(callback)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        """Build the optimizer; what is trained inside the backbone is in groups of its own, if its rate is another.
+
+        Raises:
+            UserError: It is another, and there is no telling head from backbone.
+        """
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        factor = self.task.config.backbone_lr_multiplier
+        if fresh and factor != 1:
+            model = self.model if model is None else model
+            if not find_exits(base_of(model)):
+                raise UserError(
+                    f"backbone_lr_multiplier={factor}: {type(base_of(model)).__name__} holds no backbone that `e3va "
+                    "backbones` lists, so there is no telling head from backbone. Leave it out."
+                )
+            inside = {id(parameter) for parameter in trained_inside(model)}
+            groups = optimizer.param_groups[:]  # the head's stay first: what logs show as the rate
+            for group in groups:
+                own = [parameter for parameter in group["params"] if id(parameter) in inside]
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+                optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+        return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """Build the schedule: where the run has `lr_steps`, a linear warm-up and a tenth behind each of them."""
