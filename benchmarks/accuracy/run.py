@@ -60,6 +60,8 @@ SETTINGS[f"e3va-8{IN_TIME}"] = SETTINGS["e3va-8"]
 LEAN = f"e3va-plus-r32{CACHED}"  # half of E3VA+'s rank, from a cache in int8 wherever it runs
 SETTINGS[LEAN] = SETTINGS["e3va-plus-exact"] | {"r": 32}
 SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
+SLOW = "-slow"  # behind a method's name: a fifth of the head's learning rate inside the backbone
+SETTINGS |= {f"{name}{SLOW}": SETTINGS[name] for name in ("lora", "e3va-8")}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -77,6 +79,7 @@ class Task:
         search_epochs: Of a run that is scored on training images set aside.
         cached_epochs: Of a run from a cache that is scored on the evaluation images, and as many more when searching.
         epochs_in_time: Method -> epochs of a run that is scored on the evaluation images, where it has others.
+        epochs_in_search: Method -> epochs of a run that is scored on training images set aside, where it has others.
         centres: Method -> the rate that its search begins at, where that is not the method's default.
         views: How often a cache draws the augmentation of an image.
         moved: Whether the demo's slices are augmented, as in the demo.
@@ -94,6 +97,7 @@ class Task:
     search_epochs: int
     cached_epochs: int
     epochs_in_time: Mapping[str, float] = field(default_factory=dict)
+    epochs_in_search: Mapping[str, float] = field(default_factory=dict)
     centres: Mapping[str, float] = field(default_factory=dict)
     views: int = 1
     moved: bool = False
@@ -149,6 +153,7 @@ class Protocol:
         fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
         if self.task.curve and not search:
             fields += ["training.eval_strategy=epoch", "training.load_best_model_at_end=false"]
+        fields += ["backbone_lr_multiplier=0.2"] if method.endswith(SLOW) else ()
         views = self._views(method, epochs)
         fields += [f"cache.views={views}", f"cache.storage={self.storage(method)}"] if views else ()
         options = dict(SETTINGS[method])
@@ -167,7 +172,9 @@ class Protocol:
             return 1
         default = self.task.cached_epochs if method.endswith(CACHED) else self.task.epochs
         epochs = self.task.epochs_in_time.get(method, default)
-        return max(1, epochs * self.task.search_epochs // self.task.epochs) if search else epochs
+        if not search:
+            return epochs
+        return self.task.epochs_in_search.get(method, max(1, epochs * self.task.search_epochs // self.task.epochs))
 
     def _views(self, method: str, epochs: float) -> int:
         return min(self.task.views, int(epochs)) if method.endswith(CACHED) else 0
