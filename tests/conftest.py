@@ -10,7 +10,7 @@ import jinja2
 import pytest
 import torch
 
-from e3va_peft.training import trainer
+from e3va_peft.training import callbacks
 from tests.models import Case
 
 gc.disable()  # until the tests are collected: what is imported stays
@@ -60,4 +60,4 @@ def curves() -> None:
 def no_curves(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draw none in the tests that do not ask for `curves`."""
     if "curves" not in request.fixturenames:
-        monkeypatch.setattr(trainer, "draw_curves", lambda *args: None)
+        monkeypatch.setattr(callbacks, "draw_curves", lambda *args: None)

@@ -8,12 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
-from e3va_peft.card import record_metrics
 from e3va_peft.config import E3VAConfig
 from e3va_peft.errors import UserError, one_of
 from e3va_peft.methods import METHODS
@@ -132,18 +131,3 @@ def _schedule_defaults(given: Mapping[str, Any], main_metric: str, has_eval: boo
         if "metric_for_best_model" not in given:
             defaults |= {"metric_for_best_model": f"eval_{main_metric}", "greater_is_better": True}
     return defaults
-
-
-def without_timings(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The measurements of an evaluation, without how long it took and when."""
-    return {name: value for name, value in metrics.items() if not name.endswith(("runtime", "per_second", "epoch"))}
-
-
-class MetricsToCard(TrainerCallback):
-    """Notes the results of each evaluation, so that every later save shows them in the model card."""
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Take the evaluation's metrics; timings stay out."""
-        record_metrics(kwargs["model"], without_timings(kwargs["metrics"]))

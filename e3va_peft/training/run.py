@@ -37,7 +37,8 @@ from e3va_peft.data.verify import Checked, missing_classes, verify_split
 from e3va_peft.errors import UserError, reason
 from e3va_peft.exits import base_of
 from e3va_peft.methods import METHODS, adapt, refuse_lost
-from e3va_peft.training.arguments import MetricsToCard, build_arguments, check_precision
+from e3va_peft.training.arguments import build_arguments, check_precision
+from e3va_peft.training.callbacks import Curves, MetricsToCard, NextView, Pace, Patience, Progress, StopOnInterrupt
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.confusion import write_confusion
 from e3va_peft.training.folder import (
@@ -66,7 +67,7 @@ from e3va_peft.training.results import (
 from e3va_peft.training.scores import class_metric, metrics_table
 from e3va_peft.training.tasks import Task, task_of
 from e3va_peft.training.tasks.base import new_parameters
-from e3va_peft.training.trainer import Curves, NextView, Pace, Patience, Progress, StopOnInterrupt, VisionTrainer
+from e3va_peft.training.trainer import VisionTrainer
 
 _EPOCHS = 2**31  # more than a run has
 _GUESSED: set[str] = set()  # models that this process has warned of: a comparison trains one many times
