@@ -262,7 +262,7 @@ def evaluate(
 
         from e3va_peft.errors import UserError
         from e3va_peft.training.config import read_config
-        from e3va_peft.training.folder import CONFIG
+        from e3va_peft.training.folder import CONFIG, run_of
         from e3va_peft.training.predict import evaluate as score
         from e3va_peft.training.results import plain
         from e3va_peft.training.scores import metrics_table
@@ -274,7 +274,7 @@ def evaluate(
                     f"--set {override}: has no say in an evaluation, which takes from the trained model all but the "
                     "data and how it is loaded. Set fields of data, e.g. data.eval_split=test."
                 )
-        run = Path(source).expanduser()
+        run = run_of(Path(source).expanduser())
         if data is None and not (run / CONFIG).is_file():
             if run.is_file():
                 raise UserError(

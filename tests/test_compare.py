@@ -281,11 +281,17 @@ def test_a_row_that_cannot_be_is_named_before_another_is_trained(tmp_path, watch
         ({"overrides": ["training.learning_rate=3"]}, "--learning-rate"),
         ({"overrides": ["output=there"]}, "--output"),
         ({"overrides": ["training.epochs=3"]}, "training.epochs"),
+        ({"overrides": ["training.push_to_hub=true"]}, "training.push_to_hub: every run of a comparison"),
     ],
 )
 def test_what_cannot_be_compared_is_said_before_anything_is_loaded(arguments, words, tmp_path):
     with pytest.raises(UserError, match=words):
         plan(tmp_path, **arguments)
+
+
+def test_a_run_of_a_comparison_is_not_cut_short_by_patience(tmp_path):
+    comparison = plan(tmp_path, overrides=["patience=2"])
+    assert comparison.config.patience == 2 and comparison.run("full", 0).patience is None
 
 
 def test_what_only_the_data_or_the_model_shows_is_said_before_the_first_run(tmp_path, watched, monkeypatch):

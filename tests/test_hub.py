@@ -435,6 +435,12 @@ def test_e3va_train_pushes_its_adapter_when_it_is_finished(hub, tmp_path, monkey
     assert len(hub.repos["me/colors"].commits) == 2  # the Hub's own first one, and the adapter
 
 
+def test_a_repository_without_an_owner_is_that_of_the_token(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    train(run_config(tmp_path, hub_model_id="colors"))
+    assert "adapter_config.json" in hub.repos["me/colors"].files()
+
+
 def test_a_token_in_a_config_is_not_written_down(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     train(run_config(tmp_path, hub_model_id="me/colors", hub_token=TOKEN))

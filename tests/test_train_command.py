@@ -47,12 +47,14 @@ from e3va_peft.errors import UserError
 from e3va_peft.files import FULL_DISK
 from e3va_peft.methods import METHODS
 from e3va_peft.training import run as run_module
+from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig, parse_config, read_config
 from e3va_peft.training.curves import best_entry
 from e3va_peft.training.logs import _TensorBoard
 from e3va_peft.training.predict import evaluate, load_trained
 from e3va_peft.training.results import MANIFEST, plain
 from e3va_peft.training.run import train
+from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.classification import ImageClassification
 from e3va_peft.training.trainer import VisionTrainer
 from tests.helpers import Stop, adapter_weights, assert_same, by_two, let_shard, stop_after
@@ -366,6 +368,87 @@ def test_a_clock_that_is_set_back_costs_no_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-9"]
 
 
+def test_a_copy_of_a_checkpoint_is_not_removed_with_the_older_ones(tmp_path, monkeypatch):
+    original = VisionTrainer._remove_older
+
+    def copied(self: Any, limit: int | None) -> None:
+        if self.state.global_step == 3:
+            shutil.copytree(tmp_path / "run" / "checkpoint-3", tmp_path / "run" / "checkpoint-3-mine")
+        original(self, limit)
+
+    monkeypatch.setattr(VisionTrainer, "_remove_older", copied)
+    train(parse_config(classify(tmp_path, save_total_limit=1, load_best_model_at_end=False, eval_strategy="no")))
+    left = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert left == {"checkpoint-3-mine", "checkpoint-9"}
+
+
+def test_ctrl_c_keeps_the_checkpoint_that_it_saves_beside_the_best_one(tmp_path, monkeypatch):
+    config = parse_config(classify(tmp_path, num_train_epochs=4, save_total_limit=1))
+    original = VisionTrainer.training_step
+
+    def interrupted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == 7:
+            signal.raise_signal(signal.SIGINT)
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VisionTrainer, "training_step", interrupted)
+        with pytest.raises(run_module.Interrupted, match="stopped at step 8"):
+            train(config)
+    assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} >= {"checkpoint-8"}
+    record = train(config)
+    assert record["resumed"] and min(entry["step"] for entry in record["history"][-3:]) > 8
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+@pytest.mark.parametrize(("judge", "mode"), [(None, "max"), ("eval_loss", "min")])
+def test_a_rate_that_falls_when_nothing_improves_knows_what_is_better(kind, judge, mode, tmp_path):
+    judged = {} if judge is None else {"metric_for_best_model": judge}
+    config = parse_config(classify(tmp_path, lr_scheduler_type=kind, **judged))
+    assert build_arguments(config, task_of(config), has_eval=True).lr_scheduler_kwargs["mode"] == mode
+    own = parse_config(classify(tmp_path, lr_scheduler_type=kind, lr_scheduler_kwargs={"mode": "min", "factor": 0.5}))
+    arguments = build_arguments(own, task_of(own), has_eval=True)
+    assert arguments.lr_scheduler_kwargs == {"mode": "min", "factor": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ({"optim": "lomo"}, r"training\.optim='lomo': cannot be built\. .*lomo"),
+        ({"optim_args": "foo"}, r"training\.optim='adamw_torch_fused', training\.optim_args='foo': cannot be built"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_stops_no_run_that_has_put_an_earlier_one_aside(training, message, tmp_path):
+    config = parse_config(classify(tmp_path, num_train_epochs=1))
+    train(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match=message):
+        train(parse_config(classify(tmp_path, num_train_epochs=1, **training)), overwrite=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_rate_inside_the_backbone_is_refused_for_an_optimizer_with_one_rate(tmp_path, monkeypatch):
+    class OneRate(torch.optim.SGD):
+        def __init__(self, params: Any, **kwargs: Any) -> None:
+            super().__init__([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+
+    monkeypatch.setattr(VisionTrainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *args: (OneRate, {})))
+    with pytest.raises(UserError, match=r"backbone_lr_multiplier=0\.1: training\.optim=.*one learning rate"):
+        train(parse_config(classify(tmp_path) | {"backbone_lr_multiplier": 0.1}))
+
+
+def test_deepspeed_is_refused_by_name(tmp_path, monkeypatch):
+    original = VisionTrainer.create_accelerator_and_postprocess
+
+    def with_deepspeed(self: Any) -> None:
+        original(self)
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(VisionTrainer, "create_accelerator_and_postprocess", with_deepspeed)
+    with pytest.raises(UserError, match=r"DeepSpeed: is not supported.*FSDP"):
+        train(parse_config(classify(tmp_path)))
+
+
 def test_a_run_without_a_whole_checkpoint_says_that_it_starts_from_the_beginning(stopped, tmp_path, capsys):
     run = copy_of(stopped, tmp_path)
     for step in (3, 6, 9):
@@ -444,8 +527,11 @@ def test_a_run_whose_best_checkpoint_was_damaged_resumes_and_ends(method, tmp_pa
     best = Path(newest["best_model_checkpoint"])
     assert best.name == "checkpoint-3"
     (best / "optimizer.pt").write_bytes(b"half")
-    assert train(config)["resumed"]
-    assert "checkpoint-3 is not whole" in capsys.readouterr().out
+    record = train(config)
+    assert record["resumed"] and record["best_step"] == 9  # no evaluation that is left is of another step
+    shown = "".join(capsys.readouterr())
+    assert "checkpoint-3 is not whole" in shown
+    assert "the best checkpoint so far, of step 3, is not there any more" in shown
 
 
 @pytest.mark.parametrize("method", ["e3va", "lora"])
@@ -899,9 +985,11 @@ def test_the_command_line_trains_scores_and_predicts(tmp_path):
     done = runner.invoke(app, ["train", str(config), "--set", "training.num_train_epochs=1"], env={"COLUMNS": "200"})
     assert done.exit_code == 0, done.output
     assert "mean_iou" in done.output and "disc" in done.output
-    scored = runner.invoke(app, ["eval", str(tmp_path / "run"), "--output", str(tmp_path / "scores.json")])
-    assert scored.exit_code == 0, scored.output
-    assert 0 <= json.loads((tmp_path / "scores.json").read_text())["mean_iou"] <= 1
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    for name, source in (("run", tmp_path / "run"), ("checkpoint", checkpoint)):
+        scored = runner.invoke(app, ["eval", str(source), "--output", str(tmp_path / f"{name}.json")])
+        assert scored.exit_code == 0, scored.output
+        assert 0 <= json.loads((tmp_path / f"{name}.json").read_text())["mean_iou"] <= 1
     images = str(tmp_path / "discs" / "images" / "val")
     found = runner.invoke(app, ["predict", str(tmp_path / "run"), images, "--output", str(tmp_path / "found")])
     assert found.exit_code == 0, found.output

@@ -74,6 +74,7 @@ class Comparison:
             method=dict(self.methods[method]),
             data=dataclasses.replace(self.config.data, verify=False),  # once for all runs, before the first
             cache=self._cache(method, seed),
+            patience=None,
             training={"save_total_limit": 1}
             | self.config.training
             | once
@@ -128,6 +129,11 @@ def read_comparison(
     if config.sweep:
         raise UserError(
             "sweep: a comparison trains no combinations. Leave it out, or name rows: --methods e3va:r=8,e3va:r=16."
+        )
+    if config.training.get("push_to_hub"):
+        raise UserError(
+            "training.push_to_hub: every run of a comparison would replace the last one. Push the one that you choose "
+            "by itself."
         )
     chosen = _methods(",".join(METHODS) if methods is None else methods, config)
     names = {title: section["name"] for title, section in chosen.items()}

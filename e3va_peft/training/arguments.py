@@ -11,6 +11,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
 from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 
 from e3va_peft.config import E3VAConfig
@@ -85,6 +86,9 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
                 f"training.report_to={name!r}: is not installed. Run `pip install {name.replace('_', '-')}`, or leave "
                 "report_to out."
             )
+    if arguments.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        mode = {"mode": "max" if arguments.greater_is_better else "min"}  # by itself either waits for a lower score
+        arguments.lr_scheduler_kwargs = mode | dict(arguments.lr_scheduler_kwargs or {})
     arguments.label_names = ["labels"]
     arguments.remove_unused_columns = False
     if config.patience is not None and arguments.eval_strategy == "no":

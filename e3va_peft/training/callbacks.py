@@ -55,6 +55,14 @@ class Progress(ProgressCallback):
     ) -> None:
         """Open the bar where the run stands; warn of a run that ends before its learning rate is reached."""
         self.current_step = state.global_step
+        lost = state.best_model_checkpoint is None  # removed, or damaged and put aside
+        if args.load_best_model_at_end and state.best_global_step and lost:
+            if state.is_world_process_zero:
+                tqdm.write(
+                    f"warning: the best checkpoint so far, of step {state.best_global_step}, is not there any more; "
+                    "the best is looked for among the evaluations from here on."
+                )
+            state.best_global_step = state.best_metric = None
         warmup = args.get_warmup_steps(state.max_steps)
         if state.is_world_process_zero and warmup >= state.max_steps:
             tqdm.write(
@@ -262,8 +270,12 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Save and stop where Ctrl-C was pressed, behind the evaluation that is due there."""
+        self._stop(args, control)
+
+    def _stop(self, args: TrainingArguments, control: TrainerControl) -> None:
         if self.signal is not None:
             control.should_save = control.should_training_stop = True
+            args.save_total_limit = None  # by 1 Trainer would remove all but the best, and nothing could resume
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         """Note that it is an evaluation which is waited for."""
@@ -274,8 +286,7 @@ class StopOnInterrupt(TrainerCallback):
     ) -> None:
         """Save and stop behind an evaluation in which Ctrl-C was pressed."""
         self._evaluates = False
-        if self.signal is not None:
-            control.should_save = control.should_training_stop = True
+        self._stop(args, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

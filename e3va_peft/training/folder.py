@@ -44,6 +44,12 @@ def read_run(run: Path) -> RunConfig:
     return read_config(run / CONFIG)
 
 
+def run_of(folder: Path) -> Path:
+    """Return the folder of the run that a folder is a checkpoint of; of all others itself."""
+    of_a_run = (folder.parent / CONFIG).is_file() and folder in checkpoints(folder.parent).values()
+    return folder.parent if of_a_run else folder
+
+
 def finished(config: RunConfig) -> dict[str, Any] | None:
     """The content of `metrics.json` of a run that is finished; None where it is not.
 

@@ -40,8 +40,8 @@ from e3va_peft.methods import INSERTED, METHODS, adapt
 from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.drawing import draw_objects, draw_regions, palette
-from e3va_peft.training.folder import ADAPTER, CONFIG, METRICS, MODEL, checkpoints, read_run, refuse_file
-from e3va_peft.training.results import plain, refuse_other_base, refuse_other_files
+from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, checkpoints, read_run, refuse_file, run_of
+from e3va_peft.training.results import evaluated_on, plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
 from e3va_peft.training.tasks.base import absent_weights, forward_extras
@@ -154,8 +154,8 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
     """
     refuse_no_path("run", source)
     folder = Path(source).expanduser()
-    if (folder.parent / CONFIG).is_file() and folder in checkpoints(folder.parent).values():
-        return folder, read_run(folder.parent)
+    if run_of(folder) != folder:
+        return folder, read_run(run_of(folder))
     if (folder / CONFIG).is_file():
         config = read_run(folder)
         part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)
@@ -263,7 +263,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if trained.config is not None and config.data.eval_fraction is not None and _same_data(config, trained.config):
-        _refuse_other_draw(Path(source).expanduser() / METRICS, config, split.rows_fingerprint())
+        _refuse_other_draw(Path(source).expanduser(), config, split.rows_fingerprint())
     labels = tuple(class_names(config.data, None) or split.labels)
     if labels != trained.labels:
         raise UserError(
@@ -292,13 +292,10 @@ def _same_data(config: RunConfig, other: RunConfig) -> bool:
     return all(getattr(config.data, place) == getattr(other.data, place) for place in places)
 
 
-def _refuse_other_draw(metrics: Path, config: RunConfig, now: str) -> None:
-    """Refuse images set aside that are not those of the run: it may have been trained on some of them."""
-    try:
-        before = json.loads(metrics.read_text(encoding="utf-8")).get("rows", {}).get("eval", now)
-    except (OSError, ValueError):  # config and adapter alone were kept
-        return
-    if before != now:
+def _refuse_other_draw(folder: Path, config: RunConfig, now: str) -> None:
+    """Refuse images set aside that are not those of a run, or of its checkpoint: it may have learned some of them."""
+    before = evaluated_on(folder)
+    if before not in (None, now):
         raise UserError(
             f"data.eval_fraction={config.data.eval_fraction}: sets aside {now}, and when the model was trained, "
             f"{before}: images came, went or changed, and the model may have learned some that are now set aside. "

@@ -173,6 +173,16 @@ def refuse_other_training(checkpoint: Path, now: Mapping[str, Any], processes: i
         )
 
 
+def evaluated_on(folder: Path) -> str | None:
+    """Say what a run, or a checkpoint of it, was evaluated on, see `Split.rows_fingerprint`; None if it is unknown."""
+    try:
+        if (folder / METRICS).is_file():
+            return json.loads((folder / METRICS).read_text(encoding="utf-8")).get("rows", {}).get("eval")
+        return _manifest(folder).get("eval_rows")
+    except (OSError, ValueError):  # config and adapter alone were kept
+        return None
+
+
 def _manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
@@ -323,9 +333,8 @@ def check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
         raise UserError("training.push_to_hub=True: needs training.hub_model_id, e.g. hub_model_id: me/my-adapter.")
     repo_id = str(arguments.hub_model_id)
     try:
-        HfApi(token=config.training.get("hub_token")).create_repo(
-            repo_id, private=arguments.hub_private_repo, exist_ok=True
-        )
+        api = HfApi(token=config.training.get("hub_token"))
+        repo_id = api.create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True).repo_id  # with its owner
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({reason(error)}). Log in "

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import nn
 from transformers import TrainingArguments, set_seed
+from transformers.training_args import OptimizerNames
 
 from e3va_peft.cache.dataset import Cached, Repeated, SeveralSizes, Views, cached
 from e3va_peft.card import PROCESSOR
@@ -144,6 +145,7 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     model, trained = trainer.model, trainer.get_num_trainable_parameters()  # before training may wrap the model
     check_disk(output, model)
     check_sizes(trainer)
+    check_optimizer(trainer)
     for note in filter(None, (uneven_size(config.image_size, model), unseen_views(config, arguments))):
         console.print(f"[yellow]warning[/yellow]: {note}")
     _warn_of_guessed_values(task, trainer.processor, console)
@@ -323,6 +325,25 @@ def check_sizes(trainer: VisionTrainer) -> None:
     model.train(training)
 
 
+def check_optimizer(trainer: VisionTrainer) -> None:
+    """Build the optimizer once, so that one which cannot be stops no run that has put an earlier one aside.
+
+    Raises:
+        UserError: It cannot be built.
+    """
+    optim = OptimizerNames(trainer.args.optim).value
+    if "layerwise" in optim:  # it leaves hooks in the model
+        return
+    try:
+        trainer.create_optimizer()
+    except (ImportError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, UserError):
+            raise
+        given = "" if trainer.args.optim_args is None else f", training.optim_args={trainer.args.optim_args!r}"
+        raise UserError(f"training.optim={optim!r}{given}: cannot be built. {reason(error)}") from error
+    trainer.optimizer = None
+
+
 def uneven_size(size: int | None, model: Any) -> str:
     """Say that patches do not fill an image of a run's `image_size`, and the nearest size that they do; "" if so."""
     base = base_of(model)
@@ -456,7 +477,7 @@ def _evaluate_at_end(trainer: VisionTrainer) -> None:
     """Evaluate the model that is saved, unless the last evaluation was of it."""
     last, step = trainer.state.log_history[-2:], trainer.state.global_step  # an evaluation, the training's summary
     scored = any("eval_loss" in entry and entry["step"] == step for entry in last)
-    saved = trainer.state.best_global_step if trainer.args.load_best_model_at_end else step
+    saved = (trainer.args.load_best_model_at_end and trainer.state.best_global_step) or step
     fresh = scored and trainer.scores and saved == step
     if trainer.eval_dataset is not None and not fresh:
         trainer.evaluate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import FSDP_MODEL_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, EvalPrediction
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_accelerate_available
 
 from e3va_peft.config import E3VAConfig
@@ -28,6 +30,7 @@ from e3va_peft.errors import UserError
 from e3va_peft.exits import base_of, find_exits, trained_inside
 from e3va_peft.model import note_base
 from e3va_peft.refusals import base_fingerprint
+from e3va_peft.training.folder import checkpoints
 from e3va_peft.training.results import of_another_method, refuse_other_base, trained_on, write_manifest
 from e3va_peft.training.tasks import Task
 
@@ -68,6 +71,8 @@ class VisionTrainer(Trainer):
                     note_base(self.model, config, name)
                 else:
                     base_fingerprint(self.model)
+        if self.is_deepspeed_enabled:
+            raise UserError("DeepSpeed: is not supported. Train with DDP, or with FSDP of version 2.")
         # UperNet's forward takes any keyword and ignores `num_items_in_batch`. Trainer believes that it scaled its
         # loss by it, and would neither divide by the accumulation steps nor average over processes.
         self.model_accepts_loss_kwargs = False
@@ -97,7 +102,16 @@ class VisionTrainer(Trainer):
             for group in groups:
                 own = [parameter for parameter in group["params"] if id(parameter) in inside]
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
-                optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+                if own:
+                    optimizer.add_param_group({**group, "params": own, "lr": factor * group["lr"]})
+            optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]  # FSDP wants it
+            grouped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            optim = OptimizerNames(self.args.optim).value
+            if not inside <= grouped or "lomo" in optim:
+                raise UserError(
+                    f"backbone_lr_multiplier={factor}: training.optim={optim!r} has one learning rate for the whole "
+                    "model. Leave one of them out."
+                )
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
@@ -146,7 +160,7 @@ class VisionTrainer(Trainer):
                 f"{self._get_learning_rate():.2e}{f', {half}' if half else ''}: {first}lower training.learning_rate, "
                 "or clip harder (training.max_grad_norm). Checkpoints saved before are whole."
             )
-        if not self._looked_for_idle and not self.is_deepspeed_enabled:  # which keeps gradients to itself
+        if not self._looked_for_idle:
             self._looked_for_idle = True
             self._warn_of_idle()
         return loss
@@ -227,8 +241,21 @@ class VisionTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
             write_manifest(folder, self.model, trained_on(self.rows, self.args))
-            # by step: Trainer goes by time, and would remove the newest where the clock was set back
-            rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint)
+            self._remove_older(limit)
+
+    def _remove_older(self, limit: int | None) -> None:
+        """Remove checkpoints beyond a limit, by step, neither the last nor the best, and no folder of another name.
+
+        Trainer goes by time, would remove the newest where the clock was set back, and copies that somebody made.
+        """
+        if limit is None or limit < 1:
+            return
+        found = checkpoints(Path(self.args.output_dir))
+        newest = sorted(found, reverse=True)
+        best = [step for step in newest[1:] if step == self.state.best_global_step]
+        order = newest[:1] + best + [step for step in newest[1:] if step not in best]
+        for step in order[max(limit, 1 + len(best)) :]:
+            shutil.rmtree(found[step], ignore_errors=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = self.model if model is None else model
