@@ -152,7 +152,7 @@ TASKS = {
     "nuclei-mask2former": "nuclei in tiles, Mask2Former",
     "count-swin": "red cells counted",
 }
-MEANT = ("tissue", "nuclei", "nuclei-cascade")  # whose methods are all there
+MEANT = ("tissue", "nuclei", "nuclei-cascade", "blood-cells-cascade")  # that have all methods
 
 
 def means() -> str:

@@ -198,6 +198,13 @@ def test_records_do_not_show_an_adapter_less_than_it_reads_later():
     case = BY_NAME["vit-classifier"]
     with pytest.raises(UserError, match=r"storage='int4'.*'default' has tap_storage='int8'"):
         cached(Images(case), adapted(case, tap_storage="int8"), storage="int4")
+    model = adapted(case, tap_storage="int4")
+    read = cached(Images(case), model, storage="int4", data_collator=collate)
+    model.add_adapter("later", E3VAConfig(r=4))
+    model(**collate([read[0]]))
+    model.set_adapter("later")
+    with pytest.raises(UserError, match=r"storage='int4'.*'later' has tap_storage='exact'"):
+        model(**collate([read[0]]))
 
 
 def test_a_record_of_a_model_without_live_blocks_needs_no_block_at_all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import nn
 from torch.nn import functional as F
-from transformers import SegformerConfig
+from transformers import BitImageProcessor, SegformerConfig
 from typer.testing import CliRunner
 
 from e3va_peft.cli import app
@@ -35,7 +36,8 @@ from e3va_peft.plan.estimate import (
 )
 from e3va_peft.plan.gpus import GIB, find_card, runs_on, software_stack
 from e3va_peft.plan.reading import cached_image
-from e3va_peft.plan.show import plan_table, print_plan
+from e3va_peft.plan.show import arguments_of, plan_table, print_plan
+from e3va_peft.training.config import parse_config
 from tests.inputs import write
 from tests.models import BY_NAME
 
@@ -348,6 +350,27 @@ def test_a_run_is_planned_as_its_config_says_but_for_what_the_options_say(config
     assert refused.exit_code == 1 and "e3va plan my.yaml" in refused.output
     none = CliRunner().invoke(app, ["plan", str(config), "--batch-size", "0"])
     assert none.exit_code == 1 and "batch_size=0" in none.output
+
+
+@pytest.mark.parametrize(
+    ("fields", "side"),
+    [
+        ({"task": "image-classification"}, 48),  # what its image processor crops to
+        ({"task": SEGMENT}, 48),
+        ({"task": SEGMENT, "augment": {"crop": 32}}, 32),
+        ({"task": "image-classification", "image_size": 64}, 64),
+        ({"task": "object-detection", "image_size": 64}, 64),
+        ({"task": "object-detection", "image_size": 64, "augment": {"scale": [0.8, 1.5]}}, 96),
+        ({"task": "object-detection", "image_size": 64, "augment": {"scale": [0.8, 1.5], "crop": 32}}, 32),
+    ],
+)
+def test_a_plan_is_of_the_size_that_the_run_trains_at(fields, side, configs, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(configs / "swin-classifier", model)
+    BitImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 48, "width": 48}).save_pretrained(model)
+    data = {"images": "i", "masks": "m"} if fields["task"] == SEGMENT else {"source": "d"}
+    run = parse_config({"model": str(model), "output": "o", "data": data} | fields)
+    assert arguments_of(run)["image_size"] == side
 
 
 def small(config: Any) -> None:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import BitImageProcessor, SegformerImageProcessor
+from transformers import AutoModelForImageClassification, BitImageProcessor, SegformerImageProcessor
 from typer.testing import CliRunner
 
 import e3va_peft
@@ -566,6 +566,16 @@ def without(folder: Path, part: str) -> None:
     kept = {name: value for name, value in weights.items() if part not in name}
     assert kept.keys() != weights.keys()
     save_file(kept, file, metadata={"format": "pt"})
+
+
+def test_an_adapter_of_a_base_that_is_stored_in_half_precision_predicts(tmp_path):
+    BY_NAME["swin-classifier"].base().to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    base = AutoModelForImageClassification.from_pretrained(tmp_path / "base")
+    assert base.dtype == torch.bfloat16
+    get_peft_model(base, E3VAConfig(r=4)).save_pretrained(tmp_path / "adapter")
+    BitImageProcessor(size={"height": 32, "width": 32}, do_center_crop=False).save_pretrained(tmp_path / "adapter")
+    found = load_trained(str(tmp_path / "adapter")).probabilities(Image.new("RGB", (40, 40)))
+    assert found.dtype == torch.float32 and found.sum().item() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("part", ["swin.encoder.layers.0", "classifier"])

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoImageProcessor,
     BitImageProcessor,
     ConvNextConfig,
     ConvNextImageProcessor,
+    SwinConfig,
     TimmWrapperConfig,
     ViTImageProcessor,
 )
@@ -30,7 +33,8 @@ from e3va_peft.training.batchnorm import SingleValueBatchNorm2d
 from e3va_peft.training.config import parse_config
 from e3va_peft.training.metrics import MeanIoU, accuracy_scores
 from e3va_peft.training.tasks import ImageClassification, SemanticSegmentation, Task, task_of
-from e3va_peft.training.tasks.base import forward_extras, normalized, side, stack_batch
+from e3va_peft.training.tasks.base import forward_extras, normalized, prepare, side, stack_batch
+from e3va_peft.training.tasks.segmentation import label_maps, segmenter_config
 from tests.models import BY_NAME, PLAIN, dinov2_config, perturb
 
 COLORS = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0], [0, 0, 255]], dtype=np.uint8)  # of classes; no two mix to one
@@ -219,6 +223,67 @@ def test_colour_jitter_leaves_the_label_map_alone():
     found = [view(Image.fromarray(COLORS[truth]), truth) for _ in range(8)]
     assert all(torch.equal(item["labels"], torch.from_numpy(truth)) for item in found)
     assert len({item["pixel_values"].sum().item() for item in found}) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("dinov2-classifier", 28, (28, 35)),  # patches of 7 px
+        ("vit-classifier", 28, (28, 35)),
+        ("convnext-classifier", 64, (64, 88)),  # of 4, and once more halved
+        ("swin-classifier", 28, (28, 37)),  # which pads
+        ("swin-upernet", 28, (28, 37)),
+    ],
+)
+def test_a_backbone_that_sees_whole_patches_gets_images_of_whole_patches(name, size, expected, tmp_path):
+    BY_NAME[name].base().save_pretrained(tmp_path / name)
+    run = segmentation(tmp_path / name, image_size=size)
+    run.build_processor().save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)  # as predictions and evaluations read it
+    image, truth = picture(60, 80), blocks(60, 84)[:, :80]
+    assert prepare(processor, image)["pixel_values"].shape[-2:] == expected
+    found = run.evaluation_view(processor)(image, truth)
+    assert found["pixel_values"].shape[-2:] == found["labels"].shape == expected and found["truth"].shape == (60, 80)
+
+
+def test_label_maps_are_those_of_all_classes_at_once():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 21, 6, 8).half()
+    logits[:, 5] = logits[:, 17]  # a draw is the first one's
+    sizes = [(13, 19), (40, 60)]
+    found = label_maps(SimpleNamespace(logits=logits), None, sizes)
+    for scores, size, ids in zip(logits, sizes, found, strict=True):
+        expected = F.interpolate(scores[None].float(), size, mode="bilinear").argmax(1)[0]
+        assert torch.equal(ids, expected) and ids.dtype == torch.int64
+
+
+@pytest.mark.parametrize("option", ["size", "crop_size"])
+@pytest.mark.parametrize("make", [classification, segmentation])
+def test_images_that_are_no_squares_are_refused(make, option):
+    if make is segmentation and option == "crop_size":
+        return  # its processor does not crop
+    run = make(processor={option: {"height": 64, "width": 128}})
+    with pytest.raises(UserError, match=rf"processor\.{option}=.*no square.*image_size"):
+        run.build_processor()
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_upernet_reads_a_backbone_of_few_stages(stages):
+    backbone = SwinConfig(embed_dim=8, depths=[1] * stages, num_heads=[1] * stages, window_size=2, image_size=32)
+    config = segmenter_config(backbone, "few")
+    config.hidden_size, config.num_labels = 8, 2
+    model = UperNetForSemanticSegmentation(config).eval()
+    assert model(pixel_values=torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2, 32, 32)
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+@pytest.mark.parametrize("make", [classification, segmentation])
+def test_weights_that_a_file_has_in_half_precision_are_loaded_in_full(make, kind, models, tmp_path):
+    half = BY_NAME["swin-classifier"].base().to(getattr(torch, kind))
+    half.save_pretrained(tmp_path)
+    model = make(tmp_path, image_size=32).build_model(["a", "b", "c"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model.eval()(pixel_values=torch.zeros(1, 3, 32, 32))
 
 
 @pytest.mark.parametrize("ignored", [255, 254, 65535])

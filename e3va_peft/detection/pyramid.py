@@ -81,6 +81,24 @@ def backbone_strides(config: Any) -> list[float]:
     return [float(patch * 2 ** names.index(name)) for name in config.out_features]
 
 
+def cut_into(config: Any) -> int:
+    """Return the side in pixels of the squares that a backbone cuts an image into; 1 where it fills a rest up.
+
+    What is left over at the right and lower sides a plain ViT and ConvNeXt do not see. Swin pads.
+
+    Args:
+        config: Config of the backbone.
+    """
+    plain = is_plain(config)
+    if isinstance(config, TimmBackboneConfig):
+        return int(backbone_strides(config)[0]) if plain else 1
+    patch = getattr(config, "patch_size", None) or 1
+    patch = int(patch[0] if isinstance(patch, list | tuple) else patch)
+    if plain:
+        return patch
+    return patch * 2 ** (len(config.depths) - 1) if "convnext" in config.model_type else 1
+
+
 def stage_names(config: Any) -> list[str]:
     """Return the names of a backbone's stages, without the stem that most have in front of them."""
     return [name for name in config.stage_names if name != "stem"]

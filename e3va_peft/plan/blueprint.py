@@ -124,7 +124,7 @@ def _config(found: Any, model: str, task: str, head: str | None) -> Any:
 def image_size_of(model: PreTrainedModel, task: str) -> int:
     """Return the side in pixels of the images that a model is trained on, the shorter one of a detector's.
 
-    As `e3va train` has it: 512 for a segmenter, as on ADE20K, 800 for a detector, as on COCO.
+    As `e3va train` has it where neither run nor image processor says: 512 for a segmenter, 800 for a detector.
     """
     if task in OBJECT_TASKS:
         return 800

@@ -17,6 +17,7 @@ from e3va_peft.plan.gpus import GIB, Card, Stack, find_card, software_stack, thi
 from e3va_peft.plan.reading import CachedImage
 from e3va_peft.training.config import OBJECT_TASKS, RunConfig
 from e3va_peft.training.tasks import task_of
+from e3va_peft.training.tasks.base import side
 
 _PARTS = ("weights", "grads", "AdamW", "activ.")  # of a peak
 
@@ -68,11 +69,13 @@ def print_plan(plan: Plan, console: Console) -> None:
 def arguments_of(config: RunConfig) -> dict[str, Any]:
     """Say what a run of `e3va train` decides of the arguments of `show_plan`; None where it leaves one open."""
     task, training, labels = task_of(config), config.training, config.data.labels
-    crop = None if config.augment is None else config.augment.crop
+    size = (config.augment and config.augment.crop) or side(task.build_processor())
+    if config.task in OBJECT_TASKS and config.augment is not None and not config.augment.crop:
+        size = round(size * max(1, task.scale()[1]))  # no crop takes back what the scale has made larger
     return {
         "model": config.model,
         "task": config.task,
-        "image_size": crop or config.image_size,
+        "image_size": size,
         "batch_size": training.get(
             "per_device_train_batch_size", task.default_training["per_device_train_batch_size"]
         ),

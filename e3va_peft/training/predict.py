@@ -44,7 +44,7 @@ from e3va_peft.training.folder import ADAPTER, CONFIG, MODEL, checkpoints, read_
 from e3va_peft.training.results import evaluated_on, plain, refuse_other_base, refuse_other_files
 from e3va_peft.training.sheet import write_sheet
 from e3va_peft.training.tasks import task_of
-from e3va_peft.training.tasks.base import absent_weights, forward_extras
+from e3va_peft.training.tasks.base import absent_weights, forward_extras, prepare
 from e3va_peft.training.tasks.detection import detections
 from e3va_peft.training.tasks.segmentation import label_maps
 from e3va_peft.training.trainer import VisionTrainer, load_saved, refuse_other_weights
@@ -105,7 +105,7 @@ class Trained:
         """
         device = next(self.model.parameters()).device
         try:
-            inputs = self.processor(image, return_tensors="pt").to(device)
+            inputs = prepare(self.processor, image).to(device)
         except ValueError as error:  # as where one side of a sliver is resized to nothing
             raise UserError(f"an image of {image.width} x {image.height} pixels cannot be prepared: {error}") from None
         with torch.inference_mode():
@@ -199,7 +199,7 @@ def _load(folder: Path | None, source: str, config: RunConfig | None) -> tuple[A
         model.load_adapter(str(folder), "default")
         return model, AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if folder is None or (folder / "adapter_config.json").is_file():
-        return load_adapter(source if folder is None else folder)
+        return load_adapter(source if folder is None else folder, dtype=torch.float32)  # that of prepared images
     architecture_config = read_model_config(folder / "config.json")
     names = architecture_config.architectures
     architecture = names[0] if isinstance(names, list) and names else names

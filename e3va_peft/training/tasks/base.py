@@ -19,7 +19,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
-from transformers import AutoConfig, AutoImageProcessor, CLIPImageProcessor, DetrImageProcessor, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    CLIPImageProcessor,
+    DetrImageProcessor,
+    PreTrainedModel,
+    SegformerImageProcessor,
+)
 from transformers.utils import cached_file
 
 from e3va_peft.cache.taking import RECORD
@@ -298,11 +305,30 @@ def make_processor(cls: type[Any], options: Mapping[str, Any]) -> Any:
     Raises:
         UserError: The image processor has no such option.
     """
+    for name in ("size", "crop_size"):
+        size = options.get(name)
+        if isinstance(size, Mapping) and size.get("height") != size.get("width"):
+            raise UserError(
+                f"processor.{name}={dict(size)}: is no square, and training images are. Set image_size, the side."
+            )
     known = [name for name in cls().to_dict() if not name.startswith("_")]
     for name in options:
         if name not in known:
             raise UserError(f"processor.{name}: {cls.__name__} has no such option.{nearest(name, known)}")
     return cls(**options)
+
+
+def prepare(processor: Any, image: Image.Image) -> Any:
+    """Prepare an image as its processor says, `pixel_values` (1, 3, H, W).
+
+    With a `size_divisor`, see `SemanticSegmentation.build_processor`, both sides are the nearest multiples of it.
+    """
+    divisor = getattr(processor, "size_divisor", None)
+    if divisor is None or not isinstance(processor, SegformerImageProcessor):
+        return processor(image, return_tensors="pt")
+    factor = edge(processor.size) / min(image.size) / divisor
+    width, height = (max(1, round(length * factor)) * divisor for length in image.size)
+    return processor(image, size={"height": height, "width": width}, return_tensors="pt")
 
 
 class MasksInPlace(v2.Transform):
@@ -346,8 +372,8 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
     Raises:
         UserError: There is no such model, its weights are a pickle, or some of its backbone are missing.
     """
-    with _clear_errors(source):
-        model, report = from_safetensors(cls, source, **options)
+    with _clear_errors(source):  # in fp32, whatever the file has: mixed precision keeps weights so
+        model, report = from_safetensors(cls, source, **{"dtype": torch.float32, **options})
     absent = absent_weights(report)
     setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, ClassVar
 
@@ -26,7 +27,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING,
 )
 
-from e3va_peft.detection.pyramid import stage_names
+from e3va_peft.detection.pyramid import cut_into, stage_names
 from e3va_peft.errors import UserError
 from e3va_peft.training.batchnorm import allow_single_values
 from e3va_peft.training.metrics import confusion_matrix, segmentation_scores
@@ -35,6 +36,7 @@ from e3va_peft.training.tasks.base import (
     MasksInPlace,
     Task,
     View,
+    find_config,
     grey,
     kept_options,
     load_backbone,
@@ -43,10 +45,12 @@ from e3va_peft.training.tasks.base import (
     name_classes,
     normalized,
     pad_batch,
+    prepare,
     side,
 )
 
 _HEADS = ("decode_head", "auxiliary_head", "classifier", "head", "neck")
+_AT_A_TIME = 8  # classes
 _TRIES = 10  # crops to try until one has a labelled pixel: the loss of a batch without any is not a number
 
 
@@ -92,7 +96,10 @@ class SemanticSegmentation(Task):
             raise UserError(f"data.ignore_index={value}: {config.model_type} ignores 255 only. Leave it out.")
 
     def build_processor(self) -> Any:
-        """Return an image processor that keeps the aspect ratio, with the model's mean and std."""
+        """Return an image processor that keeps the aspect ratio, with the model's mean and std.
+
+        `size_divisor`, which it keeps, is the patch of a backbone that sees whole patches only: see `prepare`.
+        """
         found = self.found_processor
         options = kept_options(found)
         size = self.config.image_size or (side(found) if found is not None else 512)
@@ -101,7 +108,13 @@ class SemanticSegmentation(Task):
             longest = round(size * mask2former.LONGEST)
             options |= {"size": {"shortest_edge": size, "longest_edge": longest}, "do_reduce_labels": False}
             return mask2former.processor(options | self.config.processor)
-        return make_processor(SegformerImageProcessor, options | self.config.processor)
+        processor = make_processor(SegformerImageProcessor, options | self.config.processor)
+        with suppress(UserError):  # no such model: its own loading says so
+            config = find_config(self.config.model)
+            divisor = cut_into(getattr(config, "backbone_config", None) or config)
+            if divisor > 1:
+                processor.size_divisor = divisor
+        return processor
 
     def collator(
         self, model: PreTrainedModel, processor: Any
@@ -158,10 +171,21 @@ def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -
     """Turn a segmenter's outputs into a class for each pixel, `(H, W)` for each image, at the images' own sizes."""
     if mask2former.owns(processor):
         return processor.post_process_semantic_segmentation(outputs, target_sizes=list(sizes))
-    return [
-        F.interpolate(scores[None].float(), size, mode="bilinear").argmax(1)[0]
-        for scores, size in zip(outputs.logits, sizes, strict=True)
-    ]
+    return [_best_class(scores, size) for scores, size in zip(outputs.logits, sizes, strict=True)]
+
+
+def _best_class(scores: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Scores (K, h, w) -> the best class of each pixel, (H, W); a few classes are as large as the image at a time."""
+    best, ids = (
+        torch.full(size, -torch.inf, device=scores.device),
+        torch.zeros(size, dtype=torch.long).to(scores.device),
+    )
+    for first in range(0, len(scores), _AT_A_TIME):
+        part = F.interpolate(scores[None, first : first + _AT_A_TIME].float(), size, mode="bilinear")[0]
+        value, index = part.max(0)
+        higher = value > best
+        best, ids = torch.where(higher, value, best), torch.where(higher, index + first, ids)
+    return ids
 
 
 def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
@@ -186,7 +210,9 @@ def segmenter_config(found: Any, model: str, head: str | None = None) -> Any:
         )
     names = stage_names(found)
     found.out_features = names if len(names) <= 4 else [names[len(names) * i // 4 - 1] for i in (1, 2, 3, 4)]
-    return mask2former.new_config(found, model) if head == "mask2former" else UperNetConfig(backbone_config=found)
+    if head == "mask2former":
+        return mask2former.new_config(found, model)
+    return UperNetConfig(backbone_config=found, use_auxiliary_head=len(found.out_features) > 2)  # it reads the third
 
 
 class _Resize(MasksInPlace, v2.Resize):
@@ -209,7 +235,7 @@ def _augmented(
 
 
 def _prepared(processor: Any, ignore_index: int, image: Image.Image, label: np.ndarray) -> dict[str, Tensor]:
-    pixels = processor(image, return_tensors="pt")["pixel_values"][0]
+    pixels = prepare(processor, image)["pixel_values"][0]
     truth = torch.from_numpy(label)
     resized = v2.functional.resize(truth[None], list(pixels.shape[-2:]), InterpolationMode.NEAREST_EXACT)[0]
     return {"pixel_values": pixels, **_labels(resized, ignore_index, mask2former.owns(processor)), "truth": truth}
