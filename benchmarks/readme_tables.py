@@ -457,8 +457,8 @@ def when() -> str:
         f"""**Few epochs, a Swin:** E3VA, last two stages live: {nuclei["e3va-8"]} on nuclei; Mona {nuclei["mona"]},
         LoRA {nuclei["lora"]}, full {nuclei["full"]}, head only {nuclei["head-only"]}. Under detectors
         {masks["e3va-8"]}, LoRA {masks["lora"]}, Mona {masks["mona"]} (mask AP of nuclei); {boxes["e3va-8"]}, LoRA
-        {boxes["lora"]}, Mona {boxes["mona"]} (box AP of blood cells). By `tap_storage="recompute"` it peaks no higher than LoRA with
-        checkpointing.""",
+        {boxes["lora"]}, Mona {boxes["mona"]} (box AP of blood cells). By `tap_storage="recompute"` it peaks no
+        higher than LoRA with checkpointing.""",
         f"""**Classes far from what the backbone knows:** E3VA, 8 of 12 blocks live, cached:
         {cifar["e3va-8-kept-cached"]} on CIFAR-10, LoRA {cifar["lora"]}.""",
     ]
