@@ -21,12 +21,16 @@ from transformers import (
     BitImageProcessor,
     ConvNextConfig,
     ConvNextImageProcessor,
+    Dinov2Config,
+    DINOv3ConvNextConfig,
     SwinConfig,
     TimmWrapperConfig,
+    ViTConfig,
     ViTImageProcessor,
 )
 from transformers.models.upernet.modeling_upernet import UperNetForSemanticSegmentation
 
+from e3va_peft.detection.pyramid import cut_into
 from e3va_peft.errors import UserError
 from e3va_peft.methods import adapt
 from e3va_peft.training.batchnorm import SingleValueBatchNorm2d
@@ -246,6 +250,11 @@ def test_a_backbone_that_sees_whole_patches_gets_images_of_whole_patches(name, s
     assert found["pixel_values"].shape[-2:] == found["labels"].shape == expected and found["truth"].shape == (60, 80)
 
 
+def test_the_squares_of_published_backbones_are_known():
+    squares = {ViTConfig: 16, Dinov2Config: 14, ConvNextConfig: 32, DINOv3ConvNextConfig: 32, SwinConfig: 1}
+    assert {kind: cut_into(kind()) for kind in squares} == squares
+
+
 def test_label_maps_are_those_of_all_classes_at_once():
     torch.manual_seed(0)
     logits = torch.randn(2, 21, 6, 8).half()
@@ -257,11 +266,10 @@ def test_label_maps_are_those_of_all_classes_at_once():
         assert torch.equal(ids, expected) and ids.dtype == torch.int64
 
 
-@pytest.mark.parametrize("option", ["size", "crop_size"])
-@pytest.mark.parametrize("make", [classification, segmentation])
+@pytest.mark.parametrize(
+    ("make", "option"), [(classification, "size"), (classification, "crop_size"), (segmentation, "size")]
+)
 def test_images_that_are_no_squares_are_refused(make, option):
-    if make is segmentation and option == "crop_size":
-        return  # its processor does not crop
     run = make(processor={option: {"height": 64, "width": 128}})
     with pytest.raises(UserError, match=rf"processor\.{option}=.*no square.*image_size"):
         run.build_processor()

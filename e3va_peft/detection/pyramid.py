@@ -88,15 +88,11 @@ def cut_into(config: Any) -> int:
 
     Args:
         config: Config of the backbone.
+
+    Raises:
+        ValueError: See `backbone_strides`.
     """
-    plain = is_plain(config)
-    if isinstance(config, TimmBackboneConfig):
-        return int(backbone_strides(config)[0]) if plain else 1
-    patch = getattr(config, "patch_size", None) or 1
-    patch = int(patch[0] if isinstance(patch, list | tuple) else patch)
-    if plain:
-        return patch
-    return patch * 2 ** (len(config.depths) - 1) if "convnext" in config.model_type else 1
+    return int(max(backbone_strides(config))) if is_plain(config) or "convnext" in config.model_type else 1
 
 
 def stage_names(config: Any) -> list[str]:

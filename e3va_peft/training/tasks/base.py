@@ -69,6 +69,13 @@ class Task(ABC):
         """The image processor of the pretrained model, see `find_processor`."""
         return find_processor(self.config.model)
 
+    @cached_property
+    def found_config(self) -> Any:
+        """The config of the pretrained model, to look at only; None where there is none, as its own loading says."""
+        with contextlib.suppress(UserError):
+            return find_config(self.config.model)
+        return None
+
     @abstractmethod
     def build_model(self, labels: Sequence[str]) -> PreTrainedModel:
         """Load the pretrained model, with a head for these classes.
@@ -373,7 +380,7 @@ def load_weights(cls: Any, source: str, new: Sequence[str] = (), **options: Any)
         UserError: There is no such model, its weights are a pickle, or some of its backbone are missing.
     """
     with _clear_errors(source):  # in fp32, whatever the file has: mixed precision keeps weights so
-        model, report = from_safetensors(cls, source, **{"dtype": torch.float32, **options})
+        model, report = from_safetensors(cls, source, dtype=torch.float32, **options)
     absent = absent_weights(report)
     setattr(model, _ABSENT, absent)
     missing = [name for name in absent if not name.startswith(tuple(new))]

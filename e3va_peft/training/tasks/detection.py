@@ -99,7 +99,7 @@ class ObjectDetection(Task):
             )
         return (
             mask2former.processor(options)
-            if mask2former.is_meant(self.config)
+            if mask2former.is_meant(self)
             else make_processor(DetectionImageProcessor, options)
         )
 

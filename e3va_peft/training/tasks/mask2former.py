@@ -11,8 +11,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from e3va_peft.detection.pyramid import backbone_strides, is_plain
 from e3va_peft.errors import UserError
-from e3va_peft.training.config import RunConfig
-from e3va_peft.training.tasks.base import find_config, load_backbone, load_weights, make_processor
+from e3va_peft.training.tasks.base import Task, load_backbone, load_weights, make_processor
 
 LONGEST = 1333 / 800
 """Longer side to shorter side of an image, at most: that of COCO's usual sizes."""
@@ -53,14 +52,10 @@ def build(config: Any, task: str, source: str, new: bool) -> Mask2FormerForUnive
     return model
 
 
-def is_meant(config: RunConfig) -> bool:
-    """Whether a run's model is a Mask2Former, or gets one as its head."""
-    if config.head is not None:
-        return config.head == "mask2former"
-    try:
-        return isinstance(find_config(config.model), Mask2FormerConfig)
-    except UserError:  # no such model: its own loading says so
-        return False
+def is_meant(task: Task) -> bool:
+    """Whether the model of a run's task is a Mask2Former, or gets one as its head."""
+    head = task.config.head
+    return isinstance(task.found_config, Mask2FormerConfig) if head is None else head == "mask2former"
 
 
 def owns(processor: Any) -> bool:

@@ -36,7 +36,6 @@ from e3va_peft.training.tasks.base import (
     MasksInPlace,
     Task,
     View,
-    find_config,
     grey,
     kept_options,
     load_backbone,
@@ -104,14 +103,14 @@ class SemanticSegmentation(Task):
         options = kept_options(found)
         size = self.config.image_size or (side(found) if found is not None else 512)
         options |= {"size": {"shortest_edge": size}, "do_reduce_labels": self.config.data.reduce_labels}
-        if mask2former.is_meant(self.config):
+        if mask2former.is_meant(self):
             longest = round(size * mask2former.LONGEST)
             options |= {"size": {"shortest_edge": size, "longest_edge": longest}, "do_reduce_labels": False}
             return mask2former.processor(options | self.config.processor)
         processor = make_processor(SegformerImageProcessor, options | self.config.processor)
-        with suppress(UserError):  # no such model: its own loading says so
-            config = find_config(self.config.model)
-            divisor = cut_into(getattr(config, "backbone_config", None) or config)
+        config = getattr(self.found_config, "backbone_config", None) or self.found_config
+        with suppress(ValueError):  # a backbone whose strides are unknown
+            divisor = 1 if config is None else cut_into(config)
             if divisor > 1:
                 processor.size_divisor = divisor
         return processor
@@ -176,10 +175,8 @@ def label_maps(outputs: Any, processor: Any, sizes: Sequence[tuple[int, ...]]) -
 
 def _best_class(scores: Tensor, size: tuple[int, ...]) -> Tensor:
     """Scores (K, h, w) -> the best class of each pixel, (H, W); a few classes are as large as the image at a time."""
-    best, ids = (
-        torch.full(size, -torch.inf, device=scores.device),
-        torch.zeros(size, dtype=torch.long).to(scores.device),
-    )
+    best = torch.full(size, -torch.inf, device=scores.device)
+    ids = torch.zeros(size, dtype=torch.long, device=scores.device)
     for first in range(0, len(scores), _AT_A_TIME):
         part = F.interpolate(scores[None, first : first + _AT_A_TIME].float(), size, mode="bilinear")[0]
         value, index = part.max(0)
