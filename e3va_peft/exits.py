@@ -64,6 +64,10 @@ class Exit:
         """Whether a module is inside the frozen stream."""
         return any(name == part or name.startswith(f"{part}.") for part in self.parts)
 
+    def of_stream(self, name: str) -> bool:
+        """Whether the parameters that sit directly on a module are of the frozen stream."""
+        return self.contains(name) or (bool(self.family.methods) and name == self.name)
+
     def is_within(self, name: str) -> bool:
         """Whether the exit is a module or inside of it."""
         return not name or f"{self.name}.".startswith(f"{name}.")
@@ -159,10 +163,9 @@ def trained_inside(model: nn.Module) -> list[nn.Parameter]:
     exits = find_exits(base)
     highways = tuple(f"{found.place}." for found in exits)
     tails = tuple(f"{name}." for found in exits for name in (*found.tail, child(found.place, "e3va_tail")))
-    methods = {found.name for found in exits if found.family.methods}  # whose bare parameters are of the stream
 
     def is_inside(name: str) -> bool:
-        of_stream = name.rpartition(".")[0] in methods or any(found.contains(name) for found in exits)
+        of_stream = any(found.of_stream(name.rpartition(".")[0]) for found in exits)
         return (of_stream or name.startswith(highways)) and not name.startswith(tails)
 
     return [p for name, p in base.named_parameters() if p.requires_grad and is_inside(name)]
@@ -181,13 +184,12 @@ def unsaved_outside(model: nn.Module, targets: Collection[str], saved: Collectio
     """
     present = find_exits(model)
     chosen = [found for found in present if found.target in targets]
-    methods = {found.name for found in chosen if found.family.methods}  # whose bare parameters are of the stream
     skipped = [*saved, *(name for found in present for name in found.site.unused)]
     groups: dict[str, list[Tensor]] = {}
     for prefix, module in base_modules(model):
         if any(prefix == name or prefix.startswith(f"{name}.") for name in skipped):
             continue
-        if prefix in methods or any(found.contains(prefix) for found in chosen):
+        if any(found.of_stream(prefix) for found in chosen):
             continue
         for key, parameter in module.named_parameters(recurse=False):
             parts = child(prefix, key).split(".")

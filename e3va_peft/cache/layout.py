@@ -67,6 +67,7 @@ class Layout:
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], storage: str, norm: str, widths: Sequence[int]) -> None:
+        self.storage = storage
         self.norm = norm
         self.entries: dict[str, Entry] = {}
         self.bytes = 0

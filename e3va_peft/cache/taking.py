@@ -254,19 +254,19 @@ class FromCache(Hook):
             return None
         if not isinstance(image, Tensor) or image.dim() != 4:
             raise ValueError(f"{self.image}: is missing from a batch that has {RECORD}. Pass on both.")
-        storage, blueprint, layout = self._find(image, rows)
-        for layer in layers_of(module) if storage == "int4" else ():
-            _refuse_coarser({name: layer.adapters()[name] for name in layer.active_adapters}, storage)
+        blueprint, layout = self._find(image, rows)
+        for layer in layers_of(module) if layout.storage == "int4" else ():
+            _refuse_coarser({name: layer.adapters()[name] for name in layer.active_adapters}, layout.storage)
         context = blueprint.given(module, layout.unpack(rows), len(rows))
         context.__enter__()
         _OPEN.set((*_OPEN.get(), (module, context)))
         return args, {**kwargs, self.image: _blank(image.shape, module)}
 
-    def _find(self, image: Tensor, rows: Tensor) -> tuple[str, Blueprint | Returned, Layout]:
+    def _find(self, image: Tensor, rows: Tensor) -> tuple[Blueprint | Returned, Layout]:
         size = (image.shape[-2], image.shape[-1])
-        for storage, (blueprint, layout) in self.sizes.get(size, {}).items():
+        for blueprint, layout in self.sizes.get(size, {}).values():
             if layout.bytes == rows.shape[1]:
-                return storage, blueprint, layout
+                return blueprint, layout
         raise ValueError(
             f"{RECORD}: records of {rows.shape[1]} bytes of images of {size[0]}x{size[1]} px are not of a cache that "
             "was opened for this model. Images of one batch must have one size: padding changes what a backbone sees. "
