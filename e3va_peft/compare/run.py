@@ -28,7 +28,7 @@ from e3va_peft.training.arguments import build_arguments
 from e3va_peft.training.config import CacheConfig, RunConfig, parse_method, read_config, set_field
 from e3va_peft.training.folder import refuse_file
 from e3va_peft.training.results import number
-from e3va_peft.training.run import read_cache, train_once, verify
+from e3va_peft.training.run import read_cache, refuse_push, train_once, verify
 from e3va_peft.training.tasks import Task, task_of
 
 ROUNDS = 5
@@ -130,11 +130,7 @@ def read_comparison(
         raise UserError(
             "sweep: a comparison trains no combinations. Leave it out, or name rows: --methods e3va:r=8,e3va:r=16."
         )
-    if config.training.get("push_to_hub"):
-        raise UserError(
-            "training.push_to_hub: every run of a comparison would replace the last one. Push the one that you choose "
-            "by itself."
-        )
+    refuse_push(config, "comparison")
     chosen = _methods(",".join(METHODS) if methods is None else methods, config)
     names = {title: section["name"] for title, section in chosen.items()}
     learned = {name: METHODS[name].learning_rate for name in names.values()}

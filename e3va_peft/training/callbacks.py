@@ -55,14 +55,6 @@ class Progress(ProgressCallback):
     ) -> None:
         """Open the bar where the run stands; warn of a run that ends before its learning rate is reached."""
         self.current_step = state.global_step
-        lost = state.best_model_checkpoint is None  # removed, or damaged and put aside
-        if args.load_best_model_at_end and state.best_global_step and lost:
-            if state.is_world_process_zero:
-                tqdm.write(
-                    f"warning: the best checkpoint so far, of step {state.best_global_step}, is not there any more; "
-                    "the best is looked for among the evaluations from here on."
-                )
-            state.best_global_step = state.best_metric = None
         warmup = args.get_warmup_steps(state.max_steps)
         if state.is_world_process_zero and warmup >= state.max_steps:
             tqdm.write(
@@ -117,6 +109,22 @@ class Progress(ProgressCallback):
             self.best, mark = metric, "  best so far"
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         return f"epoch {state.epoch or 0:6.2f}  step {state.global_step:>6}  {values}{mark}"
+
+
+class LostBest(TrainerCallback):
+    """Has a run that resumes look for the best anew where its best checkpoint was removed, or put aside as damaged."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget the score and the step of what cannot be loaded at the end."""
+        if args.load_best_model_at_end and state.best_global_step and state.best_model_checkpoint is None:
+            if state.is_world_process_zero:
+                tqdm.write(
+                    f"warning: the best checkpoint so far, of step {state.best_global_step}, is not there any more; "
+                    "the best is looked for among the evaluations from here on."
+                )
+            state.best_global_step = state.best_metric = None
 
 
 class Curves(TrainerCallback):

@@ -154,8 +154,8 @@ def _locate(source: str) -> tuple[Path | None, RunConfig | None]:
     """
     refuse_no_path("run", source)
     folder = Path(source).expanduser()
-    if run_of(folder) != folder:
-        return folder, read_run(run_of(folder))
+    if (run := run_of(folder)) != folder:
+        return folder, read_run(run)
     if (folder / CONFIG).is_file():
         config = read_run(folder)
         part = folder / (ADAPTER if METHODS[config.method_name].saves == "adapter" else MODEL)

@@ -39,7 +39,16 @@ from e3va_peft.errors import UserError, reason
 from e3va_peft.exits import base_of
 from e3va_peft.methods import METHODS, adapt, refuse_lost
 from e3va_peft.training.arguments import build_arguments, check_precision
-from e3va_peft.training.callbacks import Curves, MetricsToCard, NextView, Pace, Patience, Progress, StopOnInterrupt
+from e3va_peft.training.callbacks import (
+    Curves,
+    LostBest,
+    MetricsToCard,
+    NextView,
+    Pace,
+    Patience,
+    Progress,
+    StopOnInterrupt,
+)
 from e3va_peft.training.config import RunConfig
 from e3va_peft.training.confusion import write_confusion
 from e3va_peft.training.folder import (
@@ -177,6 +186,18 @@ def _train(config: RunConfig, overwrite: bool, state: PartialState) -> dict[str,
     return record
 
 
+def refuse_push(config: RunConfig, of: str) -> None:
+    """Refuse to push each of several runs, those of a sweep or of a comparison, to one repository.
+
+    Raises:
+        UserError: It is asked for.
+    """
+    if config.training.get("push_to_hub"):
+        raise UserError(
+            f"training.push_to_hub: every run of a {of} would replace the last one. Push the best by itself."
+        )
+
+
 def train_once(
     config: RunConfig, overwrite: bool, console: Console, title: str, about: str = "", keep: bool = True
 ) -> dict[str, Any]:
@@ -268,7 +289,7 @@ def _build_trainer(
     adapted = adapt(model, config.method)
     refuse_lost(adapted, new)
     progress_bar = Progress(task.main_metric, quiet=arguments.disable_tqdm)
-    callbacks = [progress_bar, Curves(Path(config.output) / CURVES, task.main_metric)]
+    callbacks = [LostBest(), progress_bar, Curves(Path(config.output) / CURVES, task.main_metric)]
     callbacks += [Pace()] + ([] if config.patience is None else [Patience(config.patience, task.main_metric)])
     callbacks += [MetricsToCard()] if METHODS[config.method_name].options is E3VAConfig else []
     return VisionTrainer(

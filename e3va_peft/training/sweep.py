@@ -19,7 +19,7 @@ from e3va_peft.files import write_whole
 from e3va_peft.training.config import RunConfig, parse_config, set_field, swept_field
 from e3va_peft.training.folder import MARKER
 from e3va_peft.training.results import number, plain
-from e3va_peft.training.run import process, train_once
+from e3va_peft.training.run import process, refuse_push, train_once
 from e3va_peft.training.tasks import task_of
 
 SWEEP = "sweep.json"
@@ -64,10 +64,7 @@ def sweep(config: RunConfig, overwrite: bool = False) -> dict[str, Any]:
     if (output / MARKER).exists():
         raise UserError(f"output={config.output!r}: holds a single run. Choose another folder for a sweep.")
     runs = runs_of(config)
-    if config.training.get("push_to_hub"):
-        raise UserError(
-            "training.push_to_hub: every run of a sweep would replace the last one. Push the best by itself."
-        )
+    refuse_push(config, "sweep")
     _refuse_unscored(next(iter(runs.values())))
     scores = {}
     console = Console(highlight=False, soft_wrap=True, quiet=not PartialState().is_main_process)

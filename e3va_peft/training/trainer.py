@@ -47,7 +47,7 @@ class VisionTrainer(Trainer):
         kwargs: For `Trainer`.
 
     Raises:
-        UserError: FSDP is of version 1, or saves shards.
+        UserError: FSDP is of version 1, or saves shards; or it is DeepSpeed.
 
     Attributes:
         scores: Scores of the last evaluation, per-class scores included.
@@ -85,7 +85,7 @@ class VisionTrainer(Trainer):
         """Build the optimizer; what is trained inside the backbone is in groups of its own, if its rate is another.
 
         Raises:
-            UserError: It is another, and there is no telling head from backbone.
+            UserError: It is another, and there is no telling head from backbone, or the optimizer has one rate.
         """
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
