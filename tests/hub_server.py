@@ -32,6 +32,7 @@ from huggingface_hub.utils import _http
 
 USER = "me"
 TOKEN = "hf_right"
+READER = "hf_reader"  # a token that may not write
 
 
 @dataclass(frozen=True)
@@ -217,13 +218,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _known(self) -> bool:
         """Whether a token came along; a wrong one is refused even where none is needed, as the Hub does."""
         given = self.headers.get("Authorization")
-        if given not in (None, f"Bearer {self.server.token}"):
+        if given not in (None, f"Bearer {self.server.token}", f"Bearer {READER}"):
             raise Refusal(401, "Invalid credentials in Authorization header")
         return given is not None
 
     def _user(self) -> None:
+        """Of whatever writes."""
         if not self._known():
             raise Refusal(401, "Invalid username or password.")
+        if self.headers.get("Authorization") == f"Bearer {READER}":
+            raise Refusal(403, "this token has no write permission")
 
     def _repo(self, repo: str) -> Repo:
         known, found = self._known(), self.server.repos.get(repo)
@@ -256,6 +260,13 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.server.repos[name] = Repo(private=asked.get("visibility") == "private")
         repo.commit("main", {".gitattributes": File(b"*.safetensors filter=lfs\n", lfs=False)})
         self._send_json(url)
+
+    def check_write(self, repo: str) -> None:
+        if self.cut:
+            raise Cut
+        self._user()
+        self._repo(repo)
+        self._send_json({})
 
     def create_branch(self, repo: str, revision: str) -> None:
         self._user()
@@ -354,6 +365,7 @@ _REVISION = r"/(?P<revision>[^/]+)"
 ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("POST", r"/api/repos/create", _Handler.create_repo),
+    ("GET", _MODEL + "/auth-check/write", _Handler.check_write),
     ("POST", _MODEL + "/branch" + _REVISION, _Handler.create_branch),
     ("POST", _MODEL + "/preupload" + _REVISION, _Handler.preupload),
     ("POST", _MODEL + "/commit" + _REVISION, _Handler.commit),

@@ -31,7 +31,7 @@ from e3va_peft.training.config import parse_config
 from e3va_peft.training.results import push
 from e3va_peft.training.run import train
 from tests.helpers import assert_same, outputs
-from tests.hub_server import TOKEN, HubServer, connect, hurry
+from tests.hub_server import READER, TOKEN, HubServer, connect, hurry
 from tests.inputs import classify
 from tests.models import BY_NAME, train_steps
 
@@ -454,22 +454,25 @@ def test_e3va_train_finds_a_refused_token_before_it_trains(hub, tmp_path, monkey
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     with pytest.raises(UserError, match=r"hub_model_id='me/colors': .*`hf auth login`"):
         train(run_config(tmp_path, hub_model_id="me/colors", hub_token="hf_wrong"))
+    HfApi().create_repo("me/there")
+    with pytest.raises(UserError, match=r"hub_model_id='me/there': .*403.*`hf auth login`"):
+        train(run_config(tmp_path, hub_model_id="me/there", hub_token=READER))
     with pytest.raises(UserError, match=r"training.hub_model_id"):
         train(run_config(tmp_path))  # nothing is there yet to lose, so the settings may change
     assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("name", ["create_repo", "preupload", "put_object", "commit"])
+@pytest.mark.parametrize("name", ["create_repo", "check_write", "preupload", "put_object", "commit"])
 def test_a_hub_that_refuses_a_run_is_one_clear_error_and_costs_no_training(name, hub, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     config = run_config(tmp_path, hub_model_id="me/colors", eval_strategy="no")
-    if name == "create_repo":  # before training: nothing is begun
+    if name in ("create_repo", "check_write"):  # before training: nothing is begun
         for status in (*STATUSES, "cut"):
             hub.cuts[name] = MANY * (status == "cut")
             hub.statuses[name] = 0 if status == "cut" else status
             with pytest.raises(UserError, match=r"hub_model_id='me/colors': the Hub does not let you"):
                 train(config)
-            assert not (tmp_path / "run").exists() and not hub.repos
+            assert not (tmp_path / "run").exists() and all(not repo.files() for repo in hub.repos.values())
         return
     hub.statuses[name] = 500
     with pytest.raises(UserError, match=r"hub_model_id='me/colors': could not be pushed .*500.*`hf upload"):

@@ -335,6 +335,7 @@ def check_hub(config: RunConfig, arguments: TrainingArguments) -> str | None:
     try:
         api = HfApi(token=config.training.get("hub_token"))
         repo_id = api.create_repo(repo_id, private=arguments.hub_private_repo, exist_ok=True).repo_id  # with its owner
+        api.auth_check(repo_id, write=True)  # a token that may only read finds a repository that is there, too
     except (HTTPError, OSError, ValueError) as error:
         raise UserError(
             f"training.hub_model_id={repo_id!r}: the Hub does not let you write there ({reason(error)}). Log in "

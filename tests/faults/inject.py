@@ -298,7 +298,7 @@ class Faults:
         return self.verdict(config)
 
     def hub_push(self) -> str:
-        names = ("create_repo", "preupload", "lfs_batch", "put_object", "commit")
+        names = ("create_repo", "check_write", "preupload", "lfs_batch", "put_object", "commit")
         name, fault = self.random.choice(names), self.random.choice([401, 404, 429, 500, "cut"])
         with HubServer() as hub, pytest.MonkeyPatch.context() as patch:
             connect(hub, self.root / "home", patch)
