@@ -149,10 +149,10 @@ TASKS = {
     "nuclei": "nuclei",
     "nuclei-cascade": "nuclei, Cascade Mask R-CNN",
     "blood-cells-cascade": "blood cells, Cascade R-CNN",
-    "nuclei-mask2former": "nuclei in tiles, Mask2Former",
     "count-swin": "red cells counted",
+    "nuclei-mask2former": "nuclei in tiles, Mask2Former",
 }
-MEANT = ("tissue", "nuclei", "nuclei-cascade", "blood-cells-cascade")  # that have all methods
+MEANT = tuple(TASKS)[:-1]  # that have all methods
 
 
 def means() -> str:
