@@ -17,6 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 from e3va_peft.data.objects import Detections, Objects, decode_mask, encode_masks
 from e3va_peft.training.average_precision import coco_scores, voc_scores
+from e3va_peft.training.tasks.detection import InstanceSegmentation, ObjectDetection
 
 K = 5
 SIZE = 160, 200
@@ -430,3 +431,13 @@ def test_masks_that_are_missing_are_refused():
         with pytest.raises(ValueError, match=r"2 labels.*0 masks.*masks=False"):
             coco_scores([found], [truth], 2, masks=True)
     assert coco_scores([without[0]], [without[1]], 2)["box_ap"] == pytest.approx(1)
+
+
+def numbers(scores):
+    return {name for name, value in scores.items() if isinstance(value, float)}
+
+
+def test_the_metrics_that_detection_says_it_has_are_its_scores():
+    evidence = list(zip(*images(), strict=True))
+    for task in (ObjectDetection, InstanceSegmentation):
+        assert numbers(task(None).scores(evidence, K)) == set(task.metrics) and task.main_metric in task.metrics

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics.functional.classification import multiclass_accuracy
 
 from e3va_peft.training.metrics import Accuracy, MeanIoU, accuracy_scores, confusion_matrix, segmentation_scores
+from e3va_peft.training.tasks.classification import ImageClassification
+from e3va_peft.training.tasks.segmentation import SemanticSegmentation
 
 K, IGNORED = 5, 255
 SIZES = [(7, 9), (4, 4), (1, 12), (7, 9)]
@@ -292,3 +294,11 @@ def test_shapes_that_do_not_fit_are_refused():
         accuracy_scores(torch.zeros(2), torch.zeros(2).long())
     with pytest.raises(ValueError, match=r"confusion .*\(K, K\).*\(2, 3\)"):
         segmentation_scores(torch.zeros(2, 3))
+
+
+def test_the_metrics_that_a_task_says_it_has_are_its_scores():
+    classes = ImageClassification(None).scores([(np.arange(7.0), 3), (np.arange(7.0), 6)], 7)
+    pixels = SemanticSegmentation(None).scores(torch.eye(K, dtype=torch.int64), K)
+    for task, scores in ((ImageClassification, classes), (SemanticSegmentation, pixels)):
+        found = {name for name, value in scores.items() if isinstance(value, float)}
+        assert found == set(task.metrics) and task.main_metric in found

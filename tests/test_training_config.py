@@ -428,6 +428,26 @@ def test_the_best_checkpoint_is_kept_by_the_metric_of_the_task():
     assert built.eval_steps == built.save_steps == 30
 
 
+def test_the_best_checkpoint_can_be_the_only_one_that_is_saved():
+    built = arguments(save_strategy="best")
+    assert built.eval_strategy == "epoch" and built.metric_for_best_model == "eval_accuracy"
+    assert built.load_best_model_at_end and built.greater_is_better
+    with pytest.raises(UserError, match=r"save_strategy=best: .* Set training\.eval_strategy: epoch"):
+        arguments(has_eval=False, save_strategy="best")
+
+
+@pytest.mark.parametrize("name", ["eval_loss", "loss", "mean_class_accuracy", "eval_accuracy_top5"])
+def test_a_score_of_the_task_may_judge(name):
+    assert arguments(metric_for_best_model=name).greater_is_better is ("loss" not in name)
+
+
+def test_a_score_that_no_evaluation_has_is_refused_before_training():
+    with pytest.raises(UserError, match=r"best_model='acuracy': must be one of loss, accuracy, .* Did you mean"):
+        arguments(metric_for_best_model="acuracy")
+    with pytest.raises(UserError, match="metric_for_best_model='eval_accuracy': must be one of loss, mean_iou"):
+        arguments(SEGMENT, metric_for_best_model="eval_accuracy")
+
+
 @pytest.mark.parametrize(
     "training",
     [

@@ -70,7 +70,7 @@ def build_arguments(config: RunConfig, task: Task, has_eval: bool) -> TrainingAr
         "dataloader_pin_memory": torch.cuda.is_available(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": given.get("dataloader_num_workers", workers) > 0,
-        **_schedule_defaults(given, task.main_metric, has_eval),
+        **_schedule_defaults(given, task, has_eval),
         **task.default_training,
     }
     check_precision(given)
@@ -114,11 +114,11 @@ def check_precision(given: Mapping[str, Any]) -> None:
         )
 
 
-def _schedule_defaults(given: Mapping[str, Any], main_metric: str, has_eval: bool) -> dict[str, Any]:
+def _schedule_defaults(given: Mapping[str, Any], task: Task, has_eval: bool) -> dict[str, Any]:
     """Defaults for when to evaluate and to save: together, and the best is kept.
 
     Raises:
-        UserError: There is nothing to evaluate on, and it is asked for.
+        UserError: There is nothing to evaluate on, and it is asked for; or no evaluation has the score to judge by.
     """
     evaluation = str(given.get("eval_strategy", "epoch" if has_eval else "no"))
     if evaluation != "no" and not has_eval:
@@ -126,12 +126,20 @@ def _schedule_defaults(given: Mapping[str, Any], main_metric: str, has_eval: boo
             f"training.eval_strategy={evaluation}: there is no split to evaluate on. Set data.eval_split, or "
             "data.eval_fraction to set some aside."
         )
+    judge = given.get("metric_for_best_model")
+    if judge is not None and str(judge).removeprefix("eval_") not in ("loss", *task.metrics):
+        raise UserError(f"training.metric_for_best_model={judge!r}: {one_of(judge, ['loss', *task.metrics])}")
     save = str(given.get("save_strategy", evaluation if evaluation != "no" else "epoch"))
+    if save == "best" and evaluation == "no":
+        raise UserError(
+            "training.save_strategy=best: nothing says what is the best without an evaluation. Set "
+            "training.eval_strategy: epoch, or save_strategy: epoch."
+        )
     defaults: dict[str, Any] = {"eval_strategy": evaluation, "save_strategy": save, "save_total_limit": 2}
     if evaluation == save == "steps":
         defaults |= {"save_steps": given.get("eval_steps", 500), "eval_steps": given.get("save_steps", 500)}
-    if evaluation == save != "no":
+    if evaluation != "no" and save in (evaluation, "best"):
         defaults["load_best_model_at_end"] = True
-        if "metric_for_best_model" not in given:
-            defaults |= {"metric_for_best_model": f"eval_{main_metric}", "greater_is_better": True}
+        if judge is None:
+            defaults |= {"metric_for_best_model": f"eval_{task.main_metric}", "greater_is_better": True}
     return defaults

@@ -23,6 +23,8 @@ _COCO = {
     "ap_large": "map_large",
     "ar100": "mar_100",
 }
+BOX_METRICS, MASK_METRICS = (tuple(f"{kind}_{name}" for name in _COCO) for kind in ("box", "mask"))
+VOC_METRIC = "voc_ap50"
 _NOWHERE = 1e12  # an area that is in none of COCO's ranges, which end at 1e10 pixels
 
 
@@ -148,7 +150,7 @@ def voc_scores(predictions: Sequence[Detections], references: Sequence[Objects],
         _voc_ap(hits[order][labels[order] == label], int((objects == label).sum())) for label in range(num_labels)
     ]
     known = [value for value in precisions if not np.isnan(value)]
-    return {"voc_ap50": float(np.mean(known)) if known else float("nan"), "per_class_voc_ap50": precisions}
+    return {VOC_METRIC: float(np.mean(known)) if known else float("nan"), "per_class_voc_ap50": precisions}
 
 
 def _hits(found: Detections, truth: Objects) -> tuple[np.ndarray, np.ndarray]:

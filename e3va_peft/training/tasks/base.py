@@ -54,10 +54,15 @@ class Task(ABC):
 
     Args:
         config: The run.
+
+    Attributes:
+        main_metric: The one of its `metrics` that judges.
+        metrics: Names of the `scores` that are one number, all that there may be.
     """
 
     label_kind: ClassVar[LabelKind]
     main_metric: ClassVar[str]
+    metrics: ClassVar[Sequence[str]]
     default_scale: ClassVar[tuple[float, float]]
     default_training: ClassVar[Mapping[str, Any]]
 

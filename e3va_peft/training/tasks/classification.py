@@ -32,6 +32,7 @@ class ImageClassification(Task):
 
     label_kind = "class"
     main_metric = "accuracy"
+    metrics = ("accuracy", "accuracy_top5", "mean_class_accuracy")
     default_scale = (0.35, 1.0)
     default_training: ClassVar = {"per_device_train_batch_size": 32, "per_device_eval_batch_size": 32}
 

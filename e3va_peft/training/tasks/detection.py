@@ -31,7 +31,7 @@ from e3va_peft.detection import (
 )
 from e3va_peft.detection.pyramid import is_plain, stage_names
 from e3va_peft.errors import UserError
-from e3va_peft.training.average_precision import coco_scores, voc_scores
+from e3va_peft.training.average_precision import BOX_METRICS, MASK_METRICS, VOC_METRIC, coco_scores, voc_scores
 from e3va_peft.training.config import HEADS
 from e3va_peft.training.tasks import mask2former
 from e3va_peft.training.tasks.base import (
@@ -64,6 +64,7 @@ class ObjectDetection(Task):
 
     label_kind: ClassVar[LabelKind] = "boxes"
     main_metric = "box_ap"
+    metrics = (*BOX_METRICS, VOC_METRIC)
     default_scale = (0.6, 1.0)
     default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
 
@@ -153,6 +154,7 @@ class InstanceSegmentation(ObjectDetection):
 
     label_kind: ClassVar[LabelKind] = "instances"
     main_metric = "mask_ap"
+    metrics = (*MASK_METRICS, *BOX_METRICS)
 
 
 def _keeps_aspect_ratio(size: Any) -> bool:

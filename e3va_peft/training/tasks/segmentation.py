@@ -58,6 +58,7 @@ class SemanticSegmentation(Task):
 
     label_kind = "label-map"
     main_metric = "mean_iou"
+    metrics = ("mean_iou", "mean_accuracy", "overall_accuracy")
     default_scale = (0.5, 2.0)
     default_training: ClassVar = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 1}
 
