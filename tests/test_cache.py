@@ -1022,15 +1022,17 @@ def test_a_sweep_without_anything_to_rank_by_is_named_before_anything_is_trained
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sweep_takes_fields_of_the_run_of_its_method_and_of_training(tmp_path):
+def test_a_sweep_takes_fields_of_the_run_of_its_method_and_of_training_in_any_order(tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(classify(tmp_path)))
     options = ["sweep.method=[lora, e3va]", "sweep.method.r=[2, 4]", "sweep.seed=[1]"]
     runs = runs_of(read_config(tmp_path / "run.yaml", options))
     assert list(runs)[:2] == ["method=lora,r=2,seed=1", "method=lora,r=4,seed=1"]
-    assert [run.method for run in runs.values()] == [
-        {"name": name, "r": rank} for name in ("lora", "e3va") for rank in (2, 4)
-    ]
-    assert {run.seed for run in runs.values()} == {1}
+    combinations = [{"name": name, "r": rank} for name in ("lora", "e3va") for rank in (2, 4)]
+    assert [run.method for run in runs.values()] == combinations and {run.seed for run in runs.values()} == {1}
+    turned = runs_of(read_config(tmp_path / "run.yaml", options[::-1]))
+    assert {name: run.method["r"] for name, run in turned.items()} == {
+        f"seed=1,r={rank},method={name}": rank for name in ("lora", "e3va") for rank in (2, 4)
+    }
 
 
 @pytest.mark.parametrize(

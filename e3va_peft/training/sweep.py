@@ -39,8 +39,9 @@ def runs_of(config: RunConfig) -> dict[str, RunConfig]:
         token = config.training.get("hub_token")  # which is not written down
         fields["training"] |= {} if token is None else {"hub_token": token}
         fields["output"] = str(Path(config.output) / name)
-        for key, value in chosen.items():
-            set_field(fields, swept_field(key), value, f"sweep.{key}")
+        # sections before what is in them: a method begins with its own options
+        for key in sorted(chosen, key=lambda key: swept_field(key).count(".")):
+            set_field(fields, swept_field(key), chosen[key], f"sweep.{key}")
         found[name] = parse_config(fields)
     return found
 
