@@ -728,7 +728,7 @@ EXPORTED = {  # model, image processor, what the command says of it
     ),
     "segmenter": (
         "swin-upernet",
-        SegformerImageProcessor(size={"height": 32, "width": 32}),
+        SegformerImageProcessor(size={"shortest_edge": 30}, size_divisor=16),
         "pixel_values (batch, 3, 32, 32) -> logits",
     ),
     "detector": (

@@ -16,7 +16,7 @@ from transformers import Mask2FormerForUniversalSegmentation
 from e3va_peft.detection import Detector, RetinaNet
 from e3va_peft.errors import UserError
 from e3va_peft.training.predict import Trained, load_trained
-from e3va_peft.training.tasks.base import forward_extras
+from e3va_peft.training.tasks.base import forward_extras, prepare
 
 NEEDED = ("onnx", "onnxruntime", "onnxscript")
 _TOLERANCE = 1e-3  # of the largest value of an output
@@ -39,7 +39,7 @@ class _Outputs(nn.Module):
 def export(source: str, output: Path) -> str:
     """Write a trained classifier, segmenter or RetinaNet as ONNX, and compare it with PyTorch on random images.
 
-    Images have the size that the image processor gives a square one; their number is free, but of a RetinaNet it is 1.
+    Images have the size that a square one has in evaluation; their number is free, but of a RetinaNet it is 1.
     That finds as many boxes as in PyTorch with a threshold of 0: the best ones, however low they score.
 
     Args:
@@ -106,8 +106,8 @@ def _outputs(base: nn.Module, source: str) -> tuple[list[str], int]:
 
 
 def _shape(trained: Trained) -> tuple[int, ...]:
-    """The shape of a square image as the image processor prepares it, (3, H, W)."""
-    prepared: Any = trained.processor(Image.new("RGB", (512, 512)), return_tensors="pt")
+    """The shape of a square image as evaluation prepares it, (3, H, W)."""
+    prepared: Any = prepare(trained.processor, Image.new("RGB", (512, 512)))
     return tuple(prepared["pixel_values"].shape[1:])
 
 
