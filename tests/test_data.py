@@ -76,7 +76,7 @@ def table(label: list[Any], kind: Any = None, images: list[Image.Image] | None =
 
 
 def parquet(root: Path, **splits: Any) -> DataConfig:
-    (root / "tables").mkdir(exist_ok=True)
+    (root / "tables").mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():
         rows.to_parquet(root / "tables" / f"{name}.parquet")
     return DataConfig(source=str(root / "tables"))
@@ -506,6 +506,19 @@ def test_one_class_id_that_is_far_from_the_others_makes_no_classes(label, tmp_pa
     refused(config, "3 different numbers", str(label), "data.labels")
     with pytest.raises(UserError, match=r"data\.labels=100000000: .* up to 1000000"):
         replace(config, labels=100_000_000)
+
+
+@pytest.mark.parametrize(
+    ("labels", "stored"), [(["1", "2"], [1, 2]), (["1", "2", "3"], [3, 1, 2]), (["1", "0"], [0, 1])]
+)
+def test_numbers_are_not_taken_for_ids_where_other_classes_have_them_for_names(labels, stored, tmp_path):
+    rows = table(stored)
+    refused(replace(parquet(tmp_path / "ids", train=rows), labels=labels), "row 0: has the label", "counted from 0")
+    text = rows.cast_column("label", datasets.Value("string"))
+    split = single(replace(parquet(tmp_path / "names", train=text), labels=labels))
+    assert [split.labels[label] for label in split.rows["label"]] == [str(label) for label in stored]
+    counted = single(replace(parquet(tmp_path / "ids", train=rows), labels=4))
+    assert counted.rows["label"] == stored
 
 
 def test_images_of_more_pixels_than_a_limit_are_refused_before_they_are_decoded(tmp_path, monkeypatch):

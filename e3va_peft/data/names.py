@@ -144,6 +144,12 @@ def class_id(value: Any, own: Sequence[str] | None, labels: Mapping[str, int], w
     number = labels.get(named, -1) if isinstance(named, str) else named
     if value is None:
         raise UserError(f"{where}: has no label. Fill it in, or leave it out.")
+    if named is value and isinstance(value, int) and labels.get(str(value), value) != value:
+        raise UserError(
+            f"{where}: has the label {value}, and class {labels[str(value)]} is called '{value}', counted from 0. "
+            "Store labels as text where they are names, or name the classes otherwise by data.labels, in the order of "
+            "their numbers."
+        )
     if not isinstance(number, int) or not 0 <= number < len(labels):
         raise UserError(
             f"{where}: has the label {named!r}, not one of the {len(labels)} classes {list(labels)[:20]}. Add it to "
