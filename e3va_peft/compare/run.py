@@ -94,8 +94,8 @@ class Comparison:
             return dataclasses.replace(cache, storage="none")
         if cache.folder == "auto":
             return cache
-        drawn = data.train_samples is not None or data.eval_samples is not None  # other images for each seed
-        own = Path(cache.folder) / (f"{_word(method)}-seed{seed}" if drawn else _word(method))
+        drawn = "" if data.train_samples is None else f"-seed{seed}"  # other images for each seed
+        own = Path(cache.folder) / f"{_word(method)}{drawn}"
         return dataclasses.replace(cache, folder=str(own))
 
 

@@ -58,7 +58,7 @@ class DataConfig:
         reduce_labels: Label maps count from 1 and 0 means "ignore", as in ADE20K: subtract one.
         ignore_index: Value in label maps that no loss and no metric counts.
         train_samples: Train on that many examples, drawn with `training.seed`.
-        eval_samples: Evaluate on that many examples.
+        eval_samples: Evaluate on that many examples, the same for every seed.
         verify: Decode every image and its labels once before training, so that a broken one stops no long run, and
             warn of images that are in both splits.
     """

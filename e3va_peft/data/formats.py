@@ -30,6 +30,8 @@ It returns tables with the columns `image` and `label`, and the class names that
 there is one, else those of the first split, on which is trained.
 """
 
+_EVAL_SEED = 0  # of what is evaluated on: the same for runs of other seeds, whose scores are compared
+
 
 def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Split, Split | None]:
     """Find the images and labels that a config names: to train on, and to evaluate on where there are some.
@@ -49,26 +51,25 @@ def load_splits(config: DataConfig, kind: LabelKind, seed: int = 0) -> tuple[Spl
     if config.eval_fraction is not None:
         eval_name = f"{train_name} (set aside)"
         try:
-            parts = rows[train_name].train_test_split(config.eval_fraction, seed=0)
+            parts = rows[train_name].train_test_split(config.eval_fraction, seed=_EVAL_SEED)
         except ValueError:
             raise UserError(
                 f"data.eval_fraction={config.eval_fraction}: leaves nothing to train on of {len(rows[train_name])} "
                 "examples. Lower it, or use data.eval_split."
             ) from None
         rows = {train_name: parts["train"], eval_name: parts["test"]}
-    limits = {train_name: config.train_samples, eval_name: config.eval_samples}
-    splits = {name: _split(config, kind, seed, name, part, labels, limits[name]) for name, part in rows.items()}
+    samples = {train_name: (config.train_samples, seed), eval_name: (config.eval_samples, _EVAL_SEED)}
+    splits = {name: _split(config, kind, name, part, labels, *samples[name]) for name, part in rows.items()}
     return splits[train_name], splits.get(eval_name or "")
 
 
-def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str], seed: int = 0) -> Split | None:
+def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str]) -> Split | None:
     """Find what a config evaluates a model on; what it trains on need not be there.
 
     Args:
         config: The `data` section of a run.
         kind: Kind of the labels.
         labels: The model's class names in the order of their ids. Those of the data are matched by name.
-        seed: Of `eval_samples`.
 
     Returns:
         The split; None where the config has none to evaluate on.
@@ -77,13 +78,13 @@ def load_eval_split(config: DataConfig, kind: LabelKind, labels: Sequence[str], 
         UserError: Nothing is there, the split is empty, or it has a class that the model does not know.
     """
     if config.eval_fraction is not None:
-        return load_splits(config, kind, seed)[1]
+        return load_splits(config, kind)[1]
     found, read = _find(config, kind)
     name = choose_eval_split(config, found)
     if name is None:
         return None
     rows, names = read(config, kind, {name: found[name]}, labels)
-    return _split(config, kind, seed, name, rows[name], names, config.eval_samples)
+    return _split(config, kind, name, rows[name], names, config.eval_samples, _EVAL_SEED)
 
 
 def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
@@ -109,11 +110,11 @@ def _find(config: DataConfig, kind: LabelKind) -> tuple[dict[str, Any], Reader]:
 def _split(
     config: DataConfig,
     kind: LabelKind,
-    seed: int,
     name: str,
     rows: datasets.Dataset,
     labels: Sequence[str],
     limit: int | None,
+    seed: int,
 ) -> Split:
     title, sample = f"{source_of(config)}, {name}", _sample(rows, limit, seed)
     return Split(title, sample, tuple(labels), kind, config.reduce_labels, config.ignore_index)

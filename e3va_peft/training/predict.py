@@ -259,7 +259,7 @@ def evaluate(source: str, config: RunConfig | None = None) -> tuple[dict[str, An
     if config.task != trained.task:
         raise UserError(f"task={config.task}: the model in {source} is for {trained.task}.")
     task = task_of(config)
-    split = load_eval_split(config.data, task.label_kind, trained.labels, config.seed)
+    split = load_eval_split(config.data, task.label_kind, trained.labels)
     if split is None:
         raise UserError("data.eval_split: there is no split to evaluate on. Set it, or data.eval_fraction.")
     if trained.config is not None and config.data.eval_fraction is not None and _same_data(config, trained.config):
