@@ -405,6 +405,20 @@ def test_splits_are_named_or_found_and_never_the_same(tmp_path):
     refused(replace(config, eval_split="train"), "data.eval_split='train'", "what is trained on")
 
 
+def test_one_split_in_two_folders_is_refused_unless_one_is_chosen(tmp_path):
+    folders = {"train": 1, "val": 2, "valid": 3, "test": 1, "eval": 1}
+    for name, count in folders.items():
+        image_folder(tmp_path / "photos", splits=(name,), count=count)
+    config = DataConfig(source=str(tmp_path / "photos"))
+    refused(config, "folders val and valid, which both mean 'validation'", "data.eval_split")
+    refused(replace(config, eval_split="test"), "folders eval and test")
+    for name in ("val", "valid", "eval"):
+        assert len(loaded(replace(config, eval_split=name))[1]) == 2 * folders[name]
+    image_folder(tmp_path / "photos", splits=("training",), count=4)
+    refused(replace(config, eval_split="val"), "folders train and training", "data.train_split")
+    assert len(loaded(replace(config, train_split="training", eval_split="val"))[0]) == 8
+
+
 def test_a_source_without_a_training_split_lists_what_there_is(tmp_path):
     refused(
         replace(mask_folder(tmp_path, ("fold1", "fold2"))), "data.train_split", "['fold1', 'fold2']", kind="label-map"
@@ -730,6 +744,17 @@ def test_a_broken_image_inside_parquet_is_named_by_split_and_row(tmp_path):
     rows = {"image": [of(picture()), {"bytes": b"junk", "path": "x.png"}], "label": [0, 1]}
     config = parquet(tmp_path, train=datasets.Dataset.from_dict(rows, features=features))
     broken(single(config), f"{config.source}, train, row 1 (x.png): cannot be read as an image")
+
+
+def test_a_tiff_whose_directory_is_damaged_is_named(tmp_path):
+    image_folder(tmp_path / "photos")
+    path = sorted((tmp_path / "photos" / "train").rglob("*.png"))[0]
+    with BytesIO() as file:
+        Image.new("RGB", (5, 4)).save(file, format="TIFF")
+        damaged = bytearray(file.getvalue())
+    damaged[damaged.index(b"\x11\x01") + 2] = 2  # StripOffsets are text
+    path.write_bytes(damaged)
+    broken(single(DataConfig(source=str(tmp_path / "photos"))), str(path), "cut short or corrupt", "Replace it")
 
 
 @pytest.mark.parametrize("form", ["EPS", "PPM", "ICO"])

@@ -129,7 +129,7 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
 
     Raises:
         UserError: It is a folder without images, or one that says nothing of their classes, or with a class of images
-            of no known kind or that is not trained on.
+            of no known kind or that is not trained on, or with one split in two folders.
     """
     folder = _root(config)
     if folder is None:
@@ -137,6 +137,7 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
     places = {place: _called(config, place) for place in _split_folders(config, folder)}
     searched = places and not config.eval_fraction
     evaluated = choose_eval_split(config, dict.fromkeys(places.values())) if searched else None
+    _refuse_merged(config, places, evaluated)
     _refuse_unsorted(config, folder, places, evaluated)
     found: dict[str, dict[str, list[Path]]] = {}
     for place, split in (places or {"": "train"}).items():
@@ -157,6 +158,17 @@ def load_class_folders(config: DataConfig) -> dict[str, datasets.Dataset]:
         columns = {"image": [path for path, _ in pairs], "label": [label for _, label in pairs]}
         rows[split] = datasets.Dataset.from_dict(columns, features=features)
     return rows
+
+
+def _refuse_merged(config: DataConfig, places: Mapping[str, str], evaluated: str | None) -> None:
+    """Raise a UserError if what is trained or evaluated on lies in two folders, such as val and valid."""
+    for field, split in {"train_split": config.train_split or TRAIN[0], "eval_split": evaluated}.items():
+        merged = [place for place, called in places.items() if called == split]
+        if len(merged) > 1:
+            raise UserError(
+                f"{source_of(config)}: holds the folders {' and '.join(sorted(merged))}, which both mean {split!r}. "
+                f"Choose one by data.{field}, or put their images into one folder."
+            )
 
 
 def _class_names(config: DataConfig, found: Mapping[str, set[str]], evaluated: str | None) -> list[str]:

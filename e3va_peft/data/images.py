@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import struct
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -18,6 +19,8 @@ from e3va_peft.errors import UserError
 
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 """Formats that are opened, whatever a file is called. Of Pillow's others, EPS would start Ghostscript."""
+# what Pillow raises of damaged files
+_DAMAGE = (ArithmeticError, EOFError, LookupError, OSError, SyntaxError, TypeError, ValueError, struct.error)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # which may be made an error
 _SCALES = {"L;2": 85, "L;4": 17}  # which Pillow makes 8 bits of
 _DARK = 2**14  # values of 16 bits, all below a quarter of the range
@@ -160,7 +163,7 @@ def _open(item: dict[str, Any], where: str) -> ImageFile.ImageFile:
         image = Image.open(BytesIO(data) if data is not None else item["path"], formats=FORMATS)
     except FileNotFoundError:
         raise UserError(f"{where}: is not there any more. Restore it, or remove its row or label map.") from None
-    except (OSError, SyntaxError, ValueError, *_BOMBS) as error:
+    except (*_DAMAGE, *_BOMBS) as error:
         hint = f", save it as one of {', '.join(FORMATS)}" if isinstance(error, UnidentifiedImageError) else ""
         raise UserError(f"{where}: cannot be read as an image ({error}). Replace it{hint}, or remove it.") from None
     most = Image.MAX_IMAGE_PIXELS
@@ -176,7 +179,7 @@ def _open(item: dict[str, Any], where: str) -> ImageFile.ImageFile:
 def _loaded(image: Image.Image, where: str) -> Image.Image:
     try:
         image.load()
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except _DAMAGE as error:
         image.close()
         raise UserError(f"{where}: is cut short or corrupt ({error}). Replace it, or remove it.") from None
     return image
