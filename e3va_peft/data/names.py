@@ -143,7 +143,7 @@ def class_id(value: Any, own: Sequence[str] | None, labels: Mapping[str, int], w
     named = own[value] if isinstance(value, int) and own is not None and 0 <= value < len(own) else value
     number = labels.get(named, -1) if isinstance(named, str) else named
     if value is None:
-        raise UserError(f"{where}: has no label. Fill it in, or leave it out.")
+        raise UserError(f"{where}: has no label (in a CSV, None, NA and null mean that). Fill it in, or leave it out.")
     if named is value and isinstance(value, int) and labels.get(str(value), value) != value:
         raise UserError(
             f"{where}: has the label {value}, and class {labels[str(value)]} is called '{value}', counted from 0. "
