@@ -61,8 +61,9 @@ LEAN = f"e3va-plus-r32{CACHED}"  # half of E3VA+'s rank, from a cache in int8 wh
 SETTINGS[LEAN] = SETTINGS["e3va-plus-exact"] | {"r": 32}
 SETTINGS["e3va-12-r8"] = SETTINGS["e3va-12"] | {"r": 8}  # of LoRA's rank
 SETTINGS[f"e3va-plus-2{CACHED}"] = SETTINGS["e3va-plus-exact"] | {"live_blocks": 2}
-SLOW = "-slow"  # behind a method's name: a fifth of the head's learning rate inside the backbone
-SETTINGS |= {f"{name}{SLOW}": SETTINGS[name] for name in ("lora", "e3va-8")}
+INSIDE = {"-slow": 0.2, "-half": 0.5}  # behind a method's name: the rate inside or beside the backbone, a share
+SETTINGS |= {f"{name}-slow": SETTINGS[name] for name in ("lora", "e3va-8")}
+SETTINGS["e3va-8-r64-half"] = SETTINGS["e3va-8"] | {"r": 64}
 SHORT = (0.5, 1.0, 2.0)  # the rates that a search begins with, as multiples of its centre
 FEWEST, MOST = 2**-4, 2**4  # where it ends
 
@@ -154,7 +155,7 @@ class Protocol:
         fields += ["data.verify=false", f"training.num_train_epochs={epochs}"]
         if self.task.curve and not search:
             fields += ["training.eval_strategy=epoch", "training.load_best_model_at_end=false"]
-        fields += ["backbone_lr_multiplier=0.2"] if method.endswith(SLOW) else ()
+        fields += [f"backbone_lr_multiplier={share}" for end, share in INSIDE.items() if method.endswith(end)]
         views = self._views(method, epochs)
         fields += [f"cache.views={views}", f"cache.storage={self.storage(method)}"] if views else ()
         options = dict(SETTINGS[method])
